@@ -1,7 +1,7 @@
 """What grouping by mask is worth under load: highest rates at equal p99 latency, and latency curves as a picture.
 
     sd-gym reduce runs/reviews --codebook 8 --output runs/reviews-8
-    OMP_NUM_THREADS=1 python benchmarks/serving.py runs/reviews-8 --input texts.jsonl --output serving
+    python benchmarks/serving.py runs/reviews-8 --input texts.jsonl --output serving
 
 Each arm is a server process on loopback. An open-loop client sends single inputs at a known rate, come answers or
 not; latency counts from when a request was due. All arms take turns, so a busy moment hurts all of them. The
@@ -33,7 +33,7 @@ from rich.table import Table
 
 from sd_gym.serving.app import Service, Settings
 from sd_gym.serving.batcher import Limits, PassCost, Row
-from sd_gym.serving.engine import Asked, OperatingPoints, TextEngine
+from sd_gym.serving.engine import Asked, BlockingEngine, GraphEngine, Served, TextEngine
 from sd_gym.serving.server import run, service
 
 ARMS = ("dense", "dense, by length", "one mask", "policy, ungrouped", "policy, grouped")
@@ -43,57 +43,86 @@ BACKLOG = 400  # requests under way at which a rate is too high
 BURST = 16  # requests that arrive at once, in bursts
 
 
-class Dense(TextEngine):
-    """Everything runs; rows of any length together, if not ``by_length``."""
+class AsTheyCome:
+    """An engine that runs rows of all masks and lengths as they come; a graph has one mask, so it cuts them then."""
 
-    by_length = True
-    decision: Any = None  # bool [switches + 1], of all rows
+    groups_masks = False
+
+    def __init__(self, engine: BlockingEngine) -> None:
+        self.served, self.checked, self.tokens, self._engine = engine.served, engine.checked, engine.tokens, engine
 
     def prepare(self, inputs: list[Asked]) -> list[Row]:
-        """Tokenise."""
-        split = self.model.split([asked.texts for asked in inputs])
-        switches = len(self.model.board) + 1
-        decision = np.zeros(switches, dtype=np.int64) if self.decision is None else self.decision
-        return [
-            Row(int(length), [b""] * len(self._policies), None, (asked, np.tile(decision, (len(self._policies), 1))))
-            for asked, length in zip(inputs, split.encoded.source_length, strict=True)
-        ]
+        """All rows are alike."""
+        return [Row(row.length, [b""] * len(row.masks), row.kind, row) for row in self._engine.prepare(inputs)]
+
+    def run(self, rows: list[Row], point: int) -> list[Served]:
+        """The rows of each mask by themselves."""
+        served: dict[int, Served] = {}
+        masks = [row.content.masks[point] for row in rows]
+        for mask in set(masks):
+            picked = [number for number, own in enumerate(masks) if own == mask]
+            served |= zip(picked, self._engine.run([rows[number].content for number in picked], point), strict=True)
+        return [served[number] for number in range(len(rows))]
 
     def warm_up(self) -> PassCost:
-        """Without order by length, padding does not count."""
-        cost = super().warm_up()
-        return PassCost(cost.one_mask if self.by_length else math.inf)
+        """Padding does not count."""
+        self._engine.warm_up()
+        return PassCost(math.inf)
 
 
-def serve_arm(arm: str, policy: str, backbone: str | None, texts: list[Any], connection: Any) -> None:
+def serve_arm(arm: str, policy: str, backbone: str | None, threads: int, texts: list[Any], connection: Any) -> None:
     """The process of one arm; it tells its address."""
-    served = service(policy, Limits(), Settings(), backbone=backbone)
-    engine = engine_of(arm, served, texts)
+    served = service(policy, Limits(), Settings(), backbone=backbone, threads=threads)
     limits = Limits(queued_rows=10_000, queued_tokens=10**7)
-    served = Service(engine, served.points, limits, Settings())
-    run(served, "127.0.0.1", 0, connection.send)
+    own = Service(engine_of(arm, served, texts), served.points, limits, Settings())
+    run(own, "127.0.0.1", 0, connection.send)
 
 
-def engine_of(arm: str, served: Service, texts: list[Any]) -> TextEngine:
+def engine_of(arm: str, served: Service, texts: list[Any]) -> BlockingEngine:
     """What answers in an arm."""
-    points: OperatingPoints = served.points
-    if arm.startswith("policy"):
-        engine = TextEngine(served.model, points, [points.default])
-        if arm == "policy, ungrouped":
-            engine._masks, engine.groups_masks = None, False
-            vars(served.model)["_bank"] = None
+    engine: Any = served.engine
+    if arm == "policy, grouped":
         return engine
-    engine = Dense(served.model, points, [points.default])
-    engine.by_length = arm != "dense"
+    if arm == "policy, ungrouped":
+        if isinstance(engine, GraphEngine):
+            return AsTheyCome(engine)
+        engine._masks, engine.groups_masks = None, False  # one pass on the switchboard
+        vars(engine.model)["_bank"] = None
+        return engine
+    mask: Any = None  # dense
     if arm == "one mask":
-        some = TextEngine(served.model, points, [points.default]).prepare(
-            [Asked(served.model.checked(text)) for text in texts]
-        )
-        decisions = [row.content[1][points.default] for row in some]
-        commonest = Counter(decision.tobytes() for decision in decisions if decision.any()).most_common(1)
-        if commonest:
-            engine.decision = np.frombuffer(commonest[0][0], dtype=np.int64)
-    return engine
+        rows = engine.prepare([Asked(engine.checked(text)) for text in texts])
+        masks = Counter(row.masks[served.points.default] for row in rows)
+        mask = next((mask for mask, _ in masks.most_common() if _skips(mask)), None)
+    _decide_always(engine, mask)
+    return AsTheyCome(engine) if arm == "dense" else engine
+
+
+def _skips(mask: int | bytes) -> bool:
+    """Whether a mask, the number of a graph or a decision's bytes, is another one than dense."""
+    return any(mask) if isinstance(mask, bytes) else mask > 0
+
+
+def _decide_always(engine: Any, mask: Any) -> None:
+    """Have an engine skip the same of all rows; nobody decides."""
+    if isinstance(engine, TextEngine):
+        switches = len(engine.model.board) + 1
+        decision = np.frombuffer(mask, dtype=np.int64) if mask else np.zeros(switches, dtype=np.int64)
+        engine._masks = decision[None]
+        changes = {
+            "decided": lambda split: np.tile(decision, (len(split), 1)),
+            "own_flops": lambda split: np.zeros(len(split)),
+        }
+    else:
+        changes = {
+            "decide": lambda batch: (
+                np.full(len(batch["input_ids"]), mask or 0),
+                np.zeros((len(batch["input_ids"]), 0)),
+            ),
+            "own_flops": lambda length: np.zeros(len(length)),
+            "looks_at_answer": False,
+        }
+    vars(engine.model).update(changes)
 
 
 class Client:
@@ -264,10 +293,11 @@ def draw(arms: list[Arm], limit: float, file: Path) -> None:
 def main() -> None:
     """Print the table and draw the picture; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run of few masks")
+    parser.add_argument("run", help="a run of few masks, or what sd-gym export wrote of it")
     parser.add_argument("--input", type=Path, required=True, help="JSON lines with the task's fields")
     parser.add_argument("--output", type=Path, default=Path("serving"), help="folder of picture and figures")
     parser.add_argument("--backbone", help="where the backbone is, if not where it was")
+    parser.add_argument("--threads", type=int, default=1, help="of each model")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--texts", type=int, default=1000)
     parser.add_argument("--probes", type=int, default=6, help="rates that are tried on each arm")
@@ -281,7 +311,7 @@ def main() -> None:
     try:
         for name in dict.fromkeys(["dense", *arguments.arms]):
             ours, theirs = context.Pipe()
-            options = name, arguments.run, arguments.backbone, rows[:256], theirs
+            options = name, arguments.run, arguments.backbone, arguments.threads, rows[:256], theirs
             processes.append(context.Process(target=serve_arm, args=options, daemon=True))
             processes[-1].start()
             arms.append(Arm(name, Client(ours.recv())))

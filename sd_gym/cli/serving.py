@@ -22,6 +22,7 @@ def serve(
     port: Annotated[int, Option(min=0, max=65535, help="Port; 0: any that is free.")] = 8000,
     backbone: Annotated[str | None, Option(help="Where the backbone is [default: where it was].")] = None,
     device: Annotated[str, Option(help="Where the backbone runs: cpu, cuda, cuda:1.")] = "cpu",
+    threads: Annotated[int | None, Option(min=1, help="Threads of the model [default: all cores].")] = None,
     max_loss: Annotated[float | None, Option(help="The usual point: fewest FLOPs within this loss (0.005).")] = None,
     max_flops: Annotated[float | None, Option(help="Or: least skipping within this share of the FLOPs (0.4).")] = None,
     allow_loss: Annotated[
@@ -66,6 +67,7 @@ def serve(
                 max_flops=max_flops,
                 allow_loss=allow_loss,
                 allow_flops=allow_flops,
+                threads=threads,
             )
         if not served.engine.groups_masks:
             terminal.say(

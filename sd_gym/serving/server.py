@@ -8,6 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 import uvicorn
 
 from sd_gym.inference.onnx import MANIFEST, OnnxModel
@@ -34,6 +35,7 @@ def service(
     max_flops: float | None = None,
     allow_loss: float | None = None,
     allow_flops: float = 1.0,
+    threads: int | None = None,
     dial: Dial | None = None,
 ) -> Service:
     """A policy as a service.
@@ -48,6 +50,7 @@ def service(
         max_flops: The same.
         allow_loss: See ``OperatingPoints``.
         allow_flops: See there.
+        threads: Threads that the model runs in; ``None``: as PyTorch, or ONNX Runtime, has it.
         dial: Chooses the operating point of each group, by its index among those that are allowed.
 
     Raises:
@@ -56,15 +59,30 @@ def service(
     if not isinstance(policy, SkipPolicy) and Path(policy, MANIFEST).is_file():
         if backbone or device != "cpu":
             raise ValueError(f"{policy} is exported: it has its own backbone, and runs on the CPU")
-        exported = OnnxModel(Path(policy), max_loss=max_loss, max_flops=max_flops)
+        options = _session_options(threads)
+        exported = OnnxModel(Path(policy), max_loss=max_loss, max_flops=max_flops, session_options=options)
         tested = [OperatingPoint(**point) for point in exported.manifest["operating_points"]]
         points = OperatingPoints(tested, float(exported._margin), allow_loss, allow_flops)
         engine: BlockingEngine = GraphEngine(exported, points, _dialled(points, dial))
     else:
+        if threads is not None:
+            torch.set_num_threads(threads)
         model = load(policy, backbone, device=device, max_loss=max_loss, max_flops=max_flops)
         points = OperatingPoints(model.policy.operating_points, 0.0, allow_loss, allow_flops)
         engine = TextEngine(model, points, _dialled(points, dial))
     return Service(engine, points, limits, settings, dial)
+
+
+def _session_options(threads: int | None) -> Any:
+    """Options of ONNX Runtime: every graph has threads of its own, and those that wait do not spin."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("ONNX Runtime is not installed: pip install 'sd-gym[onnx]'") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
 
 
 def _dialled(points: OperatingPoints, dial: Dial | None) -> Sequence[int]:
