@@ -26,7 +26,7 @@ from sd_gym.serving.batcher import PassCost, Row
 
 WARM_UP_TEXT = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
 WARM_UP_ROWS, WARM_UP_ROUNDS = (8, 24), 5
-LEAST_PADDING = 4.0  # tokens that a row may add to a group, however cheap a pass is
+LEAST_PADDING = 8.0  # tokens that a row may add to a group, however cheap a pass is
 
 
 class Asked(NamedTuple):
@@ -296,7 +296,8 @@ class GraphEngine:
     def run(self, rows: list[Row], point: int) -> list[Served]:
         """The answers of rows that share a mask at an operating point."""
         asked: list[Asked] = [row.content[0] for row in rows]
-        encoded, number = [row.content[1] for row in rows], rows[0].masks[point]
+        encoded = [row.content[1] for row in rows]
+        number: Any = rows[0].masks[point]
         self.model._margin = np.float32(self._points[point if asked[0].point is None else asked[0].point].margin)
         seen = np.stack([row.content[2] for row in rows])
         values, went_on = self.model.run_policy(number, self.model._batch(encoded), seen)
