@@ -130,6 +130,8 @@ class SkippingModel(TextModel):
         values = dotted({key: value for key, value in env.items() if key not in NOT_NEEDED}, "the policy")
         values |= {"data.dataset": "none", "backbone.device": device}
         values |= {"data.unanswerable": env["data"]["unanswerable"]}
+        if env["quality"]["kind"] == "agreement":  # for which a split runs everything densely first
+            values["quality.kind"] = "exact_match"
         values |= {"backbone.name": backbone} if backbone else {}
         self.policy, self._warned = policy, False
         self._config = checked_config(values, "the policy")
