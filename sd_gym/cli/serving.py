@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
 from sd_gym.cli import terminal
 from sd_gym.cli.terminal import Imports
+
+if TYPE_CHECKING:
+    from sd_gym.serving.app import Service
 
 NEEDED = ("starlette", "uvicorn", "prometheus_client")
 
@@ -69,10 +72,14 @@ def serve(
                 allow_flops=allow_flops,
                 threads=threads,
             )
-        if not served.engine.groups_masks:
-            terminal.say(
-                "this policy has too many masks to group requests by, or decides in the pass: they run together on the "
-                "switchboard; sd-gym reduce makes a policy of few masks",
-                "yellow",
-            )
+        _warn_of_many_masks(served)
         run(served, host, port, lambda address: terminal.print_line(f"Serving {Path(policy).name}: {address}"))
+
+
+def _warn_of_many_masks(served: Service) -> None:
+    if not served.engine.groups_masks:
+        terminal.say(
+            "this policy has too many masks to group requests by, or decides in the pass: they run together on the "
+            "switchboard; sd-gym reduce makes a policy of few masks",
+            "yellow",
+        )
