@@ -206,7 +206,7 @@ class TextEngine:
         return self._answered([one.texts for one in asked], np.stack([row.content[1][point] for row in rows]), asked[0])
 
     def _answered(self, texts: list[list[str]], decided: NDArray, asked: Asked) -> list[Served]:
-        split, names = self.model.split(texts), self.model.model.config.id2label or {}
+        split = self.model.split(texts)
         if asked.longest is not None:
             split.passes.longest = asked.longest
         if self.groups_masks and (decided != decided[0]).any():
@@ -215,7 +215,7 @@ class TextEngine:
 
         def keep(rows: NDArray, logits: torch.Tensor) -> None:
             for row, shares in zip(rows.tolist(), logits.float().softmax(dim=-1).tolist(), strict=True):
-                scores[row] = _ranked(shares, names)
+                scores[row] = _ranked(shares, self.model.names)
 
         if split.head.confidence is not None:
             split.passes.watch = keep
@@ -316,7 +316,7 @@ class GraphEngine:
             answer = Answer(text, mask, 0, float(ratio[at]), unknowns, bool(went_on[at]))
             scores = None
             if self.served.gives == "label":
-                scores = _ranked((shares[at] / shares[at].sum()).tolist(), self.model.manifest["names"])
+                scores = _ranked((shares[at] / shares[at].sum()).tolist(), self.model.names)
             promised = float(ratio[at] * dense[at])
             served.append(Served(answer, scores, length, promised, float(executed[at]), float(dense[at])))
         return served
@@ -337,9 +337,9 @@ class GraphEngine:
         return PassCost(max(LEAST_PADDING, _fitted(run, graphs(range(len(self.model.masks))))[1] / token))
 
 
-def _ranked(shares: list[float], names: Any) -> dict[str, float]:
+def _ranked(shares: list[float], names: dict[int, str]) -> dict[str, float]:
     """The probability of each class, the highest first."""
-    return {str(names[number]): share for number, share in sorted(enumerate(shares), key=lambda pair: -pair[1])}
+    return {names[number]: share for number, share in sorted(enumerate(shares), key=lambda pair: -pair[1])}
 
 
 def _fitted(run: Callable[[NDArray], None], of_rows: Callable[[int], list[NDArray]]) -> tuple[float, float]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from sd_gym.inference.answer import Answer, checked_texts
+from sd_gym.inference.answer import Answer, TextModel
 from sd_gym.operating_points import OperatingPoint
 from sd_gym.serving.app import Service, Settings
 from sd_gym.serving.batcher import Limits, PassCost, Row
@@ -85,14 +85,11 @@ class StubPoints:
         return int(max_loss is not None and max_loss < 0.01)
 
 
-class StubEngine:
+class StubEngine(TextModel):
     """Answers a text with itself in capitals; "wait" waits for ``going`` to be set, "break" breaks."""
 
-    groups_masks = True
+    groups_masks, fields, optional = True, ("text",), False
     served = Described("stub", ("text",), "text", ["decoder.0.attention", "decoder.0.feed_forward"], 8, completes=True)
-
-    def checked(self, given):
-        return checked_texts(given, ("text",), optional=False)
 
     def tokens(self, text):
         return len(text.split())
