@@ -314,6 +314,7 @@ def main() -> None:
             options = name, arguments.run, arguments.backbone, arguments.threads, rows[:256], theirs
             processes.append(context.Process(target=serve_arm, args=options, daemon=True))
             processes[-1].start()
+            theirs.close()  # so that a server that fails is not waited for
             arms.append(Arm(name, Client(ours.recv())))
         bodies = [json.dumps({"inputs": row}).encode() for row in rows]
         limit = asyncio.run(ready_and_measured(arms, bodies, arguments.probes, arguments.seconds))
