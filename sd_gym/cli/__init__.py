@@ -8,6 +8,7 @@ from sd_gym.cli.comparison import compare, report, tune
 from sd_gym.cli.envs import envs, tabulate
 from sd_gym.cli.models import prepare, run
 from sd_gym.cli.runs import evaluate, export, reduce, train, validate
+from sd_gym.cli.serving import serve
 
 app = typer.Typer(
     help="Learn which layers a transformer can skip per input. Start with: sd-gym envs",
@@ -15,5 +16,5 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for command in (envs, train, evaluate, compare, report, run, reduce, export, validate, tune, tabulate, prepare):
+for command in (envs, train, evaluate, compare, report, run, serve, reduce, export, validate, tune, tabulate, prepare):
     app.command()(command)

@@ -32,6 +32,7 @@ class Passes:
 
     most: int | None = None  # rows of a pass; None: as many as its memory has room for
     bank: MaskModels | None = None  # runs passes whose rows all share a decision; None: the switchboard runs all
+    watch: Callable[[Array, torch.Tensor], None] | None = None  # is also shown the rows and logits of each pass
 
     def __init__(
         self,
@@ -205,6 +206,8 @@ class Passes:
         for picked, logits, labels in self.logits(rows, decisions):
             order.append(picked)
             values.append(value(logits, labels).double().cpu().numpy())
+            if self.watch is not None:
+                self.watch(rows[picked], logits)
         return np.concatenate(values)[np.argsort(np.concatenate(order))]
 
     @torch.inference_mode()

@@ -29,6 +29,7 @@ from sd_gym.inference.choices import decided_masks
 from sd_gym.inference.second_answers import rows_of
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.rollout import Keep, StagedRollout
+from sd_gym.switch import Switchboard
 from sd_gym.tasks.data import Instances
 from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.metrics import METRICS
@@ -129,6 +130,8 @@ class SkippingModel(TextModel):
         values = dotted({key: value for key, value in env.items() if key not in NOT_NEEDED}, "the policy")
         values |= {"data.dataset": "none", "backbone.device": device}
         values |= {"data.unanswerable": env["data"]["unanswerable"]}
+        if env["quality"]["kind"] == "agreement":  # for which a split runs everything densely first
+            values["quality.kind"] = "exact_match"
         values |= {"backbone.name": backbone} if backbone else {}
         self.policy, self._warned = policy, False
         self._config = checked_config(values, "the policy")
@@ -173,30 +176,44 @@ class SkippingModel(TextModel):
 
     def answers(self, inputs: Sequence[Input], *, dense: bool = False, batch_size: int | None = None) -> list[Answer]:
         """The same as a call, without its warning."""
-        instances = [self._instance(number, texts) for number, texts in enumerate(self.all_checked(inputs))]
-        if not instances:
+        texts = self.all_checked(inputs)
+        if not texts:
             return []
-        split = self._split(instances)
-        split.passes.most, split.passes.bank = batch_size, self._bank
-        unknown = self._unknown_tokens(split)
+        split = self.split(texts)
+        split.passes.most = batch_size
+        return self.answered(split, None if dense else self.decided(split))
+
+    def split(self, texts: list[list[str]]) -> BackboneSplit:
+        """At least one input that is ``checked``, tokenised; DataError if one cannot be."""
+        split = self._split([self._instance(number, own) for number, own in enumerate(texts)])
+        split.passes.bank = self._bank
+        return split
+
+    def decided(self, split: BackboneSplit) -> NDArray:
+        """What the policy decides on each input, int64 ``[n, switches + 1]``; zeros if it decides in the pass."""
+        decisions = np.zeros((len(split), len(self.board) + 1), dtype=np.int64)
+        by_length = np.argsort(split.encoded.source_length, kind="stable")  # little padding is looked at
+        for part in [] if self.policy.is_staged else np.split(by_length, range(BATCH, len(split), BATCH)):
+            decisions[part] = self._decided(split.encoded.inputs(part, self.model.device))
+        return decisions
+
+    def answered(self, split: BackboneSplit, decided: NDArray | None) -> list[Answer]:
+        """The answers to a split's inputs, under what was ``decided`` on them; ``None``: everything runs."""
         rows = np.arange(len(split))
-        decisions = np.zeros((len(split), len(split.backbone.board) + 1), dtype=np.int64)
+        decisions = np.zeros((len(split), len(split.backbone.board) + 1), np.int64) if decided is None else decided
         went_on = np.zeros(len(split), dtype=np.bool_)
-        if self.policy.is_staged and not dense:
+        if self.policy.is_staged and decided is not None:
             passes = StagedPasses(split, self.policy, self._float32_input)
             answers = passes.answers(rows, decisions)
             decisions, went_on, first_texts = passes.masks, passes.went_on, passes.first_texts.tolist()
         else:
-            by_length = np.argsort(split.encoded.source_length, kind="stable")  # little padding is looked at
-            for part in [] if dense else np.split(by_length, rows[BATCH::BATCH]):
-                decisions[part] = self._decided(split.encoded.inputs(part, self.model.device))
             answers = first_texts = split.passes.answers(rows, decisions)
-        costs = self._saying(split, instances, answers).costs
-        first_costs = self._saying(split, instances, first_texts).costs if went_on.any() else costs
+        costs = self.saying(split, answers).costs
+        first_costs = self.saying(split, first_texts).costs if went_on.any() else costs
         flops = first_costs.flops(rows, decisions) + went_on * costs.going_on(rows, decisions)
-        if not dense:
-            flops = flops + self._own_flops(split)
-        ratio = flops / costs.dense_flops(rows)
+        if decided is not None:
+            flops = flops + self.own_flops(split)
+        ratio, unknown = flops / costs.dense_flops(rows), self._unknown_tokens(split)
         return [
             Answer(answer, row[:-1].astype(bool), int(row[-1]), float(share), int(count), bool(again))
             for answer, row, share, count, again in zip(answers, decisions, ratio, unknown, went_on, strict=True)
@@ -205,19 +222,25 @@ class SkippingModel(TextModel):
     def _decided(self, inputs: dict[str, Tensor]) -> NDArray:
         """Decisions before the first layer, int64 ``[n, switches + 1]``."""
         if self._float32_input is None:
-            return self.policy.decide(self._backbone.board, inputs)
+            return self.policy.decide(self.board, inputs)
         return self.policy.decide_on(self._float32_input(inputs), inputs["attention_mask"])
 
-    def _saying(self, split: BackboneSplit, instances: Sequence[Instance], answers: list[str]) -> BackboneSplit:
+    def saying(self, split: BackboneSplit, answers: list[str]) -> BackboneSplit:
         """The split with answers as its targets, where these have lengths that are known only now."""
-        answered = split.head.answered(instances, answers)
-        return split if answered is instances else self._split(answered)
+        answered = split.head.answered(split.instances, answers)
+        return split if answered is split.instances else self._split(answered)
 
-    def _own_flops(self, split: BackboneSplit) -> NDArray:
+    def own_flops(self, split: BackboneSplit) -> NDArray:
         """FLOPs of the policy itself on each input, ``[n]``."""
-        network, tokens = self.policy.network, np.minimum(split.encoded.source_length, self.policy.longest)
+        tokens = np.minimum(split.encoded.source_length, self.policy.longest)
         judged = sum(name != "first" for name in self.policy.stages_of_pass) if split.backbone.can_exit else 0
-        return network.flops + network.flops_per_token * tokens + judged * split.costs.head_flops(np.arange(len(split)))
+        per_input, per_token = self._network_flops
+        return per_input + per_token * tokens + judged * split.costs.head_flops(np.arange(len(split)))
+
+    @cached_property
+    def _network_flops(self) -> tuple[int, int]:
+        """FLOPs of deciding on an input, and on each of its tokens; to count them takes 20 ms."""
+        return self.policy.network.flops, self.policy.network.flops_per_token
 
     def _unknown_tokens(self, split: BackboneSplit) -> NDArray:
         """How many tokens of each input the tokenizer does not know, ``[n]``: none, where it spells all in bytes."""
@@ -235,6 +258,21 @@ class SkippingModel(TextModel):
             for file in sorted(Path(name).iterdir()):
                 digest.update(file.read_bytes())
         return {"policy": digest.hexdigest(), "backbone": self._backbone.weights}
+
+    @property
+    def board(self) -> Switchboard:
+        """The switchboard of the model."""
+        return self._backbone.board
+
+    @property
+    def gives(self) -> str:
+        """What its answers are: ``label``, ``score``, ``span`` or ``text``."""
+        return self._backbone.head.gives
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a generated answer at most."""
+        return self._config.backbone.max_target_length
 
     @property
     def metric(self) -> str:

@@ -1,5 +1,6 @@
 """A policy that was loaded answers texts."""
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -46,6 +47,22 @@ def test_no_more_rows_run_together_than_asked_for(model, dense):
     assert 1 <= max(sizes) <= 5
     assert [one.answer for one in came] == [one.answer for one in wanted]
     np.testing.assert_array_equal([one.skip for one in came], [one.skip for one in wanted])
+
+
+def test_a_policy_that_agreed_with_dense_runs_nothing_densely(tmp_path, tiny_tokenizer):
+    """Its env makes the references of dense answers; here nobody asks for references."""
+    _, _, artefact, texts = trained("classification", None, tmp_path, tiny_tokenizer)
+    card = deepcopy(artefact.card)
+    card["env"]["quality"]["kind"] = "agreement"
+    passes = []
+    for one in (artefact, replace(artefact, card=card)):
+        model = sd_gym.load(one)
+        layer = model.model.base_model.encoder.layer[0]
+        handle = layer.register_forward_hook(lambda *_: passes.append(1))
+        model(texts[:4])
+        handle.remove()
+        passes.append(0)
+    assert passes[: passes.index(0) + 1] == passes[passes.index(0) + 1 :]
 
 
 def test_what_is_answered_is_kept_in_no_cache(model, tmp_path, monkeypatch):

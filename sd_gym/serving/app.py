@@ -1,0 +1,353 @@
+"""The HTTP shell of a batcher: routes, status codes, metrics and a page."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from sd_gym.serving.batcher import Batcher, ClosedError, Dial, Fixed, LateError, Limits, QueueFullError
+from sd_gym.serving.engine import Asked, BlockingEngine, InThread, OperatingPoints, Served
+from sd_gym.serving.metrics import Metrics
+from sd_gym.serving.requests import Body, Completions, Generate, Predict, RefusedError, body_of, inputs_of
+from sd_gym.version import __version__
+
+PAGE = Path(__file__).with_name("page.html")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the operator allows.
+
+    Attributes:
+        timeout: Seconds that a request may take, and that its body may take to arrive.
+        body: Bytes of a body at most.
+        inputs: Inputs of a request at most.
+    """
+
+    timeout: float = 30.0
+    body: int = 2**20
+    inputs: int = 64
+
+
+class GoneError(Exception):
+    """The client has hung up."""
+
+
+class Service:
+    """A model behind HTTP.
+
+    Args:
+        engine: Checks, decides and answers.
+        points: Its operating points.
+        limits: Of the queue and of groups.
+        settings: What the operator allows.
+        dial: Chooses the operating point of each group; ``None``: the policy's own.
+    """
+
+    def __init__(
+        self,
+        engine: BlockingEngine,
+        points: OperatingPoints,
+        limits: Limits,
+        settings: Settings,
+        dial: Dial | None = None,
+    ) -> None:
+        self.engine, self.points, self.settings, self._limits = engine, points, settings, limits
+        self._thread, self._dial, self._served = InThread(engine), dial or Fixed(points.default), engine.served
+        self.metrics = Metrics(lambda: self.batcher.queued if self.batcher else 0)
+        self.batcher: Batcher | None = None  # once it is warm
+        self._work: asyncio.Task[None] | None = None
+        self._is_closing = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are taken."""
+        return self._work is not None and not self._work.done() and not self._is_closing
+
+    def close(self) -> None:
+        """Take no more requests; those that were taken are answered. It may be called from a signal's handler."""
+        self._is_closing = True
+
+    @contextlib.asynccontextmanager
+    async def running(self, app: Starlette) -> AsyncIterator[None]:
+        """Warm up, then work, for as long as the block lasts; after it, until all is answered."""
+        starting = asyncio.create_task(self._start())
+        try:
+            yield
+        finally:
+            self.close()
+            with contextlib.suppress(Exception):
+                await starting
+            if self.batcher is not None and self._work is not None:
+                self.batcher.close()
+                await asyncio.wait([self._work])
+            self._thread.stop()
+
+    async def _start(self) -> None:
+        try:
+            cost = await self._thread.call(self.engine.warm_up)
+        except Exception:
+            log.exception("the model cannot answer")
+            raise
+        self.batcher = Batcher(self._thread, self._limits, cost, self._dial, self.metrics.group)
+        self._work = asyncio.create_task(self.batcher.work())
+        self._work.add_done_callback(_log_failure)
+
+    async def answer(self, request: Request, given: list[Any], body: Body, longest: int | None = None) -> list[Served]:
+        """The answers to the inputs of a request.
+
+        Raises:
+            RefusedError: 413 for too many inputs, 422 for wrong ones, 503 if the server is not ready.
+            QueueFullError, LateError, GoneError: See there.
+        """
+        if not self.is_ready or self.batcher is None:
+            what = "is shutting down" if self._is_closing else "is starting"
+            raise RefusedError(503, f"the server {what}", "Unhealthy")
+        if len(given) > self.settings.inputs:
+            raise RefusedError(413, f"expected at most {self.settings.inputs} inputs, got {len(given)}")
+        point = self._point(body)
+        asked = [Asked(self._texts(number, one), point, longest) for number, one in enumerate(given)]
+        timeout = min(body.timeout or self.settings.timeout, self.settings.timeout)
+        return await _unless_gone(request, self.batcher.answer(asked, timeout))
+
+    def _texts(self, number: int, given: Any) -> list[str]:
+        try:
+            return self.engine.checked(given)
+        except ValueError as error:
+            raise RefusedError(422, f"input {number}: {error}") from None
+
+    def _point(self, body: Body) -> int | None:
+        if body.point is not None:
+            if body.max_loss is not None or body.max_flops is not None or body.point >= len(self.points.points):
+                raise RefusedError(422, f"point: expected one of {len(self.points.points)} points, and no other limit")
+            return body.point
+        try:
+            return self.points.index(body.max_loss, body.max_flops)
+        except ValueError as error:
+            raise RefusedError(422, str(error)) from None
+
+    # --- routes -------------------------------------------------------------------------------------------------------
+
+    async def predict(self, request: Request) -> Response:
+        """``POST /predict``."""
+        body = await body_of(request, Predict, self.settings.body, self.settings.timeout)
+        given, alone = inputs_of(body.inputs)
+        served = await self.answer(request, given, body)
+        answers = [_details(one) if body.details else _prediction(one) for one in served]
+        return _json(answers[0] if alone else answers, served)
+
+    async def generate(self, request: Request) -> Response:
+        """``POST /generate``."""
+        body = await body_of(request, Generate, self.settings.body, self.settings.timeout)
+        given, alone = inputs_of(body.inputs)
+        longest = self._longest(body.parameters.max_new_tokens, "parameters.max_new_tokens")
+        served = await self.answer(request, given, body.parameters, longest)
+        texts = [
+            {"generated_text": one.answer.answer} | ({"details": _details(one)} if body.parameters.details else {})
+            for one in served
+        ]
+        return _json(texts[0] if alone else texts, served)
+
+    async def completions(self, request: Request) -> Response:
+        """``POST /v1/completions``."""
+        body = await body_of(request, Completions, self.settings.body, self.settings.timeout)
+        prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+        if not prompts:
+            raise RefusedError(422, "prompt: expected at least one text")
+        longest = self._longest(body.max_tokens, "max_tokens")
+        served = await self.answer(request, list(prompts), body, longest)
+        stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        texts = [_cut(one.answer.answer, stops) for one in served]
+        tokens = [self.engine.tokens(text) for text in texts]
+        most = longest or self._served.longest
+        choices = [
+            {"index": at, "text": text, "logprobs": None, "finish_reason": "length" if count >= most else "stop"}
+            for at, (text, count) in enumerate(zip(texts, tokens, strict=True))
+        ]
+        prompt_tokens = sum(one.length for one in served)
+        content = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": body.model or self._served.name,
+            "choices": choices,
+            "usage": {
+                "prompt_tokens": prompt_tokens,
+                "completion_tokens": sum(tokens),
+                "total_tokens": prompt_tokens + sum(tokens),
+            },
+        }
+        return _json(content, served)
+
+    def _longest(self, asked: int | None, field: str) -> int | None:
+        if asked is not None and asked > self._served.longest:
+            raise RefusedError(422, f"{field}: expected at most {self._served.longest}, got {asked}")
+        return asked
+
+    async def info(self, request: Request) -> Response:
+        """``GET /info``: what is served."""
+        return JSONResponse(
+            {
+                "model_id": self._served.name,
+                "version": __version__,
+                "fields": list(self._served.fields),
+                "gives": self._served.gives,
+                "switches": self._served.switches,
+                "operating_points": [
+                    {"highest_loss": _number(point.highest_loss), "flops_ratio": _number(point.flops_ratio)}
+                    for point in self.points.points
+                ],
+                "default_point": self.points.default,
+                "max_client_batch_size": self.settings.inputs,
+                "timeout": self.settings.timeout,
+            }
+        )
+
+    async def live(self, request: Request) -> Response:
+        """``GET /livez``."""
+        return Response("ok")
+
+    async def ready(self, request: Request) -> Response:
+        """``GET /readyz``."""
+        return Response("ok" if self.is_ready else "not ready", status_code=200 if self.is_ready else 503)
+
+    async def exposed(self, request: Request) -> Response:
+        """``GET /metrics``."""
+        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def page(self, request: Request) -> Response:
+        """``GET /``."""
+        return FileResponse(PAGE)
+
+    def app(self) -> Starlette:
+        """The application."""
+        posts = {"/predict": self.predict}
+        if self._served.gives == "text":
+            posts["/generate"] = self.generate
+        if self._served.completes:
+            posts["/v1/completions"] = self.completions
+        gets = {
+            "/": self.page,
+            "/info": self.info,
+            "/livez": self.live,
+            "/readyz": self.ready,
+            "/metrics": self.exposed,
+        }
+        routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in gets.items()]
+        routes += [Route(path, self._counted(path, endpoint), methods=["POST"]) for path, endpoint in posts.items()]
+        app = Starlette(routes=routes, lifespan=self.running)
+        app.state.service = self
+        return app
+
+    def _counted(
+        self, path: str, endpoint: Callable[[Request], Awaitable[Response]]
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """The endpoint with its errors as responses, counted and timed."""
+
+        async def call(request: Request) -> Response:
+            started = time.perf_counter()
+            try:
+                response = await endpoint(request)
+            except Exception as error:
+                response = _failed(error, openai=path.startswith("/v1/"))
+            self.metrics.request(path, response.status_code, time.perf_counter() - started)
+            return response
+
+        return call
+
+
+def _failed(error: Exception, *, openai: bool) -> Response:
+    """The response to a request that failed."""
+    headers = {}
+    match error:
+        case RefusedError():
+            status, kind = error.status, error.kind
+        case QueueFullError():
+            status, kind, headers = 429, "Overloaded", {"Retry-After": str(error.retry_after)}
+        case ClosedError():
+            status, kind = 503, "Unhealthy"
+        case LateError():
+            status, kind = 504, "Overloaded"
+        case GoneError() | ClientDisconnect():
+            return Response(status_code=499)  # nobody reads it
+        case ValueError():  # of the input, such as a question that leaves no room for its context
+            status, kind = 422, "Tokenizer"
+        case _:
+            log.error("a request failed", exc_info=error)
+            status, kind = 500, "Backend"
+    message = str(error) if status != 500 else "the model failed on this input; the server's log says why"
+    content: dict[str, Any] = {"error": message, "error_type": kind}
+    if openai:
+        content = {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    return JSONResponse(content, status_code=status, headers=headers)
+
+
+async def _unless_gone(request: Request, answering: Awaitable[list[Served]]) -> list[Served]:
+    """The answers, unless the client hangs up first; then they are cancelled."""
+
+    async def hang_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    answers, gone = asyncio.ensure_future(answering), asyncio.ensure_future(hang_up())
+    try:
+        await asyncio.wait({answers, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not answers.done():
+            raise GoneError
+        return answers.result()
+    finally:
+        answers.cancel()
+        gone.cancel()
+
+
+def _prediction(served: Served) -> Any:
+    """An answer in the shape of text-embeddings-inference, where that has one."""
+    if served.scores is None:
+        return {"answer": served.answer.answer}
+    return [{"label": label, "score": score} for label, score in served.scores.items()]
+
+
+def _details(served: Served) -> dict[str, Any]:
+    """An answer, and all that is known of it."""
+    answer = served.answer
+    return {
+        **answer._asdict(),
+        "skip": answer.skip.astype(int).tolist(),
+        "scores": served.scores,
+        "tokens": served.length,
+    }
+
+
+def _json(content: Any, served: list[Served]) -> Response:
+    share = sum(one.promised for one in served) / sum(one.dense for one in served)
+    return JSONResponse(content, headers={"x-flops-ratio": f"{share:.4f}"})
+
+
+def _cut(text: str, stops: list[str]) -> str:
+    """The text in front of the first stop in it."""
+    for stop in filter(None, stops):
+        text = text.partition(stop)[0]
+    return text
+
+
+def _number(value: float) -> float | None:
+    return None if value != value else value
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("no more requests can be answered", exc_info=error)

@@ -1,0 +1,364 @@
+"""What answers the rows of a batcher: a model with its policy, in one thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sd_gym.execution.bank import MODELS
+from sd_gym.execution.split import BackboneSplit
+from sd_gym.inference.answer import Answer
+from sd_gym.inference.choices import choices_of, few_masks, masks_of
+from sd_gym.inference.onnx import OnnxModel
+from sd_gym.inference.texts import SkippingModel
+from sd_gym.operating_points import OperatingPoint, margin_for
+from sd_gym.serving.batcher import PassCost, Row
+
+WARM_UP_TEXT = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+WARM_UP_ROWS, WARM_UP_ROUNDS = (8, 24), 5
+LEAST_PADDING = 8.0  # tokens that a row may add to a group, however cheap a pass is
+
+
+class Asked(NamedTuple):
+    """One input of a request."""
+
+    texts: list[str]  # checked
+    point: int | None = None  # index of the operating point; None: the dial chooses
+    longest: int | None = None  # tokens of a generated text at most; None: as in the env
+
+
+class Served(NamedTuple):
+    """The answer to one input, and what it took."""
+
+    answer: Answer
+    scores: dict[str, float] | None  # probability of each class, the highest first; None: there are no classes
+    length: int  # tokens of the input
+    promised: float  # FLOPs of this row alone, the policy's own included
+    executed: float  # its share of those of its group, padding included
+    dense: float  # FLOPs of the dense backbone on this row alone
+
+
+class Described(NamedTuple):
+    """What is served."""
+
+    name: str  # of the backbone
+    fields: tuple[str, ...]  # names of an input's texts
+    gives: str  # label, score, span or text
+    switches: list[str]  # their names
+    longest: int  # tokens of a generated text at most
+    completes: bool  # whether one text is continued, as by a decoder alone
+
+
+class BlockingEngine(Protocol):
+    """A ``sd_gym.serving.batcher.Engine`` whose calls block."""
+
+    served: Described
+    groups_masks: bool  # whether rows of one mask run together, if there are enough of them
+
+    def checked(self, given: Any) -> list[str]: ...  # noqa: D102
+
+    def tokens(self, text: str) -> int: ...  # noqa: D102
+
+    def prepare(self, inputs: list[Asked]) -> list[Row]: ...  # noqa: D102
+
+    def run(self, rows: list[Row], point: int) -> list[Served]: ...  # noqa: D102
+
+    def warm_up(self) -> PassCost: ...  # noqa: D102
+
+
+class InThread:
+    """An engine whose calls run one after the other in a thread, so that the event loop never waits."""
+
+    def __init__(self, engine: BlockingEngine) -> None:
+        self._engine, self._thread = engine, ThreadPoolExecutor(1, thread_name_prefix="model")
+
+    async def prepare(self, inputs: list[Asked]) -> list[Row]:
+        """See ``Engine``."""
+        return await self.call(self._engine.prepare, inputs)
+
+    async def run(self, rows: list[Row], point: int) -> list[Served]:
+        """See ``Engine``."""
+        return await self.call(self._engine.run, rows, point)
+
+    async def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What a function gives in the thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._thread.shutdown()
+
+
+class OperatingPoints:
+    """The operating points that requests, or a dial, may choose among; the one that skips most first.
+
+    Args:
+        points: All that the policy has.
+        usual: The margin of the point of requests that ask for none; it is always among them.
+        allow_loss: Highest loss that a point may have, by its upper bound; ``None``: points that passed their test.
+        allow_flops: Largest share of the FLOPs that a point may run.
+
+    Attributes:
+        points: The points.
+        default: The index of the usual one.
+    """
+
+    def __init__(
+        self,
+        points: Sequence[OperatingPoint],
+        usual: float = 0.0,
+        allow_loss: float | None = None,
+        allow_flops: float = 1.0,
+    ) -> None:
+        def allowed(point: OperatingPoint) -> bool:
+            keeps = point.passed if allow_loss is None else point.highest_loss <= allow_loss
+            return point.margin == usual or (keeps and point.flops_ratio <= allow_flops)
+
+        self.points = [point for point in points if allowed(point)]
+        if all(point.margin != usual for point in self.points):  # it was never tested
+            self.points.append(OperatingPoint(usual, math.nan, math.nan, math.nan, passed=False))
+        self.default = self._at(usual)
+
+    def index(self, max_loss: float | None, max_flops: float | None) -> int | None:
+        """The point within a request's limits; ``None`` without a limit; ValueError as of ``margin_for``."""
+        if max_loss is None and max_flops is None:
+            return None
+        return self._at(margin_for(self.points, max_loss=max_loss, max_flops=max_flops))
+
+    def _at(self, margin: float) -> int:
+        return next(number for number, point in enumerate(self.points) if point.margin == margin)
+
+
+class TextEngine:
+    """Decides on texts, and answers those that share a mask.
+
+    If a policy has few masks, the rows of a mask run together as a smaller model. If it has many, rows of all masks run
+    together on the switchboard. So do the rows of an operating point if it decides in the pass.
+
+    Args:
+        model: The model.
+        points: Its operating points.
+        dialled: Indices of those that a dial chooses among.
+    """
+
+    def __init__(self, model: SkippingModel, points: OperatingPoints, dialled: Sequence[int]) -> None:
+        policy = model.policy
+        self.model, self._dialled, self._staged = model, dialled, policy.is_staged
+        self._policies = [policy.with_margin(point.margin) for point in points.points]
+        choices = None if self._staged or not few_masks(policy, MODELS) else choices_of(policy)
+        self._masks = None if choices is None else np.unique(masks_of(policy, choices), axis=0)
+        self.groups_masks, config = self._masks is not None, model.model.config
+        completes = model.gives == "text" and len(model.fields) == 1 and not config.is_encoder_decoder
+        name = Path(policy.card["backbone"]["name"]).name
+        self.served = Described(name, model.fields, model.gives, model.board.names, model.longest, completes)
+
+    def checked(self, given: Any) -> list[str]:
+        """See ``SkippingModel``."""
+        return self.model.checked(given)
+
+    def tokens(self, text: str) -> int:
+        """How many tokens a generated text has."""
+        return len(self.model.tokenizer(text, add_special_tokens=False).input_ids)
+
+    @torch.inference_mode()
+    def prepare(self, inputs: list[Asked]) -> list[Row]:
+        """Tokenise, and decide at the operating point that was asked for, or else at all that may be chosen."""
+        rows: dict[int, Row] = {}
+        for count in {len(asked.texts) for asked in inputs}:  # a single text among pairs gets further tokens
+            numbers = [number for number, asked in enumerate(inputs) if len(asked.texts) == count]
+            of_count = [inputs[number] for number in numbers]
+            split = self.model.split([asked.texts for asked in of_count])
+            lengths = split.encoded.source_length.tolist()
+            rows |= zip(numbers, map(self._row, of_count, lengths, self._decided(split, of_count)), strict=True)
+        return [rows[number] for number in range(len(inputs))]
+
+    def _decided(self, split: BackboneSplit, inputs: list[Asked]) -> NDArray:
+        """Decisions at each operating point, int64 ``[n, points, switches + 1]``; zeros where nobody asks for it."""
+        decisions = np.zeros((len(inputs), len(self._policies), len(self.model.board) + 1), dtype=np.int64)
+        for number, policy in enumerate(self._policies):
+            if any(number in self._dialled if asked.point is None else number == asked.point for asked in inputs):
+                self.model.policy = policy
+                decisions[:, number] = self.model.decided(split)
+        return decisions
+
+    def _row(self, asked: Asked, length: int, decisions: NDArray) -> Row:
+        if asked.point is not None:
+            decisions = np.repeat(decisions[[asked.point]], len(decisions), axis=0)
+        masks = [decision.tobytes() if self.groups_masks else b"" for decision in decisions]
+        kind = len(asked.texts), asked.longest, asked.point if self._staged else None
+        return Row(length, masks, kind, (asked, decisions))
+
+    @torch.inference_mode()
+    def run(self, rows: list[Row], point: int) -> list[Served]:
+        """The answers of rows of one kind at an operating point."""
+        asked: list[Asked] = [row.content[0] for row in rows]
+        self.model.policy = self._policies[point if asked[0].point is None else asked[0].point]
+        return self._answered([one.texts for one in asked], np.stack([row.content[1][point] for row in rows]), asked[0])
+
+    def _answered(self, texts: list[list[str]], decided: NDArray, asked: Asked) -> list[Served]:
+        split = self.model.split(texts)
+        if asked.longest is not None:
+            split.passes.longest = asked.longest
+        if self.groups_masks and (decided != decided[0]).any():
+            split.passes.bank = None  # it is one pass, not one for each mask
+        scores: list[dict[str, float] | None] = [None] * len(texts)
+
+        def keep(rows: NDArray, logits: torch.Tensor) -> None:
+            for row, shares in zip(rows.tolist(), logits.float().softmax(dim=-1).tolist(), strict=True):
+                scores[row] = _ranked(shares, self.model.names)
+
+        if split.head.confidence is not None:
+            split.passes.watch = keep
+        answers = self.model.answered(split, decided)
+        said, rows = self.model.saying(split, [answer.answer for answer in answers]), np.arange(len(texts))
+        masks = np.array([[*one.skip, one.token_level, one.went_on] for one in answers], dtype=np.int64)
+        executed = said.costs.executed_flops(rows, masks, [rows]) / len(rows) + self.model.own_flops(split)
+        dense, length = said.costs.dense_flops(rows).tolist(), split.encoded.source_length.tolist()
+        return [
+            Served(
+                answers[row], scores[row], length[row], answers[row].flops_ratio * dense[row], executed[row], dense[row]
+            )
+            for row in rows
+        ]
+
+    def warm_up(self) -> PassCost:
+        """Run what is slow the first time, and measure what passes of one mask and of several take."""
+        texts = [WARM_UP_TEXT] * len(self.model.fields)
+        length = self.prepare([Asked(texts)])[0].length
+        dense = np.zeros((1, len(self.model.board) + 1), dtype=np.int64)
+        masks = dense if self._masks is None else self._masks
+
+        def run(decisions: NDArray) -> None:
+            self._answered([texts] * len(decisions), decisions, Asked(texts))
+
+        def repeated(masks: NDArray) -> Callable[[int], list[NDArray]]:
+            return lambda rows: [np.repeat(mask[None], rows, axis=0) for mask in masks]
+
+        token = _fitted(run, repeated(dense))[0] / length
+        of_row, of_pass = _fitted(run, repeated(masks))
+        if len(masks) == 1:
+            return PassCost(max(LEAST_PADDING, of_pass / token))
+        mixed_row, mixed = _fitted(run, lambda rows: [np.resize(masks, (rows, masks.shape[1]))])
+        return PassCost(max(LEAST_PADDING, of_pass / token), mixed / token, max(0.0, mixed_row - of_row) / token)
+
+
+class GraphEngine:
+    """The same of a policy that ``sd-gym export`` wrote: each mask is a graph, so rows of several never run together.
+
+    Arguments are those of ``TextEngine``.
+    """
+
+    groups_masks = True
+
+    def __init__(self, model: OnnxModel, points: OperatingPoints, dialled: Sequence[int]) -> None:
+        self.model, self._points, self._dialled = model, points.points, dialled
+        manifest = model.manifest
+        name = Path(manifest["backbone"]["name"]).name
+        self.served = Described(name, model.fields, manifest["head"], manifest["switches"], 0, completes=False)
+
+    def checked(self, given: Any) -> list[str]:
+        """See ``OnnxModel``."""
+        return self.model.checked(given)
+
+    def tokens(self, text: str) -> int:
+        """Nothing is generated."""
+        raise NotImplementedError
+
+    def prepare(self, inputs: list[Asked]) -> list[Row]:
+        """As of ``TextEngine``."""
+        rows: dict[int, Row] = {}
+        for count in {len(asked.texts) for asked in inputs}:
+            numbers = [number for number, asked in enumerate(inputs) if len(asked.texts) == count]
+            of_count = [inputs[number] for number in numbers]
+            encoded = self.model._encoded([asked.texts for asked in of_count])
+            batch, masks = self.model._batch(encoded), np.zeros((len(numbers), len(self._points)), dtype=np.int64)
+            seen: NDArray = np.zeros((len(numbers), 0))
+            for at, point in enumerate(self._points):
+                if any(at in self._dialled if asked.point is None else at == asked.point for asked in of_count):
+                    self.model._margin = np.float32(point.margin)
+                    masks[:, at], seen = self.model.decide(batch)
+            for number, asked, row, of_points, shown in zip(numbers, of_count, encoded, masks, seen, strict=True):
+                chosen = of_points if asked.point is None else np.repeat(of_points[asked.point], len(of_points))
+                kind = count, asked.point if self.model.looks_at_answer else None
+                rows[number] = Row(len(row), chosen.tolist(), kind, (asked, row, shown))
+        return [rows[number] for number in range(len(inputs))]
+
+    def run(self, rows: list[Row], point: int) -> list[Served]:
+        """The answers of rows that share a mask at an operating point."""
+        asked: list[Asked] = [row.content[0] for row in rows]
+        encoded = [row.content[1] for row in rows]
+        number: Any = rows[0].masks[point]
+        self.model._margin = np.float32(self._points[point if asked[0].point is None else asked[0].point].margin)
+        seen = np.stack([row.content[2] for row in rows])
+        values, went_on = self.model.run_policy(number, self.model._batch(encoded), seen)
+        said = self.model._in_words(encoded, [one.texts for one in asked], values)
+        lengths = np.array([row.length for row in rows])
+        padded = np.full_like(lengths, lengths.max())
+        dense, own, mask = self.model._dense(lengths), self.model.own_flops(lengths), self.model.masks[number]
+        numbers = np.full_like(lengths, number)
+        ratio = self.model._flops_ratio(numbers, lengths, went_on) + own / dense
+        executed = self.model._flops_ratio(numbers, padded, went_on) * self.model._dense(padded) + own
+        unknown = self.model.manifest["unknown_token"]
+        shares = np.exp(values - values.max(axis=-1, keepdims=True))
+        served = []
+        for at, (text, length) in enumerate(zip(said, lengths.tolist(), strict=True)):
+            unknowns = 0 if unknown is None else encoded[at].ids.count(unknown)
+            answer = Answer(text, mask, 0, float(ratio[at]), unknowns, bool(went_on[at]))
+            scores = None
+            if self.served.gives == "label":
+                scores = _ranked((shares[at] / shares[at].sum()).tolist(), self.model.names)
+            promised = float(ratio[at] * dense[at])
+            served.append(Served(answer, scores, length, promised, float(executed[at]), float(dense[at])))
+        return served
+
+    def warm_up(self) -> PassCost:
+        """Open all graphs, and measure what their passes take."""
+        asked = Asked([WARM_UP_TEXT] * len(self.model.fields))
+        row = self.prepare([asked])[0]
+
+        def run(numbers: NDArray) -> None:
+            masks = [numbers[0]] * len(self._points)
+            self.run([row._replace(masks=masks)] * len(numbers), 0)
+
+        def graphs(numbers: Sequence[int]) -> Callable[[int], list[NDArray]]:
+            return lambda rows: [np.full(rows, number) for number in numbers]
+
+        token = _fitted(run, graphs([0]))[0] / row.length
+        return PassCost(max(LEAST_PADDING, _fitted(run, graphs(range(len(self.model.masks))))[1] / token))
+
+
+def _ranked(shares: list[float], names: dict[int, str]) -> dict[str, float]:
+    """The probability of each class, the highest first."""
+    return {names[number]: share for number, share in sorted(enumerate(shares), key=lambda pair: -pair[1])}
+
+
+def _fitted(run: Callable[[NDArray], None], of_rows: Callable[[int], list[NDArray]]) -> tuple[float, float]:
+    """Seconds of a row and of a pass, by ``a * rows + b``; the mean of what ``of_rows`` gives to ``run``.
+
+    Each is the quickest of a few: what else runs on the machine makes the others slower.
+    """
+
+    def seconds(given: NDArray) -> float:
+        started = time.perf_counter()
+        run(given)
+        return time.perf_counter() - started
+
+    few, many = WARM_UP_ROWS
+    for given in of_rows(few):
+        run(given)
+    times = [
+        statistics.fmean(min(seconds(given) for _ in range(WARM_UP_ROUNDS)) for given in of_rows(rows))
+        for rows in WARM_UP_ROWS
+    ]
+    of_row = max((times[1] - times[0]) / (many - few), 1e-9)
+    return of_row, max(0.0, times[0] - few * of_row)

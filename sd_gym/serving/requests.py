@@ -1,0 +1,143 @@
+"""Bodies of requests, checked before anything queues."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request
+
+from sd_gym.errors import short
+
+Limit = Annotated[float | None, Field(ge=0, allow_inf_nan=False)]
+MOST_STOPS = 4  # as OpenAI has it
+
+
+class RefusedError(Exception):
+    """A request that is not answered.
+
+    Attributes:
+        status: The HTTP status.
+        kind: What text-embeddings-inference calls it.
+    """
+
+    def __init__(self, status: int, message: str, kind: str = "Validation") -> None:
+        super().__init__(message)
+        self.status, self.kind = status, kind
+
+
+class Body(BaseModel):
+    """What every body may hold.
+
+    Attributes:
+        max_loss: The highest loss of quality, in the task's unit; see ``SkipPolicy.at``.
+        max_flops: The largest share of the dense FLOPs.
+        point: Instead of these, the index of an operating point of ``/info``.
+        timeout: Seconds; the server's own limit stands above it.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    max_loss: Limit = None
+    max_flops: Limit = None
+    point: Annotated[int | None, Field(ge=0)] = None
+    timeout: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+
+
+class Predict(Body):
+    """Of ``POST /predict``, in the shape of text-embeddings-inference."""
+
+    inputs: Any
+    details: bool = False
+    truncate: Literal[True] = True
+    raw_scores: Literal[False] = False
+
+
+class GenerateParameters(Body):
+    """Of ``Generate``."""
+
+    max_new_tokens: Annotated[int | None, Field(ge=1)] = None
+    details: bool = False
+    do_sample: Literal[False] = False
+
+
+class Generate(BaseModel):
+    """Of ``POST /generate``, in the shape of text-generation-inference."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    inputs: Any
+    parameters: GenerateParameters = GenerateParameters()
+
+
+class Completions(Body):
+    """Of ``POST /v1/completions``, in OpenAI's shape; answers are greedy."""
+
+    model: str | None = None
+    prompt: str | list[str]
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    temperature: Annotated[float, Field(ge=0, le=0)] = 0
+    top_p: float = 1
+    n: Literal[1] = 1
+    stream: Literal[False] = False
+    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
+    seed: int | None = None
+    user: str | None = None
+
+
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+async def body_of(request: Request, kind: type[Kind], most: int, seconds: float) -> Kind:
+    """The body of a request.
+
+    Raises:
+        RefusedError: 400 if it is no JSON object, 408 if it comes too slowly, 413 if it has more than ``most`` bytes,
+            422 if its fields are wrong.
+    """
+    received = bytearray()
+    try:
+        async with asyncio.timeout(seconds):
+            async for part in request.stream():
+                received += part
+                if len(received) > most:
+                    raise RefusedError(413, f"expected a body of at most {most:,} bytes; send fewer or shorter inputs")
+    except TimeoutError:
+        raise RefusedError(408, f"the body did not arrive within {seconds:g} s") from None
+    try:
+        values = json.loads(received, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise RefusedError(400, f"expected a JSON object: {short(str(error))}") from None
+    if not isinstance(values, Mapping):
+        raise RefusedError(400, f"expected a JSON object, got {short(values)}")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise RefusedError(422, f"{short(place)}: {first['msg']}, got {short(first['input'])}") from None
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def inputs_of(given: Any) -> tuple[list[Any], bool]:
+    """The inputs in ``given``, and whether it is one input; ``RefusedError`` (422) if there is none.
+
+    As in text-embeddings-inference, a list of texts is one input (a pair), and many inputs are a list of lists.
+    """
+    if isinstance(given, str | Mapping):
+        return [given], True
+    if not isinstance(given, list) or not given:
+        raise RefusedError(422, f"inputs: expected a text, a pair of texts, or a list of inputs; got {short(given)}")
+    if not all(isinstance(one, str) for one in given):
+        return given, False
+    if len(given) > 2:
+        raise RefusedError(
+            422, "inputs: a list of texts is one input; put each input into a list of its own: [[...], ...]"
+        )
+    return [given], True

@@ -1,0 +1,182 @@
+"""Requests are answered, each with its own answer, in groups within the limits; the clock is simulated."""
+
+import asyncio
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sd_gym.serving.batcher import Batcher, ClosedError, Fixed, LateError, Limits, PassCost, QueueFullError
+from tests.serving.conftest import CountingEngine, simulate
+
+LIMITS = Limits(rows=4, tokens=60, queued_rows=12, queued_tokens=200, max_wait=2.0)
+ALWAYS, COST = Fixed(), PassCost(10)
+REQUESTS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "at": st.floats(0, 20),
+            "rows": st.lists(st.tuples(st.integers(0, 3), st.integers(1, 70)), min_size=1, max_size=5),
+            "timeout": st.floats(0.05, 30),
+            "cancelled": st.none() | st.floats(0, 5),
+            "breaks": st.sampled_from([None, None, None, "prepare", "run"]),
+        }
+    ),
+    max_size=25,
+)
+
+
+async def send(batcher, number, request):
+    """Send a request at its time; what became of it, and when."""
+    loop = asyncio.get_running_loop()
+    await asyncio.sleep(request["at"])
+    inputs = [((number, row), *mask_and_length) for row, mask_and_length in enumerate(request["rows"])]
+    answering = asyncio.ensure_future(batcher.answer(inputs, request["timeout"]))
+    if request["cancelled"] is not None:
+        loop.call_later(request["cancelled"], answering.cancel)
+    try:
+        return await answering, loop.time()
+    except (Exception, asyncio.CancelledError) as error:
+        return error, loop.time()
+
+
+async def play(requests, engine, limits=LIMITS, dial=ALWAYS, close_at=None, cost=COST):
+    """Send all requests; their outcomes, and the groups that were reported."""
+    reported = []
+    batcher = Batcher(engine, limits, cost, dial, reported.append)
+    working = asyncio.create_task(batcher.work())
+    if close_at is not None:
+        asyncio.get_running_loop().call_later(close_at, batcher.close)
+    outcomes = await asyncio.gather(*(send(batcher, number, request) for number, request in enumerate(requests)))
+    batcher.close()
+    await working
+    assert batcher.queued == 0
+    return outcomes, reported
+
+
+@settings(max_examples=80, deadline=None)
+@given(requests=REQUESTS, close_at=st.none() | st.floats(0, 20), mixed=st.sampled_from([math.inf, 15.0]))
+def test_every_request_gets_its_own_answers_or_its_own_error(requests, close_at, mixed):
+    broken = {
+        (request["breaks"], (number, 0)) for number, request in enumerate(requests) if request["breaks"] is not None
+    }
+    engine = CountingEngine(broken)
+    outcomes, reported = simulate(play(requests, engine, close_at=close_at, cost=PassCost(10, mixed)))
+    for number, (request, (outcome, at)) in enumerate(zip(requests, outcomes, strict=True)):
+        if isinstance(outcome, list):
+            assert outcome == [f"answer to {(number, row)} at 0" for row in range(len(request["rows"]))]
+            assert request["breaks"] is None
+        elif isinstance(outcome, LateError):
+            assert at == pytest.approx(request["at"] + request["timeout"])
+        elif isinstance(outcome, asyncio.CancelledError):
+            assert request["cancelled"] is not None
+        elif isinstance(outcome, ClosedError):
+            assert close_at is not None
+            assert at >= close_at - 1e-6
+        elif isinstance(outcome, QueueFullError):
+            assert 1 <= outcome.retry_after <= 61
+        else:
+            assert request["breaks"] is not None, outcome
+        assert at <= request["at"] + request["timeout"] + 1e-9
+    answered = [row.content for rows, _ in engine.groups for row in rows]
+    assert len(answered) == len(set(answered))
+    for rows, _ in engine.groups:
+        assert len({row.masks[0] for row in rows}) == 1 or math.isfinite(mixed)
+        assert len(rows) <= LIMITS.rows
+        assert len(rows) == 1 or len(rows) * max(row.length for row in rows) <= LIMITS.tokens
+    assert sum(len(group.rows) for group in reported) >= len(answered)
+
+
+def requests_of(*rows, at=0.0, timeout=100.0):
+    return [{"at": at, "rows": [(mask, length)], "timeout": timeout, "cancelled": None} for mask, length in rows]
+
+
+def names(engine):
+    return [[row.content[0] for row in rows] for rows, _ in engine.groups]
+
+
+def test_the_largest_group_goes_first_but_nobody_is_passed_over_for_long():
+    engine = CountingEngine()
+    common = [request for wave in range(12) for request in requests_of((1, 9), (1, 9), at=wave / 2)]
+    outcomes, _ = simulate(play([*common, *requests_of((2, 9), at=0.5)], engine))
+    started = names(engine).index([24])
+    assert 1 <= started <= 3  # larger groups were preferred for two seconds
+    assert outcomes[24][1] <= 0.5 + LIMITS.max_wait + 2 * 1.4 + 0.1
+
+
+def test_the_oldest_deadline_goes_first_if_all_have_waited():
+    engine, limits = CountingEngine(), Limits(rows=1, max_wait=0.0)
+    requests = [
+        {"at": 0.0, "rows": [(0, 5)], "timeout": timeout, "cancelled": None} for timeout in (50, 30, 90, 10, 70)
+    ]
+    simulate(play(requests, engine, limits))
+    assert names(engine) == [[3], [1], [0], [4], [2]]
+
+
+def test_long_rows_do_not_pad_short_ones():
+    engine = CountingEngine()
+    simulate(play(requests_of((0, 5), (0, 30), (0, 6), (0, 28)), engine))
+    assert sorted(map(sorted, names(engine))) == [[0, 2], [1, 3]]
+
+
+def test_masks_run_together_where_that_is_cheaper():
+    requests = requests_of((0, 5), (0, 5), (0, 5), (1, 5), (2, 5))
+    for mixed, expected in ((29, [3, 1, 1]), (9, [4, 1]), (math.inf, [3, 1, 1])):
+        engine = CountingEngine()
+        simulate(play(requests, engine, cost=PassCost(10, mixed, 0.0)))
+        assert [len(rows) for rows, _ in engine.groups] == expected
+    engine = CountingEngine()
+    simulate(play(requests, engine, cost=PassCost(10, 9, 2.0)))  # each row of such a pass takes longer
+    assert [len(rows) for rows, _ in engine.groups] == [3, 2]
+
+
+def test_what_was_hung_up_on_never_runs():
+    engine = CountingEngine()
+    requests = requests_of((0, 5), *[(1, 5)] * 3)
+    for request in requests[1:]:
+        request["cancelled"] = 0.5
+    outcomes, _ = simulate(play(requests, engine))
+    ran = names(engine)
+    assert len(ran) == 1 or ran == [[1, 2, 3], [0]]  # whichever group was first; the other one is gone
+    assert isinstance(outcomes[0][0], list)
+
+
+def test_a_full_queue_refuses_by_rows_and_by_tokens():
+    engine = CountingEngine()
+    outcomes, _ = simulate(play(requests_of(*[(0, 5)] * 20), engine))
+    full = [isinstance(outcome, QueueFullError) for outcome, _ in outcomes]
+    assert full == [False] * 12 + [True] * 8
+    assert all(at == 0 for (_, at), refused in zip(outcomes, full, strict=True) if refused)
+    outcomes, _ = simulate(play(requests_of(*[(0, 50)] * 8), engine))
+    assert [isinstance(outcome, QueueFullError) for outcome, _ in outcomes] == [False] * 4 + [True] * 4
+
+
+def test_a_closed_batcher_answers_what_it_took():
+    engine = CountingEngine()
+    requests = [*requests_of(*[(0, 5), (1, 5)] * 5), *requests_of((0, 5), at=0.6)]
+    outcomes, _ = simulate(play(requests, engine, close_at=0.5))
+    assert all(isinstance(outcome, list) for outcome, _ in outcomes[:10])
+    assert isinstance(outcomes[10][0], ClosedError)
+
+
+def test_the_dial_is_asked_before_each_group():
+    class Busy:
+        def __init__(self):
+            self.asked = []
+
+        def choose(self, queue_length, oldest_wait, arrival_rate):
+            self.asked.append((queue_length, oldest_wait, arrival_rate))
+            return int(queue_length > 2)
+
+    engine, dial = CountingEngine(), Busy()
+    outcomes, reported = simulate(play(requests_of((0, 5), (1, 5), (2, 5), (3, 5)), engine, dial=dial))
+    assert [(sorted(row.content[0] for row in rows), point) for rows, point in engine.groups] == [
+        ([0, 2], 1),  # under the second point masks 0 and 2 are one
+        ([1], 0),
+        ([3], 0),
+    ]
+    assert outcomes[0][0] == ["answer to (0, 0) at 1"]
+    assert [group.point for group in reported] == [1, 0, 0]
+    assert [length for length, *_ in dial.asked] == [4, 2, 1]
+    assert dial.asked[1][1] == pytest.approx(1.21)
+    assert dial.asked[0][2] == pytest.approx(4, rel=0.02)

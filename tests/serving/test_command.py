@@ -1,0 +1,30 @@
+"""The command line, as far as nothing is served."""
+
+import socket
+
+import pytest
+from typer.testing import CliRunner
+
+from sd_gym.cli import app
+
+runner = CliRunner()
+
+
+def test_help_has_an_example():
+    assert "sd-gym serve runs/reviews-8" in " ".join(runner.invoke(app, ["serve", "--help"]).output.split())
+
+
+@pytest.mark.parametrize("options", [[], ["--backbone", "."]])
+def test_what_is_missing_is_one_line(tmp_path, options):
+    result = runner.invoke(app, ["serve", str(tmp_path), *options])
+    assert result.exit_code == 2
+    assert "no skip_policy.json" in result.output
+
+
+def test_a_port_that_is_taken_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("sd_gym.serving.server.service", lambda *args, **options: None)
+    monkeypatch.setattr("sd_gym.cli.serving._warn_of_many_masks", lambda served: None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = runner.invoke(app, ["serve", str(tmp_path), "--port", str(taken.getsockname()[1])])
+    assert result.exit_code == 2
+    assert "Address already in use" in result.output

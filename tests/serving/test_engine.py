@@ -1,0 +1,144 @@
+"""What is served equals what ``sd_gym.load(policy)(texts)`` answers, whoever asks at the same time."""
+
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import sd_gym
+from sd_gym.operating_points import OperatingPoint
+from sd_gym.serving.app import Settings
+from sd_gym.serving.batcher import Limits
+from sd_gym.serving.engine import Asked, OperatingPoints, TextEngine
+from sd_gym.serving.server import service
+from tests.envs.conftest import trained
+from tests.serving.conftest import client_of
+
+POINTS = tuple(OperatingPoint(margin, 0.0, loss, share, True) for margin, loss, share in ((0, 0.01, 0.4), (1000, 0, 1)))
+
+
+def few_masks(policy):
+    """The same policy with three masks to choose among."""
+    policy.network.codebook = torch.tensor([[0, 0, 0, 0, 0, 0, 0], [1, 0, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 0, 0]])
+    return policy
+
+
+def served(client, path, given):
+    response = client.post(path, json={"inputs": given, "details": True})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+@pytest.mark.parametrize(
+    ("task", "ranking", "stages", "few"),
+    [
+        ("classification", None, ["first"], True),
+        ("classification", "idf", ["first"], False),
+        ("classification", None, ["first", "answer"], False),
+        ("pairs", None, ["first"], True),
+        ("scores", None, ["first"], True),
+        ("extracted", None, ["first"], True),
+        ("prompted", None, ["first"], False),
+    ],
+)
+def test_answers_are_those_of_a_call(task, ranking, stages, few, tmp_path, tiny_tokenizer):
+    _, _, artefact, texts = trained(task, ranking, tmp_path, tiny_tokenizer, stages=stages)
+    artefact = few_masks(artefact) if few else artefact
+    wanted = sd_gym.load(artefact)(texts)
+    own = service(artefact, Limits(rows=4), Settings())
+    assert own.engine.groups_masks == few
+    with client_of(own) as client, ThreadPoolExecutor(6) as threads:
+        given = [list(text) if isinstance(text, tuple) else text for text in texts]
+        came = list(threads.map(lambda one: served(client, "/predict", one), given))
+        together = served(client, "/predict", [one if isinstance(one, dict | list) else [one] for one in given])
+    for answers in (came, together):
+        assert [one["answer"] for one in answers] == [one.answer for one in wanted]
+        np.testing.assert_array_equal([one["skip"] for one in answers], [one.skip for one in wanted])
+        assert [one["went_on"] for one in answers] == [one.went_on for one in wanted]
+        np.testing.assert_allclose([one["flops_ratio"] for one in answers], [one.flops_ratio for one in wanted])
+    if task == "classification":
+        for one in came:
+            assert next(iter(one["scores"])) == one["answer"]
+            assert sum(one["scores"].values()) == pytest.approx(1, abs=1e-5)
+    assert (came[0]["scores"] is None) == (task in ("scores", "extracted", "prompted"))
+
+
+def test_groups_are_of_one_mask_and_operating_points_decide_at_once(tmp_path, tiny_tokenizer):
+    _, _, artefact, texts = trained("classification", None, tmp_path, tiny_tokenizer)
+    policy = few_masks(replace(artefact, operating_points=POINTS))
+    model = sd_gym.load(policy)
+    points = OperatingPoints(POINTS)
+    assert (points.index(None, None), points.index(0.0, None), points.index(None, 0.5)) == (None, 1, 0)
+    assert [point.flops_ratio for point in OperatingPoints(POINTS, allow_loss=0.0).points] == [0.4, 1]
+    assert [point.flops_ratio for point in OperatingPoints(POINTS, allow_flops=0.5).points] == [0.4]
+    engine = TextEngine(model, points, range(2))
+    usual, dialled, asked = (engine.prepare([Asked([text], point) for text in texts]) for point in (0, None, 1))
+    assert len({row.masks[0] for row in usual}) > 1
+    assert [row.masks[0] for row in dialled] == [row.masks[0] for row in usual] == [row.masks[1] for row in usual]
+    assert {row.masks[1] for row in dialled} == {row.masks[0] for row in asked}
+    assert len({row.masks[0] for row in asked}) == 1
+    dense = engine.run(dialled, 1)
+    assert not any(one.answer.skip.any() for one in dense)
+    assert [one.answer.answer for one in dense] == [one.answer for one in model(texts, dense=True)]
+    group = [row for row in usual if row.masks[0] == usual[0].masks[0]]
+    for one in engine.run(group, 0):
+        assert one.promised <= one.executed * (1 + 1e-9)  # which has padding
+        assert one.promised / one.dense == pytest.approx(one.answer.flops_ratio)
+    assert all(value >= 0 for value in engine.warm_up())
+
+
+@pytest.mark.parametrize("stages", [["first"], ["first", "answer"]])
+def test_exported_graphs_are_served_alike(stages, tmp_path, tiny_tokenizer):
+    _, _, artefact, texts = trained("classification", None, tmp_path, tiny_tokenizer, stages=stages)
+    if len(stages) > 1:
+        artefact.network.codebook = torch.tensor(
+            [[1, 0, 1, 0, 0, 0, 0, -1], [0] * 7 + [-1], [-1] * 7 + [0], [-1] * 7 + [1]]
+        )
+    else:
+        artefact = few_masks(artefact)
+    artefact = replace(artefact, operating_points=POINTS)
+    sd_gym.export(artefact, tmp_path / "onnx")
+    wanted = sd_gym.onnx.load(tmp_path / "onnx")(texts)
+    dense = sd_gym.onnx.load(tmp_path / "onnx", max_loss=0.0)(texts)
+    with client_of(service(tmp_path / "onnx", Limits(rows=4), Settings())) as client, ThreadPoolExecutor(6) as threads:
+        came = list(threads.map(lambda text: served(client, "/predict", text), texts))
+        assert client.get("/info").json()["switches"] == artefact.network.switches
+        safe = client.post("/predict", json={"inputs": [[text] for text in texts], "max_loss": 0.0, "details": True})
+    for answers, offline in ((came, wanted), (safe.json(), dense)):
+        assert [one["answer"] for one in answers] == [one.answer for one in offline]
+        np.testing.assert_array_equal([one["skip"] for one in answers], [one.skip for one in offline])
+        assert [one["went_on"] for one in answers] == [one.went_on for one in offline]
+        np.testing.assert_allclose([one["flops_ratio"] for one in answers], [one.flops_ratio for one in offline])
+    assert next(iter(came[0]["scores"])) == came[0]["answer"]
+
+
+def test_texts_of_a_generator_are_as_long_as_was_asked_for(tmp_path, tiny_tokenizer):
+    _, _, artefact, texts = trained("summarization", None, tmp_path, tiny_tokenizer)
+    model = sd_gym.load(artefact)
+    with client_of(service(artefact, Limits(), Settings())) as client, ThreadPoolExecutor(4) as threads:
+
+        def generate(numbered):
+            text, longest = numbered
+            body = {"inputs": text, "parameters": {"max_new_tokens": longest}}
+            return client.post("/generate", json=body).json()["generated_text"]
+
+        came = list(threads.map(generate, [(text, longest) for text in texts[:6] for longest in (1, 4)]))
+        assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 404  # it has an encoder
+    assert came[1::2] == [one.answer for one in model(texts[:6])]
+    card = deepcopy(artefact.card)
+    card["env"]["backbone"]["max_target_length"] = 1
+    assert came[::2] == [one.answer for one in sd_gym.load(replace(artefact, card=card))(texts[:6])]
+
+
+def test_one_long_question_fails_alone(tmp_path, tiny_tokenizer):
+    """Which is seen only when it is tokenised."""
+    _, _, artefact, texts = trained("extracted", None, tmp_path, tiny_tokenizer)
+    long = {"question": "the food " * 40, "context": "good"}
+    own = service(artefact, Limits(), Settings())
+    with client_of(own) as client, ThreadPoolExecutor(6) as threads:
+        responses = list(threads.map(lambda one: client.post("/predict", json={"inputs": one}), [*texts[:5], long]))
+    assert [response.status_code for response in responses] == [200] * 5 + [422]
+    assert "question alone" in responses[-1].json()["error"]
