@@ -8,7 +8,7 @@ from pathlib import Path
 import gymnasium as gym
 from gymnasium.envs.registration import parse_env_id
 
-from sd_gym.registry import Registry
+from sd_gym.registry import Registry, UnknownNameError, unknown
 
 CONFIG_FOLDER = Path(str(files("sd_gym.envs_configs")))
 OBSERVATIONS: Registry[type] = Registry(
@@ -62,6 +62,16 @@ ENVS = Registry(
 )
 
 
+SERVING = {env_id(file): file for file in sorted((CONFIG_FOLDER / "serving").glob("*.yaml"))}
+
+
+def serving_file(identity: str) -> Path:
+    """The configuration file of a serving env; raises ``ValueError`` if there is no such id."""
+    if identity not in SERVING:
+        raise UnknownNameError(unknown("serving env", identity, list(SERVING)))
+    return SERVING[identity]
+
+
 def config_files() -> list[Path]:
     """The configuration files, the bundled ones first."""
     return [ENVS.find(identity) for identity in ENVS.names()]
@@ -112,6 +122,13 @@ def register_envs() -> None:
     """Register the bundled envs with Gymnasium."""
     for identity in ENVS.names():
         _register(identity)
+    for identity, file in SERVING.items():
+        gym.register(
+            identity,
+            entry_point="sd_gym.envs.serving.shells:ServingEnv",
+            vector_entry_point="sd_gym.envs.serving.shells:ServingVectorEnv",
+            kwargs={"config_file": file.name},
+        )
 
 
 def _register(identity: str) -> None:

@@ -11,10 +11,12 @@ from sd_gym.agents.experiment.run import check_same_run, identity, is_setting, s
 from sd_gym.agents.registry import BLIND, agent_class, agent_names, is_control, make_settings
 from sd_gym.agents.runs.folder import read_description
 from sd_gym.agents.runs.verdict import CONFIDENCE
+from sd_gym.agents.serving import run as dials
 
 from sd_gym.envs.config import load_config
+from sd_gym.envs.serving.config import serving_config
 from sd_gym.files import as_json
-from sd_gym.registration import config_of
+from sd_gym.registration import SERVING, config_of
 
 CONTROLS = ("hull", "early-exit", "random", "hash", "dense")  # of every comparison, with a blind agent
 FROM = "-from-"
@@ -61,6 +63,9 @@ class PlannedRun:
         """Whether the folder holds this run, finished; raises ``ValueError`` if it holds another one."""
         if not (self.folder / "result.json").exists():
             return False
+        if self.env in SERVING:
+            values = self.steps, self.seed, self.settings, self.confidence
+            return dials.is_finished(self.folder, dials.describe(self.env, self.algo, *values))
         of_env, of_agent = split_settings(self.algo, self.settings)
         description = {key: getattr(self, key) for key in ("env", "algo", "steps", "seed", "confidence")}
         description["env_config"] = load_config(config_of(self.env), of_env).model_dump()
@@ -90,6 +95,11 @@ def plan_comparison(
     ``ValueError`` if a name or a setting is unknown, or an agent cannot start from another.
     """
     settings, names = settings or {}, {}
+    shared: dict[str, Any] = {"steps": steps, "settings": settings, "confidence": confidence}
+    runs = [run for env in envs if env in SERVING for run in _serving_runs(env, algos, controls, seeds, output, shared)]
+    envs = [env for env in envs if env not in SERVING]
+    if not envs:
+        return runs
     for name in [*algos, *((*CONTROLS, *_blind(algos)) if controls else ())]:
         algo, start = _parts(name)
         for part in filter(None, (algo, start)):
@@ -100,7 +110,6 @@ def plan_comparison(
         names[name] = None
     of_agents = {key for name in names for key in agent_class(_parts(name)[0]).Settings.model_fields}
     split_settings("dense", {key: value for key, value in settings.items() if key not in of_agents})  # raises
-    runs = []
     for env in envs:
         config_of(env)  # raises if the name is unknown
         folder = output / env.removeprefix("SD/").removesuffix("-v0")
@@ -114,6 +123,24 @@ def plan_comparison(
                 if start:
                     own[_start_key(algo)] = folder / f"{start}-{seed if agent_class(start).draws else 0}"
                 runs.append(PlannedRun(env, algo, folder / f"{name}-{seed}", steps, seed, own, confidence))
+    return runs
+
+
+def _serving_runs(
+    env: str, algos: Sequence[str], controls: bool, seeds: int, output: Path, shared: dict[str, Any]
+) -> list[PlannedRun]:
+    """The runs on a serving env, which has agents and controls of its own; the latter draw nothing."""
+    folder, names = (
+        output / env.removeprefix("SD/").removesuffix("-v0"),
+        [*algos, *(dials.CONTROLS if controls else ())],
+    )
+    of_env, _ = dials.split_settings("ppo", shared["settings"])
+    serving_config(env, of_env)  # raises if a setting is unknown
+    runs = []
+    for name in dict.fromkeys(names):
+        own = shared if name in dials.LEARNERS else {**shared, "settings": of_env}
+        for seed in range(seeds if name in dials.LEARNERS else 1):
+            runs.append(PlannedRun(env, name, folder / f"{name}-{seed}", seed=seed, **own))
     return runs
 
 

@@ -32,6 +32,7 @@ from sd_gym.agents.registry import agent_class, is_control, make_agent, make_set
 from sd_gym.agents.runs.folder import check_backbone, read_description
 from sd_gym.agents.runs.guarantee import on_other_rows
 from sd_gym.agents.runs.verdict import CONFIDENCE
+from sd_gym.agents.serving import run as dials
 
 from sd_gym.config import KEYS, EnvConfig, dotted, is_key
 from sd_gym.envs.config import TABLE_KEYS, make_config
@@ -44,7 +45,7 @@ from sd_gym.files import as_json, damaged_checkpoint, read_checkpoint, write_che
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.card import FILE
-from sd_gym.registration import registered_ids
+from sd_gym.registration import SERVING, registered_ids
 from sd_gym.registry import UnknownNameError, naming_imports, unknown
 from sd_gym.tasks.data import SPLITS
 from sd_gym.tasks.ranking import STATISTICS_SIZE
@@ -92,6 +93,9 @@ def train(
     and ``skip_policy.safetensors`` (the policy as an artefact, with ``README.md``), ``result.json``,
     ``instances.csv``, ``result.png`` (and ``sb3.safetensors``); ``checkpoint.pt`` while it learns.
     """
+    if env_id in SERVING:
+        options: dict[str, Any] = {"steps": steps, "seed": seed, "settings": settings, "confidence": confidence}
+        return dials.train(env_id, algo, folder, resume=resume, on_progress=on_progress, **options)
     with locked(folder):
         unfinished = _unfinished_run(folder, resume)
         with naming_imports(folder):

@@ -2,13 +2,22 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
+from scipy.stats import t
 from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_by_settings
 
 COLUMNS = ["env", "agent", "test rows", "dense quality", "against dense, points (worst, its 95% interval)"]
-COLUMNS += ["FLOPs (worst)", "as learned: FLOPs (points)", "return", "regret", "score"]
+COLUMNS += [
+    "goodput (95%)",
+    "goodput at 0.25 / 0.5 / 0.75 / 1 epsilon lost (95%)",
+    "FLOPs (worst)",
+    "as learned: FLOPs (points)",
+    "return",
+    "regret",
+    "score",
+]
 COLUMNS += ["FLOPs easy / hard", "time, batch 32 (dense by length)", "masks used", "quality kept"]
 
 
@@ -29,6 +38,8 @@ def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
           ``dense_by_length`` (at batch 32);
         - ``as_learned``: means of ``quality_difference``, ``flops_ratio``, ``return`` and ``regret`` at the end of
           learning, before selection; ``None`` if nothing was selected;
+        - for serving envs, one value per run: ``goodput``, the share of requests that are answered in time, and
+          ``goodput_at``, the same at a quarter, half, three quarters and all of epsilon lost; else ``None`` and empty;
         - of the worst run: ``worst_difference``, its 95% ``worst_interval``, and ``worst_flops``;
         - ``decisions_used`` (fewest, most), and ``quality_kept`` (how many runs keep the quality).
 
@@ -65,12 +76,14 @@ def cells(row: dict[str, Any]) -> list[str]:
         row["test_rows"],
         f"{row['quality_ref']:.1%}",
         f"{100 * row['quality_difference']:+.2f} ({100 * row['worst_difference']:+.2f}, {low:+.2f} to {high:+.2f})",
+        "-" if row["goodput"] is None else _over_seeds(row["goodput"]),
+        "-" if row["goodput"] is None else " / ".join(map(_over_seeds, row["goodput_at"])),
         f"{row['flops_ratio']:.1%} ({row['worst_flops']:.1%})",
         "-" if learned is None else f"{learned['flops_ratio']:.1%} ({100 * learned['quality_difference']:+.2f})",
         _known(row["return"], "+.3f"),
         _known(row["regret"], ".3f"),
         _known(row["normalised_score"], ".2f"),
-        f"{row['flops_easy']:.0%} / {row['flops_hard']:.0%}",
+        "-" if row["goodput"] is not None else f"{row['flops_easy']:.0%} / {row['flops_hard']:.0%}",
         _known(row["time_ratio"], ".0%") + ("" if by_length is None else f" ({by_length:.0%})"),
         f"{fewest} to {most}" if fewest != most else str(fewest),
         f"{row['quality_kept']} of {row['seeds']}",
@@ -79,6 +92,12 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def _known(value: float | None, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
+
+
+def _over_seeds(values: list[float]) -> str:
+    """A mean in per cent, with its 95% interval where there are several."""
+    half = t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return f"{fmean(values):.2%}" + ("" if half is None else f" ± {100 * half:.2f}")
 
 
 def _row(env: str, agent: str, results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -97,6 +116,8 @@ def _row(env: str, agent: str, results: list[dict[str, Any]]) -> dict[str, Any]:
         "worst_interval": tuple(worst["quality_difference_interval"]),
         **_means(results),
         "as_learned": _means(last) if last else None,
+        "goodput": [result["goodput"] for result in results] if "goodput" in worst else None,
+        "goodput_at": [[result["goodput_at"][part] for result in results] for part in worst.get("goodput_at", ())],
         "worst_flops": max(result["flops_ratio_with_policy"] for result in results),
         "flops_easy": fmean(result["by_difficulty"][0]["flops_ratio"] for result in results),
         "flops_hard": fmean(result["by_difficulty"][-1]["flops_ratio"] for result in results),

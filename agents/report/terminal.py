@@ -39,6 +39,12 @@ def result_tables(title: str, result: dict[str, Any]) -> Iterator[RenderableType
     )
     if result["guarantee"]:
         yield Text(f"Guarantee: {result['guarantee']}.")
+    if "goodput" in result:
+        low, high = result["goodput_interval"]
+        yield Text(
+            f"Goodput: {result['goodput']:.1%} [{low:.1%}, {high:.1%}] of the requests were answered in time, in "
+            f"{result.get('episodes', 'all')} episodes."
+        )
     power = f"a verdict takes {result['fewest_instances']:,} instances."
     if (allowed := result["losses_allowed"]) is not None:
         power = f"{allowed:,} answers may be lost, with none gained, and the quality is still shown to be kept."

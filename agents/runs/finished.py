@@ -27,6 +27,11 @@ class Run(NamedTuple):
         return self.config.get("seed")
 
     @property
+    def is_serving(self) -> bool:
+        """Whether it is a dial on a serving env."""
+        return "arrivals" in self.config["env_config"]
+
+    @property
     def env(self) -> EnvConfig:
         """The env's config."""
         return stored_config(self.config["env_config"], str(self.folder / "config.json"))
@@ -36,7 +41,8 @@ class Run(NamedTuple):
         """By key, all that runs of one agent have in common."""
         data = {f"{split} data": provenance["hash"] for split, provenance in self.config["data"].items()}
         training = {key: self.config.get(key) for key in ("steps", "confidence", "weights")}
-        values = {**training, **dotted(self.env.model_dump()), **self.config["agent_settings"], **data}
+        env = self.config["env_config"] if self.is_serving else dotted(self.env.model_dump())
+        values = {**training, **env, **self.config["agent_settings"], **data}
         if not self.config.get("named", True):  # without a name it is a run of no other agent
             values["folder"] = str(self.folder)
         return {key: value for key, value in values.items() if key not in INCIDENTAL}

@@ -23,7 +23,7 @@ def envs(
     """
     terminal.import_all(imports)
     from sd_gym.envs.listing import head
-    from sd_gym.registration import registered_ids
+    from sd_gym.registration import SERVING, registered_ids
 
     with terminal.errors_as_lines():
         if name is not None:
@@ -36,7 +36,7 @@ def envs(
         table.add_column("id", no_wrap=True)  # to be copied in one piece
         for column in ("data set", "backbone"):
             table.add_column(column, overflow="fold")
-        for identity in registered_ids():
+        for identity in [*registered_ids(), *SERVING]:
             table.add_row(identity, *_data_and_backbone(identity))
         terminal.console.print(table)
 

@@ -69,7 +69,7 @@ def train(
                 on_progress=on_progress,
             )
     terminal.print_result(f"{env}, {algo}, seed {seed}", result)
-    if result["artefact"] is None:
+    if result["artefact"] is None and "goodput" not in result:
         terminal.print_line(
             "No artefact (skip_policy.json) was written: this policy needs its env, because it uses more than the "
             "observation, or its table has no export. sd-gym evaluate and compare accept the run."

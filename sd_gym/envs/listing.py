@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sd_gym.config import dotted
-from sd_gym.envs.config import load_config, located_values
+from sd_gym.envs.config import load_config, located_values, read_yaml
 from sd_gym.envs.table_files import read_description, table_folder
-from sd_gym.registration import config_of
+from sd_gym.registration import SERVING, config_of
 from sd_gym.tasks.splits import Splits
 
 _VERSION = re.compile(r"v\d+: ")
@@ -52,6 +52,8 @@ def head(env_id: str) -> Head:
         >>> head("SD/Classification-Mini-v0").facts["stages"]
         'first'
     """
+    if env_id in SERVING:
+        return _serving_head(env_id)
     file = config_of(env_id)
     values = located_values(file)
     description = read_description(table_folder(values["table"])) if values.get("table") is not None else None
@@ -71,6 +73,15 @@ def head(env_id: str) -> Head:
     facts |= {name: str(values[key]) for name, key in _FACTS.items() if values.get(key) is not None}
     about, versions = _comment(file, env_id)
     return Head(about, versions, facts)
+
+
+def _serving_head(env_id: str) -> Head:
+    file = SERVING[env_id]
+    values = read_yaml(file)
+    facts = {"task": "serving", "data set": f"requests to a server, on {values['table']}", "backbone": "-"}
+    facts["points"] = str(len(values["points"]))
+    keys = ("arrivals", "load", "requests", "deadline", "max_batch", "epsilon", "penalty")
+    return Head(*_comment(file, env_id), facts | {key: str(values[key]) for key in keys})
 
 
 def _comment(file: Path, env_id: str) -> tuple[str, list[str]]:

@@ -1,0 +1,103 @@
+"""What a learned dial has to beat: fixed operating points, thresholds on the queue; and what bounds it."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+from gymnasium.utils import seeding
+from numpy.typing import NDArray
+from scipy.optimize import linprog
+from scipy.sparse import csr_array, diags_array, eye_array, hstack, kron, vstack
+from sd_gym.agents.serving.play import FIRST_SEED
+
+from sd_gym.envs.serving.arrivals import arrival_times
+from sd_gym.envs.serving.config import ServingConfig
+from sd_gym.envs.serving.dial import Network
+from sd_gym.envs.serving.queues import FEATURES, expected_loss
+
+Array = NDArray
+NEVER = -1e9  # score of a point that is not taken
+STEEP = 1e3  # of scores in the queue
+THRESHOLDS = (0.05, 0.15, 0.3, 0.6, 1.0, 1.5, 2.0)  # requests that wait, over what dense answers within a deadline
+SPACINGS = (0.03, 0.1, 0.2, 0.4)  # of the thresholds of a staircase
+COINS = (0.25, 0.5, 0.75)
+BINS = 4  # of a deadline, in the bound
+
+
+def fixed(config: ServingConfig) -> list[Network]:
+    """Each operating point, and coins between neighbours."""
+    points, networks = len(config.points), []
+    for first in range(points):
+        networks.append(_linear(np.zeros(points), np.where(np.arange(points) == first, 0.0, NEVER), draws=True))
+        for share in COINS if first + 1 < points else ():
+            odds = np.full(points, NEVER)
+            odds[first : first + 2] = np.log([1 - share, share])
+            networks.append(_linear(np.zeros(points), odds, draws=True))
+    return networks
+
+
+def threshold(config: ServingConfig) -> list[Network]:
+    """One operating point below a length of the queue, and a bolder one from there on."""
+    networks = []
+    for low, high in combinations(range(len(config.points)), 2):
+        for length in THRESHOLDS:
+            slopes, bias = np.zeros(len(config.points)), np.full(len(config.points), NEVER)
+            slopes[high], bias[low], bias[high] = STEEP, 0.0, -STEEP * length
+            networks.append(_linear(slopes, bias))
+    return networks
+
+
+def staircase(config: ServingConfig) -> list[Network]:
+    """A threshold for each operating point after the first one or two, evenly spaced."""
+    points, networks = np.arange(len(config.points)), []
+    for first in (0, 1):
+        for length in THRESHOLDS:
+            for spacing in SPACINGS:
+                stairs = np.cumsum(np.where(points > first, length + spacing * (points - first - 1), 0.0))
+                networks.append(_linear(STEEP * points, np.where(points < first, NEVER, -STEEP * stairs)))
+    return networks
+
+
+def _linear(slopes: Array, bias: Array, draws: bool = False) -> Network:
+    """Scores that are linear in the length of the queue."""
+    weight = np.zeros((len(FEATURES), len(slopes)))
+    weight[FEATURES.index("queue")] = slopes
+    return Network([(weight, bias)], draws)
+
+
+def foresight(config: ServingConfig, split: str, episodes: int, losses: Array) -> Array:
+    """Bounds of the goodput of any dial, also of one that knows all arrivals, at mean losses: ``[len(losses)]``.
+
+    A linear programme over time, in bins of a quarter of the deadline: requests are a fluid, groups are always full,
+    and what arrives within a bin may be served from its beginning until the end of the bin of its deadline. Each of
+    these helps the server. So no dial answers more requests at the same mean loss, as policy rows know the losses of
+    the points. It does not bound what a dial happens to lose on other rows.
+    """
+    width, batch, loss = config.deadline / BINS, config.max_batch, expected_loss(config)
+    times, origin = [], 0.0
+    for seed in FIRST_SEED[split] + np.arange(episodes):  # one after the other, with one limit for all
+        random = seeding.np_random(int(seed))[0]
+        times.append(origin + arrival_times(config.arrivals, config.load * config.capacity, config.requests, random))
+        origin = times[-1][-1] + 2 * config.deadline
+    arrivals = np.concatenate(times)
+    ends = np.arange(1, int(origin / width) + 2) * width
+    arrived = np.searchsorted(arrivals, ends).astype(float)
+    due = np.searchsorted(arrivals, ends - width - config.deadline).astype(float)
+    # Of each bin: what each point serves, what is refused, and the sum of both up to its end.
+    bins, points = len(ends), len(config.points)
+    seconds = np.array([point.per_request + point.per_group / batch for point in config.points])
+    total = eye_array(bins)
+    each = kron(total, np.ones((1, points)))
+    sums = hstack([-each, -total, total - diags_array(np.ones(bins - 1), offsets=-1)]).tocsr()
+    busy = hstack([kron(total, seconds[None]), csr_array((bins, 2 * bins))])
+    free = np.full(bins * (points + 1), np.inf)
+    bounds = np.stack([np.concatenate([np.zeros_like(free), due]), np.concatenate([free, arrived])], axis=1)
+    served = np.concatenate([np.ones(bins * points), np.zeros(2 * bins)])
+    found = []
+    for most in losses:
+        lost = csr_array(np.concatenate([np.tile(loss - most, bins), np.zeros(2 * bins)])[None])
+        limits = {"A_ub": vstack([busy, lost]).tocsr(), "b_ub": np.append(np.full(bins, width), 0.0)}
+        solved = linprog(-served, **limits, A_eq=sums, b_eq=np.zeros(bins), bounds=bounds, method="highs")
+        found.append(-solved.fun / len(arrivals))
+    return np.array(found)

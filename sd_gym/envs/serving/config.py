@@ -1,0 +1,92 @@
+"""The configuration of a serving env: a YAML file per env in ``envs_configs/serving/``; each key can be overridden."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator
+
+from sd_gym.config import ConfigError, SplitName, StrictModel, UnknownKeyError
+from sd_gym.envs.config import read_yaml
+from sd_gym.envs.serving.arrivals import Arrivals
+from sd_gym.errors import short
+from sd_gym.registration import CONFIG_FOLDER, serving_file
+
+
+class Point(StrictModel):
+    """An operating point of the server: a mask, and how long a group of requests takes under it.
+
+    Attributes:
+        mask: The decision, 1 = skip, of each switch; then the token level.
+        per_request: Seconds that each request of a group adds: ``a`` of the fitted ``a*n + b``.
+        per_group: Seconds that a group takes whatever its size: ``b``.
+    """
+
+    mask: tuple[int, ...]
+    per_request: float = Field(gt=0, le=1e3)
+    per_group: float = Field(ge=0, le=1e3)
+
+
+class ServingConfig(StrictModel):
+    """All keys of a serving env. ``envs_configs/serving/trec.yaml`` explains each one."""
+
+    id: str
+    table: str
+    points: tuple[Point, ...] = Field(min_length=2)
+    split: SplitName = "train"
+    arrivals: Arrivals = "bursts"
+    load: float = Field(default=1.2, gt=0, le=100)
+    requests: int = Field(default=10_000, ge=1, le=1_000_000)
+    deadline: float = Field(default=1.0, gt=0, le=1e4)
+    max_batch: int = Field(default=32, ge=1, le=4096)
+    epsilon: float = Field(default=0.02, gt=0)
+    penalty: float = Field(default=10.0, ge=0)
+
+    if False:  # pydantic makes it, since the model is frozen
+
+        def __hash__(self) -> int: ...
+
+    @field_validator("points")
+    @classmethod
+    def _dense_first(cls, points: tuple[Point, ...]) -> tuple[Point, ...]:
+        if any(points[0].mask):
+            raise ValueError(f"expected dense, a mask of zeros, as the first point, got {list(points[0].mask)}")
+        return points
+
+    @property
+    def capacity(self) -> float:
+        """Requests per second that dense answers in full groups."""
+        dense = self.points[0]
+        return self.max_batch / (dense.per_request * self.max_batch + dense.per_group)
+
+
+def make_serving_config(file: str | Path, overrides: Mapping[str, Any]) -> ServingConfig:
+    """The configuration of a YAML file, in ``envs_configs/serving/`` or anywhere, with some keys overridden.
+
+    Raises ``FileNotFoundError``, or ``ConfigError`` if a key or value is wrong.
+    """
+    bundled = CONFIG_FOLDER / "serving" / file
+    values = read_yaml(bundled if bundled.is_file() else Path(file))
+    origin = str(values.get("id", file))
+    unknown = sorted(set(overrides) - set(ServingConfig.model_fields) | {"id"} & set(overrides))
+    if unknown:
+        known = ", ".join(key for key in ServingConfig.model_fields if key != "id")
+        raise UnknownKeyError(f"{origin}: unknown key {unknown[0]!r}; expected one of {known}")
+    return checked_serving_config({**values, **overrides}, origin)
+
+
+def checked_serving_config(values: Mapping[str, Any], origin: str) -> ServingConfig:
+    """The configuration of values; raises ``ConfigError``."""
+    try:
+        return ServingConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{origin}: config key {key!r}: {first['msg']}; got {short(first['input'])}") from error
+
+
+def serving_config(identity: str, overrides: Mapping[str, Any]) -> ServingConfig:
+    """The configuration of a registered id; raises as ``make_serving_config``."""
+    return make_serving_config(serving_file(identity), overrides)

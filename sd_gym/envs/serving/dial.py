@@ -1,0 +1,115 @@
+"""A dial: from what a server sees of its queue to the operating point of the next group. It needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain, pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sd_gym.envs.serving.config import ServingConfig, checked_serving_config
+from sd_gym.envs.serving.queues import FEATURES, features, remembered
+from sd_gym.files import map_arrays, read_json, write_arrays, write_json
+from sd_gym.folders import MARKER
+from sd_gym.version import __version__
+
+Array = NDArray
+WEIGHTS, DIAL = "dial.safetensors", "dial.json"
+PARTS = ("weight", "bias")
+
+
+class Network:
+    """Scores of the operating points, of hidden layers with tanh; the highest one is chosen.
+
+    ``layers`` are weights ``[in, out]`` and biases ``[out]``; of several networks that are used together each has one
+    axis more in front. Where it ``draws``, a point is drawn by the softmax of the scores instead.
+    """
+
+    def __init__(self, layers: Sequence[tuple[Array, Array]], draws: bool = False) -> None:
+        self.layers, self.draws = [tuple(layer) for layer in layers], draws
+
+    def choose(self, observed: Array, random: np.random.Generator) -> Array:
+        """Points, int64 ``[..., n]``, from features, float ``[..., n, 4]``."""
+        values = observed
+        for weight, bias in self.layers[:-1]:
+            values = np.tanh(values @ weight + bias[..., None, :])
+        weight, bias = self.layers[-1]
+        scores = values @ weight + bias[..., None, :]
+        return (scores + random.gumbel(size=scores.shape) if self.draws else scores).argmax(axis=-1)
+
+    @staticmethod
+    def stacked(networks: Sequence[Network]) -> Network:
+        """Networks of one shape as one."""
+        of_layers = zip(*(network.layers for network in networks), strict=True)
+        layers = [tuple(map(np.stack, zip(*of_layer, strict=True))) for of_layer in of_layers]
+        return Network(layers, networks[0].draws)
+
+
+class Dial:
+    """Chooses the operating point of each group of a real server: what ``sd-gym serve --dial RUN`` asks.
+
+    It sees ratios to the deadline and to what dense answers within it. So the env on which it learned should have the
+    deadline and the service times of the server.
+
+    Args:
+        config: Of the env.
+        expected_loss: What each operating point loses on the mean of the policy rows, ``[points]``.
+        network: Scores the points.
+
+    Raises:
+        ValueError: If the network has other features or points than the env, or a number is not finite.
+    """
+
+    def __init__(self, config: ServingConfig, expected_loss: Array, network: Network) -> None:
+        sizes = [len(FEATURES), *(bias.shape[-1] for _, bias in network.layers)]
+        shapes = [weight.shape for weight, _ in network.layers]
+        if shapes != list(pairwise(sizes)) or {sizes[-1], len(expected_loss)} != {len(config.points)}:
+            raise ValueError(f"expected layers from {len(FEATURES)} to {len(config.points)} numbers, got {shapes}")
+        if not all(np.isfinite(values).all() for values in chain(*network.layers, [expected_loss])):
+            raise ValueError("expected finite weights and losses")
+        self.config, self.expected_loss, self.network = config, expected_loss, network
+        self._recent_loss, self._random = 0.0, np.random.default_rng(0)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Dial:
+        """The dial of a run; raises ``FileNotFoundError`` if it has none, ``ValueError`` if a file is damaged."""
+        file = Path(folder) / DIAL
+        if not file.is_file():
+            raise FileNotFoundError(f"no {DIAL} in {folder}; expected a run of sd-gym train on a serving env")
+        described, arrays = read_json(file), map_arrays(Path(folder) / WEIGHTS)
+        try:
+            config = checked_serving_config(described["env"], str(file))
+            pairs = range(len(arrays) // 2)
+            layers = [tuple(np.array(arrays[f"{n}.{part}"]) for part in PARTS) for n in pairs]
+            expected = np.array(described["expected_loss"], dtype=np.float64)
+            return cls(config, expected, Network(layers, draws=described["draws"] is True))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ValueError(f"{file}, or {WEIGHTS} beside it, is damaged ({error}); copy them again") from error
+
+    def save(self, folder: Path) -> None:
+        """Write ``dial.json`` and ``dial.safetensors``, which hold no code."""
+        described = {MARKER: __version__, "env": self.config.model_dump(), "draws": self.network.draws}
+        write_json(folder / DIAL, described | {"expected_loss": self.expected_loss.tolist()})
+        named = [
+            (f"{n}.{part}", values)
+            for n, layer in enumerate(self.network.layers)
+            for part, values in zip(PARTS, layer, strict=True)
+        ]
+        write_arrays(folder / WEIGHTS, {name: np.ascontiguousarray(values) for name, values in named})
+
+    def choose(self, queue_length: int, oldest_wait: float, arrival_rate: float) -> int:
+        """The operating point of the next group, an index of ``config.points``: 0 is dense, later ones are bolder.
+
+        Args:
+            queue_length: Requests that wait, those of the group included.
+            oldest_wait: Seconds that the oldest of them has waited.
+            arrival_rate: Requests per second that arrived within the last ``config.deadline`` seconds.
+        """
+        seen = (np.array([float(value)]) for value in (queue_length, oldest_wait, arrival_rate, self._recent_loss))
+        observed = features(self.config, *seen)
+        point = int(self.network.choose(np.nan_to_num(observed), self._random)[0])
+        size = min(queue_length, self.config.max_batch)
+        self._recent_loss = float(remembered(self._recent_loss, self.expected_loss[point], size))
+        return point

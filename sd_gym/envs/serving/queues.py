@@ -1,0 +1,178 @@
+"""Many queues in front of many servers, simulated together: the core of the serving envs."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sd_gym.config import ConfigError
+from sd_gym.envs.config import load_config
+from sd_gym.envs.serving.arrivals import arrival_times
+from sd_gym.envs.serving.config import ServingConfig
+from sd_gym.envs.table import TableCore, table_core
+from sd_gym.registration import config_of
+
+Array = NDArray
+MEMORY = 1000.0  # requests over which the recent loss is averaged
+FEATURES = ("queue", "oldest_wait", "arrival_rate", "recent_loss")
+BOUND = 10.0  # of each feature
+
+
+class Outcomes(NamedTuple):
+    """What the operating points do to the rows of a split: float64 ``[rows, points]`` each."""
+
+    quality: Array
+    flops_ratio: Array
+
+    @property
+    def cost(self) -> Array:
+        """The quality that is lost, ``quality_ref - quality``."""
+        return self.quality[:, :1] - self.quality
+
+
+def core_of(config: ServingConfig) -> TableCore:
+    """The core of the table; raises ``FileNotFoundError`` if there is none, ``ValueError`` if it is damaged."""
+    return table_core(load_config(config_of("SD/Table-v0"), {"table": config.table}))
+
+
+@lru_cache(maxsize=16)
+def outcomes(config: ServingConfig, split: str) -> Outcomes:
+    """The table's outcomes of the operating points; raises ``ConfigError`` if the table lacks a mask."""
+    core = core_of(config)
+    rows = core.split(split)
+    try:
+        masks = np.array([point.mask for point in config.points])  # raises if they differ in length
+        masks = core.masks_of(core.from_masks(masks))
+    except ValueError as error:
+        raise ConfigError(f"config key 'points': a mask is not one of the table {config.table}: {error}") from error
+    everything = np.arange(len(rows))
+    return Outcomes(rows.scoring.of_masks(everything)[:, masks], rows.costs.of_masks(everything)[:, masks])
+
+
+@lru_cache(maxsize=16)
+def expected_loss(config: ServingConfig) -> Array:
+    """What each operating point loses on the mean of the policy rows, float64 ``[points]``: all that a server knows."""
+    return outcomes(config, "train").cost.mean(axis=0)
+
+
+def features(config: ServingConfig, queue: Array, wait: Array, rate: Array, loss: Array) -> Array:
+    """What is observed of queues, float32 ``[n, 4]``, in units that do not depend on the server.
+
+    Args:
+        config: Of the env.
+        queue: Requests that wait, ``[n]``.
+        wait: Seconds that the oldest of them has waited, ``[n]``.
+        rate: Requests per second that arrived within the last ``deadline`` seconds, ``[n]``.
+        loss: Mean of the expected losses of recent answers, ``[n]``.
+    """
+    load = queue / (config.capacity * config.deadline), wait / config.deadline, rate / config.capacity
+    units = *load, loss / config.epsilon
+    return np.stack(np.broadcast_arrays(*units), axis=-1).clip(-BOUND, BOUND).astype(np.float32)
+
+
+def remembered(recent_loss: Array | float, loss: Array | float, answers: Array | int) -> Array | float:
+    """The recent loss after so many more answers under a point of this expected loss."""
+    return recent_loss - np.expm1(-np.asarray(answers) / MEMORY) * (loss - recent_loss)
+
+
+class Queues:
+    """``n`` queues, each in front of a server of its own. Arrays below are ``[n]``, but for those that say otherwise.
+
+    A server that is free takes the oldest requests, at most ``max_batch``. Requests that it cannot answer within their
+    deadline are refused before they run. All that is random is drawn at the reset, so that actions change none of it.
+    """
+
+    def __init__(self, config: ServingConfig, n: int) -> None:
+        self.config, self.n = config, n
+        self._a, self._b = (
+            np.array([getattr(point, key) for point in config.points]) for key in ("per_request", "per_group")
+        )
+        self._expected = expected_loss(config)
+        self._envs, self._places = np.arange(n), np.arange(config.max_batch)
+        self._times = np.zeros((n, config.requests + 1))  # of arrivals, [n, requests + 1]; the last one is never
+        self._rows = np.zeros((n, config.requests + config.max_batch), dtype=np.int64)
+        self._first = self._envs * (config.requests + 1)
+        self._span = 0.0  # seconds between the origins of two queues in ``_flat``
+        self._flat = np.zeros(0)  # all arrivals in one ascending line, for one search
+        self.now, self.recent_loss = np.zeros(n), np.zeros(n)
+        self.head = np.full(n, config.requests)  # the oldest request that waits
+        self.waiting = np.zeros(n, dtype=np.int64)
+        self._split = ""
+
+    @property
+    def over(self) -> Array:
+        """Which queues have no request left, now or later, bool."""
+        return self.head >= self.config.requests
+
+    def reset(self, envs: Array, randoms: list[np.random.Generator], split: str) -> None:
+        """Begin episodes of some queues, ``envs [m]``, each drawn by its own generator, with requests of a split."""
+        config, self._split = self.config, split
+        rows = len(outcomes(config, split).quality)
+        for env, random in zip(envs, randoms, strict=True):
+            self._times[env, :-1] = arrival_times(
+                config.arrivals, config.load * config.capacity, config.requests, random
+            )
+            self._times[env, -1] = self._times[env, -2] + 1
+            self._rows[env, : config.requests] = random.integers(rows, size=config.requests)
+        self._span = self._times[:, -1].max() + 1
+        self._flat = (self._times + self._envs[:, None] * self._span).ravel()
+        self.now[envs], self.recent_loss[envs], self.head[envs] = 0.0, 0.0, 0
+        self._wait_for_requests()
+
+    def observe(self) -> Array:
+        """Features, float32 ``[n, 4]``; of queues whose episode is over they mean nothing."""
+        recent = self.now - self.config.deadline
+        arrived = self.head + self.waiting - self._before(np.maximum(recent, 0.0))
+        oldest = self.now - self._times[self._envs, self.head]
+        return features(self.config, self.waiting, oldest, arrived / self.config.deadline, self.recent_loss)
+
+    def serve(self, points: Array) -> dict[str, Array]:
+        """Run a group in each queue under operating points, int64; returns the infos of the step."""
+        config, before = self.config, self.head
+        a, b = self._a[points], self._b[points]
+        size = np.minimum(self.waiting, config.max_batch)
+        # What arrived so early that it cannot be answered in time is refused.
+        in_time = self._before(np.maximum(self.now + a * size + b - config.deadline, 0.0))
+        end = self.head + self.waiting
+        self.head = np.clip(in_time, self.head, end)
+        size = np.minimum(end - self.head, config.max_batch)
+        group = np.take_along_axis(self._rows, self.head[:, None] + self._places, axis=1)
+        runs = self._places < size[:, None]
+        known, at = outcomes(config, self._split), points[:, None]
+        quality, quality_ref = ((known.quality[group, of] * runs).sum(axis=1) for of in (at, 0))
+        flops = (known.flops_ratio[group, at] * runs).sum(axis=1)
+        refused = self.head - before
+        seconds = np.where(size > 0, a * size + b, 0.0)
+        self.now = self.now + seconds
+        self.head = self.head + size
+        self.recent_loss = remembered(self.recent_loss, self._expected[points], size)
+        refused += self._wait_for_requests()
+        return {
+            "answers": size,
+            "refused": refused,
+            "quality": quality,
+            "quality_ref": quality_ref,
+            "cost": quality_ref - quality,
+            "flops_ratio": flops / np.maximum(size, 1),
+            "seconds": seconds,
+            "point": points,
+        }
+
+    def _wait_for_requests(self) -> Array:
+        """Refuse what has passed its deadline, and go on to the next arrival where nothing waits."""
+        requests = self.config.requests
+        late = np.clip(self._before(np.maximum(self.now - self.config.deadline, 0.0)), self.head, requests)
+        refused, self.head = late - self.head, late
+        going = self.head < requests
+        self.now = np.where(going, np.maximum(self.now, self._times[self._envs, self.head]), self.now)
+        arrived = np.minimum(self._before(self.now), requests)
+        self.waiting = np.where(going, arrived - self.head, 0)
+        return refused
+
+    def _before(self, times: Array) -> Array:
+        """How many requests of each queue have arrived at a time."""
+        times = np.minimum(times, self._times[:, -1])
+        return np.searchsorted(self._flat, self._envs * self._span + times, side="right") - self._first

@@ -1,0 +1,135 @@
+"""Dials: learned, searched, bounded, saved and asked."""
+
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sd_gym.agents.learning.agent import NotApplicableError
+from sd_gym.agents.serving import controls
+from sd_gym.agents.serving.learn import DialSettings, learned
+from sd_gym.agents.serving.play import play
+from stable_baselines3.common.logger import configure
+
+import sd_gym
+from sd_gym.envs.serving.config import serving_config
+from sd_gym.envs.serving.dial import Dial, Network
+from sd_gym.envs.serving.queues import expected_loss
+
+TREC = "SD/Serving-TREC-Table-v0"
+HEAVY = {"requests": 1000, "load": 4.0, "arrivals": "poisson"}
+
+
+@pytest.fixture(scope="module")
+def config():
+    return serving_config(TREC, HEAVY)
+
+
+@pytest.fixture
+def dial(config):
+    network = controls.threshold(config)[-1]
+    return Dial(config, expected_loss(config), network)
+
+
+def test_no_dial_exceeds_the_bound(config):
+    networks = [*controls.fixed(config)[::4], *controls.threshold(config)[::15]]
+    played = play(config, networks, "train", 3)
+    loss, goodput = played.shares @ expected_loss(config), played.goodput.mean(axis=1)
+    losses = np.array([0.01, 0.05, 0.2])
+    bounds = controls.foresight(config, "train", 3, losses)
+    for most, bound in zip(losses, bounds, strict=True):
+        assert goodput[loss <= most].max() <= bound + 1e-9
+    assert bounds[0] < bounds[1] <= 1
+
+
+def test_a_threshold_takes_the_bolder_point_where_the_queue_is_long(config):
+    network = controls.threshold(config)[-1]  # the last two points, at twice what dense answers
+    seen = np.zeros((2, 4))
+    seen[:, 0] = 1.9, 2.1
+    assert network.choose(seen, np.random.default_rng(0)).tolist() == [4, 5]
+
+
+def test_a_staircase_climbs(config):
+    seen = np.zeros((50, 4))
+    seen[:, 0] = np.linspace(0, 5, 50)
+    points = controls.staircase(config)[0].choose(seen, np.random.default_rng(0))
+    assert points[0] == 0
+    assert points[-1] == 5
+    assert (np.diff(points) >= 0).all()
+
+
+@pytest.mark.parametrize("algo", ["ppo", "a2c"])
+def test_learning_finds_the_fast_point_where_quality_is_cheap(algo, config):
+    env = gym.make_vec(TREC, num_envs=16, **HEAVY).unwrapped
+    settings = DialSettings(num_envs=16, n_steps=32, hidden=16)
+    networks = learned(algo, env, settings, 6_000, 0, configure(None, []), lambda *_: None)
+    cheap, dear = play(config, [networks[0], networks[-1]], "train", 2).shares @ expected_loss(config)
+    assert cheap > dear
+
+
+def test_a_run_is_selected_compared_and_its_dial_loaded(tmp_path):
+    for algo in ("threshold", "fixed", "foresight"):
+        result = sd_gym.train(TREC, algo, tmp_path / algo, steps=1, requests=200, load=1.5)
+        assert 0 < result["goodput"] <= 1
+    rows = {
+        row["agent"]: row for row in sd_gym.compare([tmp_path / algo for algo in ("threshold", "fixed", "foresight")])
+    }
+    for row in (rows["threshold"], rows["fixed"]):
+        assert [one[0] for one in row["goodput_at"]] == sorted(one[0] for one in row["goodput_at"])
+    dial = Dial.load(tmp_path / "threshold")
+    assert 0 <= dial.choose(500, 0.9, 600.0) < len(dial.config.points)
+    with pytest.raises(FileExistsError, match="finished run"):
+        sd_gym.train(TREC, "fixed", tmp_path / "fixed", steps=1, requests=200)
+
+
+def test_reinforce_does_not_apply(tmp_path):
+    with pytest.raises(NotApplicableError, match="thousands of decisions"):
+        sd_gym.train(TREC, "reinforce", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_comparing_takes_the_serving_controls_and_says_what_does_not_apply(tmp_path):
+    statuses = sd_gym.train_all([TREC], ["reinforce"], tmp_path, controls=False, seeds=1)
+    assert [status.state for status in statuses] == ["not applicable"]
+
+
+def test_saved_dials_decide_the_same(dial, tmp_path):
+    dial.save(tmp_path)
+    same = Dial.load(tmp_path)
+    for queue, wait, rate in ((1, 0.0, 1.0), (300, 0.7, 400.0), (900, 1.0, 900.0)):
+        assert same.choose(queue, wait, rate) == dial.choose(queue, wait, rate)
+    assert same.config == dial.config
+
+
+@given(st.integers(0, 10**9), st.floats(), st.floats())
+def test_whatever_a_server_says_there_is_a_point(queue, wait, rate):
+    config = serving_config(TREC, HEAVY)
+    dial = Dial(config, expected_loss(config), controls.staircase(config)[0])
+    assert dial.choose(queue, wait, rate) in range(len(config.points))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"env": 3},
+        {"env": {}},
+        {"expected_loss": [1.0]},
+        {"expected_loss": ["a"] * 6},
+        {"expected_loss": [float("nan")] * 6},
+    ],
+)
+def test_damaged_dials_are_refused(dial, tmp_path, damage):
+    dial.save(tmp_path)
+    file = tmp_path / "dial.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | damage))
+    with pytest.raises(ValueError, match="damaged"):
+        Dial.load(tmp_path)
+
+
+def test_a_network_of_another_env_is_refused(config):
+    with pytest.raises(ValueError, match="expected layers"):
+        Dial(config, expected_loss(config), Network([(np.zeros((4, 3)), np.zeros(3))]))
+    with pytest.raises(FileNotFoundError, match="sd-gym train"):
+        Dial.load("nowhere")

@@ -1,0 +1,176 @@
+"""The serving envs: what a queue does, and that every checker takes them."""
+
+import pickle
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from stable_baselines3.common.env_checker import check_env as check_env_of_sb3
+
+import sd_gym  # noqa: F401  (registers the ids)
+from sd_gym.config import ConfigError
+from sd_gym.envs.sb3 import SwitchableVecEnv
+from sd_gym.envs.serving.arrivals import arrival_times
+from sd_gym.envs.serving.queues import expected_loss, outcomes
+from sd_gym.registration import SERVING
+
+TREC = "SD/Serving-TREC-Table-v0"
+SMALL = {"requests": 300}
+HEAVY = {"arrivals": "poisson", "load": 3.0}
+
+
+def played(env, choose, seed=0):
+    """The infos of an episode of a single env."""
+    observation, _ = env.reset(seed=seed)
+    infos, over = [], False
+    while not over:
+        observation, _, over, _, info = env.step(choose(observation))
+        infos.append(info)
+    return infos
+
+
+@pytest.mark.parametrize("env_id", list(SERVING))
+@pytest.mark.filterwarnings("error")
+def test_checkers_take_the_envs(env_id):
+    env = gym.make(env_id, **SMALL).unwrapped
+    check_env(env, skip_render_check=True)
+    check_env_of_sb3(env)
+
+
+@pytest.mark.parametrize("env_id", list(SERVING))
+def test_points_are_a_path_from_dense_to_bold(env_id):
+    config = gym.make(env_id).unwrapped.config
+    times = [point.per_request * config.max_batch + point.per_group for point in config.points]
+    assert times == sorted(times, reverse=True)
+    assert expected_loss(config)[-1] > config.epsilon  # else there were nothing to decide
+    assert (outcomes(config, "test").flops_ratio[:, 0] == 1).all()
+
+
+def test_every_request_is_answered_in_time_or_refused():
+    env = gym.make(TREC, requests=1000, **HEAVY).unwrapped
+    infos = played(env, lambda observation: 0)
+    assert sum(info["answers"] + info["refused"] for info in infos) == 1000
+    assert all(info["answers"] <= env.config.max_batch for info in infos)
+    assert sum(info["refused"] for info in infos) > 30
+    assert max(info["seconds"] for info in infos) <= env.config.deadline
+
+
+def test_bold_points_answer_more_and_lose_more():
+    env = gym.make(TREC, requests=1000, **HEAVY).unwrapped
+    dense, bold = (played(env, lambda observation, point=point: point) for point in (0, 5))
+    assert sum(info["answers"] for info in bold) > 1.5 * sum(info["answers"] for info in dense)
+    assert sum(info["cost"] for info in dense) == 0 < sum(info["cost"] for info in bold)
+
+
+def test_the_reward_is_what_is_lost():
+    env = gym.make(TREC, penalty=7.0, requests=1000, **HEAVY).unwrapped
+    env.reset(seed=1)
+    for _ in range(20):
+        _, reward, _, _, info = env.step(4)
+        assert reward == pytest.approx(-info["refused"] - 7 * info["cost"])
+        assert info["cost"] == pytest.approx(info["quality_ref"] - info["quality"])
+
+
+def test_actions_change_no_arrivals():
+    env = gym.make(TREC, arrivals="poisson", load=0.2, **SMALL).unwrapped
+    random = np.random.default_rng(0)
+    for choose in (lambda observation: 0, lambda observation: int(random.integers(6))):
+        assert sum(info["answers"] for info in played(env, choose)) == 300  # nothing is late at so low a load
+
+
+def test_recent_loss_is_what_the_points_are_expected_to_lose():
+    env = gym.make(TREC, requests=5000, **HEAVY).unwrapped
+    observation, _ = env.reset(seed=0)
+    answers = 0
+    for _ in range(60):
+        observation, _, _, _, info = env.step(4)
+        answers += info["answers"]
+    expected = expected_loss(env.config)[4] / env.config.epsilon
+    assert observation[3] == pytest.approx(expected * (1 - np.exp(-answers / 1000)), rel=1e-5)
+
+
+def test_vector_env_is_the_single_env_many_times():
+    vector = gym.make_vec(TREC, num_envs=3, **SMALL)
+    single = gym.make(TREC, **SMALL).unwrapped
+    seen, _ = vector.reset(seed=5)
+    alone, _ = single.reset(seed=7)
+    random = np.random.default_rng(0)
+    for _ in range(400):
+        assert np.array_equal(seen[2], alone)
+        points = random.integers(6, size=3)
+        seen, rewards, ended, _, infos = vector.step(points)
+        alone, reward, over, _, info = single.step(int(points[2]))
+        assert (rewards[2], ended[2]) == (reward, over)
+        if over:
+            assert np.array_equal(infos["final_obs"][2], alone)
+            assert infos["final_info"]["answers"][2] == info["answers"]
+            break
+        assert infos["answers"][2] == info["answers"]
+    assert over
+
+
+def test_stable_baselines3_takes_the_vector_env():
+    env = SwitchableVecEnv(gym.make_vec(TREC, num_envs=2, requests=50))
+    env.reset()
+    for _ in range(60):
+        _, _, dones, infos = env.step(np.array([5, 5]))
+        if dones.any():
+            ended = infos[int(dones.argmax())]
+            assert ended["terminal_observation"].shape == (4,)
+            assert ended["episode"]["l"] > 1
+            return
+    pytest.fail("no episode ended")
+
+
+def test_seeded_and_picklable():
+    one = gym.make_vec(TREC, num_envs=2, **SMALL)
+    one.reset(seed=3)
+    one.step(np.array([1, 2]))
+    other = pickle.loads(pickle.dumps(one.unwrapped))
+    for points in ([0, 5], [3, 3]):
+        for mine, theirs in zip(one.step(np.array(points))[:3], other.step(np.array(points))[:3], strict=True):
+            assert np.array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("kind", ["poisson", "bursts", "day"])
+def test_arrivals_have_the_mean_rate(kind):
+    times = [arrival_times(kind, 50.0, 20_000, np.random.default_rng(seed)) for seed in range(20)]
+    assert np.mean([20_000 / one[-1] for one in times]) == pytest.approx(50, rel=0.15)
+    assert all((np.diff(one) >= 0).all() and one[0] > 0 for one in times)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("load", 0),
+        ("load", float("nan")),
+        ("deadline", True),
+        ("arrivals", "waves"),
+        ("requests", 10**9),
+        ("points", []),
+    ],
+)
+def test_odd_values_name_their_key(key, value):
+    with pytest.raises(ConfigError, match=key):
+        gym.make(TREC, **{key: value})
+
+
+def test_errors_say_what_was_expected():
+    with pytest.raises(TypeError, match="unknown key 'speed'"):
+        gym.make(TREC, speed=3)
+    env = gym.make(TREC, **SMALL).unwrapped
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step(0)
+    with pytest.raises(ValueError, match="unknown split 'dev'"):
+        env.reset(options={"split": "dev"})
+    env.reset()
+    for action in (6, -1, 0.5, [1, 2], None):
+        with pytest.raises(ValueError, match="expected integers"):
+            env.step(action)
+    points = [
+        {"mask": [0] * 13, "per_request": 1e-3, "per_group": 0},
+        {"mask": [2] * 13, "per_request": 1e-3, "per_group": 0},
+    ]
+    with pytest.raises(ValueError, match="'points'"):
+        gym.make(TREC, points=points)
