@@ -29,7 +29,7 @@ from sd_gym.agents.report.compare import markdown
 from sd_gym.envs.actions import write_masks
 
 LOOKS = {  # the agents of each env: those that see the answer, and those that decide before the first layer
-    "one look": ("stages=[first]", ["hull", "imitation", "ppo", "reinforce"]),
+    "one stage": ("stages=[first]", ["hull", "imitation", "ppo", "reinforce"]),
     "answer stage": (None, ["cascade", "imitation", "ppo", "reinforce"]),
 }
 ENV = "SD/Classification-Custom-v0"
@@ -149,7 +149,7 @@ class Experiment:
 
     def dense(self) -> str:
         """Quality of the dense backbone on the test rows, and how many these are."""
-        found = self._results("one look", "hull")
+        found = self._results("one stage", "hull")
         return f"{100 * found[0]['quality_ref']:.1f}% of {found[0]['instances']:,}" if found else "-"
 
     def cell(self, look: str, agent: str) -> str:

@@ -27,7 +27,7 @@ import sd_gym
 from sd_gym.cli import app
 from sd_gym.envs.listing import Head, head
 from sd_gym.envs.table_files import table_folder
-from sd_gym.registration import CONFIG_FOLDER, config_of, shipped_tables
+from sd_gym.registration import CONFIG_FOLDER, SERVING, config_of, shipped_tables
 
 ROOT = Path(__file__).parent.parent
 SHEETS = {"README": "index", "CONTRIBUTING": "contributing", "CHANGELOG": "changelog", "SECURITY": "security"}
@@ -40,7 +40,16 @@ WHERE = {  # an env that an algorithm can run on, where the TREC table is not on
     "confidence": f"SD/Classification-Custom-Staged-v0 {YOURS}",
     "early-exit": f"SD/Classification-Custom-v0 {YOURS}",
 }
-MODULES = ["sd_gym", "sd_gym.envs", "sd_gym.envs.wrappers", "sd_gym.envs.sb3", "sd_gym.agents", "sd_gym.policy"]
+MODULES = [
+    "sd_gym",
+    "sd_gym.envs",
+    "sd_gym.envs.wrappers",
+    "sd_gym.envs.sb3",
+    "sd_gym.envs.serving.shells",
+    "sd_gym.envs.serving.dial",
+    "sd_gym.agents",
+    "sd_gym.policy",
+]
 MODULES += ["sd_gym.switch", "sd_gym.inference.texts", "sd_gym.inference.onnx", "sd_gym.objectives"]
 MODULES += ["sd_gym.serving"] if find_spec("sd_gym.serving") else []
 
@@ -78,7 +87,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def pages() -> dict[str, str]:
     """All generated pages by path."""
     made = {f"{name}.md": (ROOT / f"{sheet}.md").read_text() for sheet, name in SHEETS.items()}
-    heads = {name: head(name) for name in sd_gym.registered_ids()}
+    heads = {name: head(name) for name in _by_family()}
     made["environments/index.md"] = _index(heads)
     made |= {_env_path(name): _env_page(name, heads[name]) for name in heads}
     made |= {f"algorithms/{name}.md": _algorithm_page(name) for name in AGENTS.names()}
@@ -124,12 +133,12 @@ def _expanded(nav: Any) -> Any:
 def _is_planned(entry: dict[str, Any]) -> bool:
     """Whether an entry names a page that is not there yet."""
     [target] = entry.values()
-    return target in ("serving.md", "dial.md") and not (ROOT / "docs" / target).exists()
+    return target == "serving.md" and not (ROOT / "docs" / target).exists()
 
 
 def _nav_of(folder: str) -> list[Any]:
     if folder == "environments/":
-        names = sorted(sd_gym.registered_ids(), key=_family)
+        names = _by_family()
         return [
             {family: [{n.removeprefix("SD/"): _env_path(n)} for n in own]} for family, own in groupby(names, _family)
         ]
@@ -145,7 +154,7 @@ def _nav_of(folder: str) -> list[Any]:
 
 
 def _by_family() -> list[str]:
-    return sorted(sd_gym.registered_ids(), key=_family)
+    return sorted([*sd_gym.registered_ids(), *SERVING], key=_family)
 
 
 def _family(name: str) -> str:
@@ -173,7 +182,8 @@ def _plain(text: str) -> str:
 def _made(name: str) -> Any:
     """The env, where neither data nor a model have to be loaded from elsewhere."""
     is_mini = "-Mini-" in name and "Table" not in name
-    return gym.make(name, **(FEW if is_mini else {})).unwrapped if is_mini or name in shipped_tables() else None
+    is_here = is_mini or name in SERVING or name in shipped_tables()
+    return gym.make(name, **(FEW if is_mini else {})).unwrapped if is_here else None
 
 
 INDEX = """# Environments
@@ -194,9 +204,10 @@ def _index(heads: dict[str, Head]) -> str:
         rows = []
         for name in names:
             facts, env = heads[name].facts, _made(name)
-            switches = str(env.core.n_switches if env else BART.get(facts["backbone"], "-"))
-            number = str(len(facts["stages"].split(", ")))
-            stages = {"every_layer": "every layer", "of the table": "-"}.get(facts["stages"], number)
+            switches = str(env.core.n_switches if hasattr(env, "core") else BART.get(facts["backbone"], "-"))
+            stages = facts.get("stages", "of the table")
+            number = str(len(stages.split(", ")))
+            stages = {"every_layer": "every layer", "of the table": "-"}.get(stages, number)
             link = f"[{name.removeprefix('SD/')}]({_env_path(name).split('/')[1]})"
             rows.append([link, facts["backbone"], stages, switches, *_references(name, env)])
         if all(row[4:] == ["-"] * 4 for row in rows):
@@ -231,9 +242,10 @@ def _sections(cls: type) -> dict[str, str]:
 def _env_page(name: str, found: Head) -> str:
     """The page of an env: its YAML file, and the docstring of its class."""
     env, values = _made(name), found.facts
-    cls = getattr(importlib.import_module("sd_gym.envs"), gym.spec(name).entry_point.split(":")[1])
+    module, _, class_name = gym.spec(name).entry_point.partition(":")
+    cls = getattr(importlib.import_module(module), class_name)
     sections = {title: _plain(text) for title, text in _sections(cls).items()}
-    if values["stages"] == "first":  # docs/stages.md has the rest
+    if values.get("stages") == "first":  # docs/stages.md has the rest
         for title, text in sections.items():
             parts = text.split("\n\n")
             sections[title] = "\n\n".join(part for part in parts if not part.startswith("With several"))
@@ -241,7 +253,7 @@ def _env_page(name: str, found: Head) -> str:
     needed = {"table": "table"} if name == "SD/Table-v0" else needed
     arguments = "".join(f', {key}="my-{value}"' for key, value in needed.items())
     sections["Arguments"] = re.sub(r"^(\w+): ", r"- `\1`: ", sections["Arguments"], flags=re.MULTILINE)
-    own = (config_of(name)).read_text()
+    own = (SERVING.get(name) or config_of(name)).read_text()
     sections["Arguments"] += f"\n\nThe env's own file ([all keys](../reference/keys.md)):\n\n```yaml\n{own}```"
     if env:
         sections["Action Space"] = f"`{_space(env.action_space)}`\n\n{sections['Action Space']}"

@@ -36,7 +36,7 @@ def envs(
         table.add_column("id", no_wrap=True)  # to be copied in one piece
         for column in ("data set", "backbone"):
             table.add_column(column, overflow="fold")
-        for identity in (*registered_ids(), *SERVING):
+        for identity in [*registered_ids(), *SERVING]:
             table.add_row(identity, *_data_and_backbone(identity))
         terminal.console.print(table)
 

@@ -23,7 +23,6 @@ _FACTS = {
     "action": "action",
     "observation": "observation",
 }
-_SERVING_FACTS = ("arrivals", "load", "requests", "deadline", "epsilon", "penalty")
 
 
 @dataclass
@@ -54,10 +53,7 @@ def head(env_id: str) -> Head:
         'first'
     """
     if env_id in SERVING:
-        values = read_yaml(SERVING[env_id])
-        facts = {"data set": f"requests to a server, on {values['table']}", "backbone": "-"}
-        facts |= {name: str(values[name]) for name in _SERVING_FACTS}
-        return Head(*_comment(SERVING[env_id], env_id), facts)
+        return _serving_head(env_id)
     file = config_of(env_id)
     values = located_values(file)
     description = read_description(table_folder(values["table"])) if values.get("table") is not None else None
@@ -77,6 +73,15 @@ def head(env_id: str) -> Head:
     facts |= {name: str(values[key]) for name, key in _FACTS.items() if values.get(key) is not None}
     about, versions = _comment(file, env_id)
     return Head(about, versions, facts)
+
+
+def _serving_head(env_id: str) -> Head:
+    file = SERVING[env_id]
+    values = read_yaml(file)
+    facts = {"task": "serving", "data set": f"requests to a server, on {values['table']}", "backbone": "-"}
+    facts["points"] = str(len(values["points"]))
+    keys = ("arrivals", "load", "requests", "deadline", "max_batch", "epsilon", "penalty")
+    return Head(*_comment(file, env_id), facts | {key: str(values[key]) for key in keys})
 
 
 def _comment(file: Path, env_id: str) -> tuple[str, list[str]]:

@@ -34,6 +34,7 @@ def test_envs_describes_one_of_a_table_and_one_of_ones_own(tmp_path):
     assert "kind of answer that a question asks for" in shown
     for fact in ("instances    1,224 train", "epsilon      0.02", "decisions    all", "v1 "):
         assert fact in shown
+    assert "requests     10000" in run("envs", "SD/Serving-TREC-Table-v0").output
     assert "unknown env 'nope'" in run("envs", "nope").output
     file = tmp_path / "own.yaml"
     file.write_text("# My reviews.\nid: My/Reviews-v0\nextends: classification.yaml\n")

@@ -54,15 +54,16 @@ class ServingEnv(gym.Env[Array, Any]):
         Terminates when each of ``requests`` requests is answered or refused, after some thousands of steps. Never
         truncates by itself.
 
+    Info:
+        A step has, about the group: ``answers``; ``refused``, requests since the step before; ``quality``,
+        ``quality_ref`` and ``cost``, sums over the answers; ``flops_ratio``, their mean, or 0; ``seconds`` of simulated
+        time; ``point``; ``vector_reward`` = [answers, -cost]. After a reset all are 0.
+
     Arguments:
         config_file: YAML file, in ``envs_configs/serving/`` or elsewhere.
         overrides: Any key of it but ``id``: ``arrivals`` (``poisson``, ``bursts``, ``day``), ``load`` (the mean rate
             over what dense can answer), ``deadline``, ``max_batch``, ``requests``, ``epsilon``, ``penalty``, ``split``,
             ``table``, ``points``. ``reset(options={"split": "test"})`` takes the rows of another split.
-
-        ``info`` of a step, about the group: ``answers``; ``refused``, requests since the step before; ``quality``,
-        ``quality_ref`` and ``cost``, sums over the answers; ``flops_ratio``, their mean, or 0; ``seconds`` of simulated
-        time; ``point``; ``vector_reward`` = [answers, -cost]. After a reset all are 0.
 
     Version History:
         * v0: first version.
