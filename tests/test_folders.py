@@ -120,7 +120,7 @@ def cut_preparation(reviews, tiny_backbone, tmp_path):
 
 def test_a_preparation_that_was_cut_off_is_not_overwritten(cut_preparation, reviews, tiny_backbone):
     before = files_of(cut_preparation)
-    with pytest.raises(FileExistsError, match="cut off; go on with --resume"):
+    with pytest.raises(FileExistsError, match="interrupted preparation; continue it with --resume"):
         prepared(tiny_backbone, reviews, cut_preparation)
     assert files_of(cut_preparation) == before
     prepared(tiny_backbone, reviews, cut_preparation, resume=True)
