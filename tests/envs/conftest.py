@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
-from sd_gym.agents.experiment.export import export
+from sd_gym.agents.experiment.export import export, run_card
 from sd_gym.agents.experiment.run import run_metadata
 from tokenizers import processors
 from transformers import AutoModelForSequenceClassification
@@ -228,7 +228,7 @@ def trained(task, ranking, folder, tokenizer, observation="pooled", stages=("fir
     core = gym.make_vec(env_id, num_envs=1, **settings).unwrapped.core
     policy = looking(core)
     description = {**run_metadata(core.config), "env": env_id, "algo": "ppo", "steps": 1, "seed": 0, "data": {}}
-    artefact = export(core, policy, (), RESULT, json.loads(json.dumps(description, default=str)))
+    artefact = export(core, policy, (), run_card(RESULT, json.loads(json.dumps(description, default=str))))
     artefact.save_pretrained(folder / "artefact")
     return core, policy, artefact, [texts_of(task, one) for one in rows["test"]]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import gymnasium as gym
 import pytest
 import torch
-from sd_gym.agents.experiment.export import export
+from sd_gym.agents.experiment.export import export, run_card
 from sd_gym.agents.experiment.run import run_metadata
 
 from sd_gym import SkipPolicy
@@ -33,9 +33,8 @@ def saved(tmp_path_factory):
         network = DecisionPolicy(size, core.nvec.tolist(), core.backbone.board.names).eval()
         said = {**run_metadata(core.config), "env": ID, "algo": "ppo", "steps": 1, "seed": seed, "data": {}}
         operating_points = [OperatingPoint(-0.5, 0.02, 0.03, 0.4, False), OperatingPoint(0.0, 0.01, 0.02, 0.5, True)]
-        export(core, network, operating_points, RESULT, json.loads(json.dumps(said, default=str))).save_pretrained(
-            folder / name
-        )
+        card = run_card(RESULT, json.loads(json.dumps(said, default=str)))
+        export(core, network, operating_points, card).save_pretrained(folder / name)
     return folder
 
 
