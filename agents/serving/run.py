@@ -194,6 +194,9 @@ def _measured(config: ServingConfig, played: Played) -> dict[str, Any]:
         "by_difficulty": [{"difficulty": 0, "quality": float(quality.mean()), "flops_ratio": flops}],
         "time": {},
         "artefact": None,
+        "last_policy": None,
+        "skip_rate": {},
+        "history": [],
     }
 
 

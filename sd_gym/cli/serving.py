@@ -22,26 +22,30 @@ def serve(
         str, Argument(metavar="POLICY_OR_FOLDER", help="Run folder, saved or exported policy, or its id on the hub.")
     ],
     host: Annotated[str, Option(help="Address to listen at; 0.0.0.0: all.")] = "127.0.0.1",
-    port: Annotated[int, Option(min=0, max=65535, help="Port; 0: any that is free.")] = 8000,
-    backbone: Annotated[str | None, Option(help="Where the backbone is [default: where it was].")] = None,
+    port: Annotated[int, Option(min=0, max=65535, help="Port; 0: any free one.")] = 8000,
+    backbone: Annotated[str | None, Option(help="Where the backbone is [default: where it was in training].")] = None,
     device: Annotated[str, Option(help="Where the backbone runs: cpu, cuda, cuda:1.")] = "cpu",
     threads: Annotated[int | None, Option(min=1, help="Threads of the model [default: all cores].")] = None,
-    max_loss: Annotated[float | None, Option(help="The usual point: fewest FLOPs within this loss (0.005).")] = None,
-    max_flops: Annotated[float | None, Option(help="Or: least skipping within this share of the FLOPs (0.4).")] = None,
+    max_loss: Annotated[float | None, Option(help="Default point: fewest FLOPs within this loss (0.005).")] = None,
+    max_flops: Annotated[float | None, Option(help="Or least skipping within this share of the FLOPs (0.4).")] = None,
     allow_loss: Annotated[
         float | None, Option(help="Highest loss that a request may ask for [default: points that passed].")
     ] = None,
-    allow_flops: Annotated[float, Option(min=0, max=1, help="Largest share of the FLOPs that one may ask for.")] = 1.0,
-    batch_size: Annotated[int, Option(min=1, help="Rows that run together at most.")] = 32,
-    batch_tokens: Annotated[int, Option(min=1, help="Their padded tokens at most.")] = 8192,
-    queue: Annotated[int, Option(min=1, help="Rows that wait at most; beyond it requests get 429.")] = 1024,
-    queue_tokens: Annotated[int, Option(min=1, help="Their tokens at most.")] = 131_072,
+    allow_flops: Annotated[float, Option(min=0, max=1, help="Largest share of FLOPs that it may ask for.")] = 1.0,
+    dial: Annotated[
+        Path | None,
+        Option(metavar="RUN", help="Run on a serving env: its dial chooses the operating point of each group."),
+    ] = None,
+    batch_size: Annotated[int, Option(min=1, help="Most rows that run together.")] = 32,
+    batch_tokens: Annotated[int, Option(min=1, help="Most padded tokens that run together.")] = 8192,
+    queue: Annotated[int, Option(min=1, help="Most waiting rows; further requests get 429.")] = 1024,
+    queue_tokens: Annotated[int, Option(min=1, help="Most waiting tokens.")] = 131_072,
     max_wait: Annotated[
-        float, Option(min=0, help="Seconds for which larger groups may be preferred to a row; then deadlines count.")
+        float, Option(min=0, help="Seconds for which larger groups may overtake a row; then deadlines count.")
     ] = 0.05,
     timeout: Annotated[float, Option(min=0.001, help="Seconds after which a request gets 504.")] = 30.0,
-    max_body: Annotated[int, Option(min=1, help="Bytes of a request at most; beyond it 413.")] = 2**20,
-    max_inputs: Annotated[int, Option(min=1, help="Inputs of a request at most; beyond it 413.")] = 64,
+    max_body: Annotated[int, Option(min=1, help="Most bytes of a request; longer ones get 413.")] = 2**20,
+    max_inputs: Annotated[int, Option(min=1, help="Most inputs of a request; longer ones get 413.")] = 64,
     imports: Imports = [],
 ) -> None:
     """Serve a policy over HTTP: requests that share a mask run together. Needs `pip install "sd-gym[serve]"`.
@@ -71,6 +75,7 @@ def serve(
                 allow_loss=allow_loss,
                 allow_flops=allow_flops,
                 threads=threads,
+                dial=dial,
             )
         _warn_of_many_masks(served)
         run(served, host, port, lambda address: terminal.print_line(f"Serving {Path(policy).name}: {address}"))

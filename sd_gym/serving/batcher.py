@@ -1,24 +1,22 @@
-"""Requests in, answers out: requests are decided before they queue, and those that share a mask run together.
+"""Answers requests in groups: requests are decided before they queue, and those that share a mask run together.
 
-It knows neither HTTP nor torch. Its clock is that of the event loop.
+The batcher does not depend on HTTP or torch. Its clock is the event loop's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from sd_gym.serving.dial import Dial, Fixed
+
 
 class QueueFullError(Exception):
-    """The queue has no room.
-
-    Attributes:
-        retry_after: Seconds, after which it may have some.
-    """
+    """The queue has no room; after ``retry_after`` seconds there may be some."""
 
     def __init__(self, retry_after: int) -> None:
         super().__init__(f"the queue is full; try again in {retry_after} s")
@@ -26,57 +24,30 @@ class QueueFullError(Exception):
 
 
 class ClosedError(Exception):
-    """No requests are taken any more."""
+    """The batcher takes no more requests."""
 
 
 class LateError(Exception):
-    """The deadline has passed."""
+    """The deadline has passed, or cannot be met any more."""
 
 
 class Row(NamedTuple):
-    """One input, decided on.
+    """One input with its decisions."""
 
-    Attributes:
-        length: Its tokens.
-        masks: For each operating point, what it skips.
-        kind: Only rows of one kind can run together.
-        content: What the engine needs to answer it.
-    """
-
-    length: int
-    masks: Sequence[Hashable]
-    kind: Hashable
-    content: Any
+    length: int  # in tokens
+    masks: Sequence[Hashable]  # one for each operating point
+    kind: Hashable  # only rows of the same kind can run together
+    content: Any  # what the engine needs to answer the input
 
 
 class Engine(Protocol):
-    """What decides and answers; it is asked for one thing at a time."""
+    """Decides and answers. The batcher makes one call at a time."""
 
     async def prepare(self, inputs: list[Any]) -> list[Row]:
-        """Decide on inputs. An error is tried again input by input, and then is that of one input."""
-        ...
+        """Decide on inputs. If this fails, the batcher prepares each input alone."""
 
     async def run(self, rows: list[Row], point: int) -> list[Any]:
-        """The answers of rows of one kind at an operating point; of errors the same is true."""
-        ...
-
-
-class Dial(Protocol):
-    """Chooses the operating point of a group before it is formed."""
-
-    def choose(self, queue_length: int, oldest_wait: float, arrival_rate: float) -> int:
-        """The index of an operating point, from the rows that wait, seconds, and rows a second."""
-        ...
-
-
-class Fixed(NamedTuple):
-    """The dial that always chooses the same."""
-
-    point: int = 0
-
-    def choose(self, queue_length: int, oldest_wait: float, arrival_rate: float) -> int:
-        """That one."""
-        return self.point
+        """Answer rows of one kind at an operating point. If this fails, the batcher runs each row alone."""
 
 
 class Group(NamedTuple):
@@ -91,35 +62,21 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """Of the queue and of a group.
+    """Limits of the queue and of a group."""
 
-    Attributes:
-        rows: Rows of a group at most.
-        tokens: Padded tokens of a group at most; a row of more runs alone.
-        queued_rows: Rows that wait at most.
-        queued_tokens: Their tokens at most.
-        max_wait: Seconds for which larger groups may be preferred to a row; then the oldest deadline comes first.
-    """
-
-    rows: int = 32
-    tokens: int = 8192
+    rows: int = 32  # of a group
+    tokens: int = 8192  # of a group, padded; a longer row runs alone
     queued_rows: int = 1024
     queued_tokens: int = 131_072
-    max_wait: float = 0.05
+    max_wait: float = 0.05  # seconds for which larger groups may overtake a row; then the earliest deadline is first
 
 
 class PassCost(NamedTuple):
-    """What a pass takes beside computing its rows, in the tokens that take as long.
+    """The overhead of a pass, in the number of tokens that take as long to compute."""
 
-    Attributes:
-        one_mask: If its rows share a mask. A row joins a group if it adds less padding than this.
-        mixed: If they do not; infinite if that is not possible.
-        mixed_row: Each of its rows then.
-    """
-
-    one_mask: float
-    mixed: float = math.inf
-    mixed_row: float = 0.0
+    one_mask: float  # if its rows share a mask; a row joins a group if it adds less padding than this
+    mixed: float = math.inf  # if they do not; infinite if they cannot run together
+    mixed_row: float = 0.0  # of each row of a mixed pass
 
 
 @dataclass(eq=False)
@@ -128,22 +85,23 @@ class _Entry:
     arrived: float
     deadline: float
     answer: asyncio.Future[Any]
-    row: Row = field(init=False)  # once it is decided
+    row: Row = field(init=False)  # set when it is decided
 
     @property
     def waits(self) -> bool:
         return not self.answer.done()
 
+    def finish(self, answer: Any) -> None:
+        if self.waits and isinstance(answer, Exception):
+            self.answer.set_exception(answer)
+        elif self.waits:
+            self.answer.set_result(answer)
+
 
 class Batcher:
-    """Queues inputs and answers them in groups; ``work`` has to run beside.
+    """Queues inputs and answers them in groups while ``work`` runs.
 
-    Args:
-        engine: Decides and answers.
-        limits: Of the queue and of a group.
-        cost: What a pass takes, by which rows are grouped.
-        dial: Chooses the operating point of each group.
-        on_group: Is told of each group that was answered.
+    The overhead of a pass, ``cost``, decides how rows are grouped. ``on_group`` is called with each group after it ran.
     """
 
     def __init__(
@@ -152,57 +110,52 @@ class Batcher:
         limits: Limits,
         cost: PassCost,
         dial: Dial = Fixed(),  # noqa: B008  (it never changes)
-        on_group: Callable[[Group], None] | None = None,
+        on_group: Callable[[Group], None] = lambda group: None,
     ) -> None:
-        self._engine, self.limits, self._cost, self._dial, self._on_group = engine, limits, cost, dial, on_group
+        self._engine, self._limits, self._cost, self._dial, self._on_group = engine, limits, cost, dial, on_group
         self._new: list[_Entry] = []  # not decided yet
         self._queue: list[_Entry] = []
-        self._wake = asyncio.Event()
-        self._closed = False
-        self._arrivals, self._served = _Rate(), _Rate()
+        self._wake, self._closed = asyncio.Event(), False
+        self._arrivals: deque[float] = deque()  # when the rows of the last ``dial.window`` seconds arrived
+        self._fastest: dict[Hashable, tuple[float, int]] = {}  # seconds per padded token, and tokens of that group
 
     @property
     def queued(self) -> int:
-        """Rows that wait."""
+        """Number of waiting rows."""
         return sum(entry.waits for entries in (self._new, self._queue) for entry in entries)
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether ``close`` was called."""
-        return self._closed
-
     def close(self) -> None:
-        """Take no more requests; ``work`` ends when all that were taken are answered."""
+        """Take no more requests; ``work`` ends when all accepted requests are answered."""
         self._closed = True
         self._wake.set()
 
     async def answer(self, inputs: Sequence[Any], timeout: float) -> list[Any]:
-        """The answers to the inputs of one request, in their order; cancelled, it leaves the queue.
+        """The answers to the inputs of one request, in order. Cancel it to take the inputs out of the queue.
 
         Raises:
-            QueueFullError: If there is no room for all of them.
+            QueueFullError: If the queue has no room for all of them.
             ClosedError: If ``close`` was called.
-            LateError: If there is no answer after so many seconds.
+            LateError: If they cannot be answered within ``timeout`` seconds.
             Exception: Whatever the engine raised on one of the inputs.
         """
         if self._closed:
             raise ClosedError("the server is shutting down")
-        if self.queued + len(inputs) > self.limits.queued_rows:
+        if self.queued + len(inputs) > self._limits.queued_rows:
             raise self._full()
         loop = asyncio.get_running_loop()
         now = loop.time()
-        self._arrivals.count(now, len(inputs))
+        self._arrivals.extend([now] * len(inputs))
         entries = [_Entry(given, now, now + timeout, loop.create_future()) for given in inputs]
         self._new += entries
         self._wake.set()
         try:
             async with asyncio.timeout_at(now + timeout):
                 return await asyncio.gather(*(entry.answer for entry in entries))
-        except TimeoutError:
+        except (TimeoutError, LateError):
             raise LateError(f"no answer within {timeout:g} s") from None
         finally:
             for entry in entries:
-                entry.answer.cancel()  # where one row failed, the others need no answer any more
+                entry.answer.cancel()  # if one row failed, the request needs no other answers
 
     async def work(self) -> None:
         """Answer requests until ``close`` is called and none is left."""
@@ -218,54 +171,77 @@ class Batcher:
                 await self._wake.wait()
 
     async def _decide(self) -> None:
-        """Move what has arrived to the queue."""
+        """Move new entries to the queue."""
         entries, self._new = [entry for entry in self._new if entry.waits], []
-        for part in (entries[at : at + self.limits.rows] for at in range(0, len(entries), self.limits.rows)):
-            rows = await _each_alone_if_any_fails(self._engine.prepare, [entry.given for entry in part])
+        while part := entries[: self._limits.rows]:
+            del entries[: len(part)]
+            rows = await _alone_on_failure(self._engine.prepare, [entry.given for entry in part])
             tokens = sum(entry.row.length for entry in self._queue if entry.waits)
             for entry, row in zip(part, rows, strict=True):
                 if isinstance(row, Exception):
-                    _finish(entry, row)
-                elif tokens and tokens + row.length > self.limits.queued_tokens:
-                    _finish(entry, self._full())
+                    entry.finish(row)
+                elif tokens and tokens + row.length > self._limits.queued_tokens:
+                    entry.finish(self._full())
                 elif entry.waits:
                     entry.row = row
                     self._queue.append(entry)
                     tokens += row.length
 
     def _next_group(self) -> tuple[list[_Entry], int] | None:
-        """The rows that run next, which leave the queue, and their operating point."""
+        """Take the next rows out of the queue, with their operating point."""
         self._queue = [entry for entry in self._queue if entry.waits]
         if not self._queue:
             return None
         now = asyncio.get_running_loop().time()
-        oldest = max(now - entry.arrived for entry in self._queue)
-        point = self._dial.choose(len(self._queue), oldest, self._arrivals.at(now))
+        while self._arrivals and self._arrivals[0] < now - self._dial.window:
+            self._arrivals.popleft()
+        oldest = now - min(entry.arrived for entry in self._queue)
+        point = self._dial.choose(len(self._queue), oldest, len(self._arrivals) / self._dial.window)
+        while self._queue:
+            group = self._grouped(point, now)
+            late: set[_Entry] = set()
+            for entry in sorted(group, key=lambda entry: entry.deadline):
+                if entry.deadline >= now + self._least_seconds([one for one in group if one not in late], point):
+                    break
+                entry.finish(LateError())
+                late.add(entry)
+            leaving = late or set(group)
+            self._queue = [entry for entry in self._queue if entry not in leaving]
+            if not late:
+                return group, point
+        return None
+
+    def _least_seconds(self, group: list[_Entry], point: int) -> float:
+        """A lower bound of the time of a group; 0 if nothing like it was measured.
+
+        Small groups take more seconds per token. So the fastest pace bounds groups up to the size that it is of.
+        """
+        key, tokens = _size(group, point)
+        pace, measured_tokens = self._fastest.get(key, (0.0, 0))
+        return pace * min(tokens, measured_tokens)
+
+    def _grouped(self, point: int, now: float) -> list[_Entry]:
+        """The best group of queued rows at an operating point."""
         by_deadline = sorted(self._queue, key=lambda entry: entry.deadline)
-        if oldest >= self.limits.max_wait:
-            first = next(entry for entry in by_deadline if now - entry.arrived >= self.limits.max_wait)
-        else:
+        first = next((entry for entry in by_deadline if now - entry.arrived >= self._limits.max_wait), None)
+        if first is None:
             count = Counter(entry.row.masks[point] for entry in by_deadline)
-            first = max(by_deadline, key=lambda entry: count[entry.row.masks[point]])  # of equal ones the earliest
+            first = max(by_deadline, key=lambda entry: count[entry.row.masks[point]])  # earliest deadline if equal
         of_kind = [entry for entry in by_deadline if entry.row.kind == first.row.kind]
         of_mask = [entry for entry in of_kind if entry.row.masks[point] == first.row.masks[point]]
         group, mixed = self._filled(first, of_mask), self._filled(first, of_kind)
-        if self._cost.mixed / len(mixed) + self._cost.mixed_row < self._cost.one_mask / len(group):
-            group = mixed
-        chosen = set(group)
-        self._queue = [entry for entry in self._queue if entry not in chosen]
-        return group, point
+        is_mixed_cheaper = self._cost.mixed / len(mixed) + self._cost.mixed_row < self._cost.one_mask / len(group)
+        return mixed if is_mixed_cheaper else group
 
     def _filled(self, first: _Entry, candidates: list[_Entry]) -> list[_Entry]:
-        """A group with ``first``, and with as many others as fit, of about its length."""
+        """``first`` and as many candidates of similar length as fit."""
         group, longest = [first], first.row.length
         for entry in candidates:
-            if len(group) == self.limits.rows:
-                break
             length = max(longest, entry.row.length)
             padded = (len(group) + 1) * length
-            padding = padded - len(group) * longest - entry.row.length  # more of it
-            if entry is not first and padded <= self.limits.tokens and padding <= self._cost.one_mask:
+            added_padding = padded - len(group) * longest - entry.row.length
+            fits = len(group) < self._limits.rows and padded <= self._limits.tokens
+            if entry is not first and fits and added_padding <= self._cost.one_mask:
                 group.append(entry)
                 longest = length
         return group
@@ -273,49 +249,32 @@ class Batcher:
     async def _run(self, group: list[_Entry], point: int) -> None:
         loop = asyncio.get_running_loop()
         started, rows = loop.time(), [entry.row for entry in group]
-        answers = await _each_alone_if_any_fails(lambda some: self._engine.run(some, point), rows)
+        answers = await _alone_on_failure(lambda some: self._engine.run(some, point), rows)
         for entry, answer in zip(group, answers, strict=True):
-            _finish(entry, answer)
+            entry.finish(answer)
         now = loop.time()
-        self._served.count(now, len(group))
-        if self._on_group is not None:
-            waits = [started - entry.arrived for entry in group]
-            self._on_group(Group(rows, answers, waits, now - started, point))
+        if not any(isinstance(answer, Exception) for answer in answers):
+            key, tokens = _size(group, point)
+            self._fastest[key] = min(((now - started) / tokens, tokens), self._fastest.get(key, (math.inf, 0)))
+        self._on_group(Group(rows, answers, [started - entry.arrived for entry in group], now - started, point))
 
     def _full(self) -> QueueFullError:
-        """Room is there again when about half of the queue is answered."""
-        rate = self._served.at(asyncio.get_running_loop().time())
-        return QueueFullError(math.ceil(min(60.0, 1 + self.queued / 2 / max(rate, 1e-3))))
+        """The error of a full queue. Rows have waited up to ``oldest`` seconds, so half of them take half of that."""
+        now = asyncio.get_running_loop().time()
+        oldest = max((now - entry.arrived for entry in self._queue), default=0.0)
+        return QueueFullError(max(1, math.ceil(oldest / 2)))
 
 
-async def _each_alone_if_any_fails(call: Callable[[list[Any]], Any], items: list[Any]) -> list[Any]:
-    """What a call gives for all items; where it fails, for each item what it gives, or raises, for that one alone."""
+def _size(group: list[_Entry], point: int) -> tuple[Hashable, int]:
+    """What the time of a group depends on: its operating point and mask, and its padded tokens."""
+    return (point, group[0].row.masks[point]), len(group) * max(entry.row.length for entry in group)
+
+
+async def _alone_on_failure(call: Callable[[list[Any]], Any], items: list[Any]) -> list[Any]:
+    """Call with all items; if that fails, with each alone, and an item that fails gets its error."""
     try:
         return await call(items)
     except Exception as error:
         if len(items) == 1:
             return [error]
-    return [(await _each_alone_if_any_fails(call, [item]))[0] for item in items]
-
-
-def _finish(entry: _Entry, answer: Any) -> None:
-    """Give an entry its answer, or its error, if anybody still waits for it."""
-    if not entry.waits:
-        return
-    if isinstance(answer, Exception):
-        entry.answer.set_exception(answer)
-    else:
-        entry.answer.set_result(answer)
-
-
-class _Rate:
-    """How many things happen in a second, lately: what happened a second ago counts a third of what happens now."""
-
-    def __init__(self) -> None:
-        self._value, self._last = 0.0, 0.0
-
-    def at(self, now: float) -> float:
-        return self._value * math.exp(self._last - now)
-
-    def count(self, now: float, number: int) -> None:
-        self._value, self._last = self.at(now) + number, now
+    return [(await _alone_on_failure(call, [item]))[0] for item in items]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,12 +17,13 @@ from sd_gym.inference.texts import load
 from sd_gym.operating_points import OperatingPoint
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.serving.app import Service, Settings
-from sd_gym.serving.batcher import Dial, Limits
-from sd_gym.serving.engine import BlockingEngine, GraphEngine, OperatingPoints, TextEngine
+from sd_gym.serving.batcher import Limits
+from sd_gym.serving.dial import Trained
+from sd_gym.serving.engine import GraphEngine, OperatingPoints, TextEngine
 
-CONNECTIONS = 4096  # beyond them clients get 503
-KEEP_ALIVE = 75  # seconds that a connection may be idle: longer than load balancers leave one
-GRACE = 5.0  # seconds above a request's timeout, after which a shutdown waits for no client any more
+CONNECTIONS = 4096  # more clients get 503
+KEEP_ALIVE = 75  # seconds that a connection may be idle: more than load balancers allow
+GRACE = 5.0  # seconds that a shutdown waits for clients, in addition to a request's timeout
 
 
 def service(
@@ -36,45 +38,48 @@ def service(
     allow_loss: float | None = None,
     allow_flops: float = 1.0,
     threads: int | None = None,
-    dial: Dial | None = None,
+    dial: str | Path | None = None,
 ) -> Service:
     """A policy as a service.
 
     Args:
         policy: See ``sd_gym.load``, or a folder that ``sd-gym export`` wrote.
-        limits: Of the queue and of groups.
-        settings: What the operator allows.
+        limits: Limits of the queue and of groups.
+        settings: Limits of requests.
         backbone: See ``sd_gym.load``.
-        device: See there.
-        max_loss: Of the operating point of requests that ask for none.
-        max_flops: The same.
+        device: See ``sd_gym.load``.
+        max_loss: Highest loss of the default operating point.
+        max_flops: Largest share of the dense FLOPs of the default operating point.
         allow_loss: See ``OperatingPoints``.
-        allow_flops: See there.
-        threads: Threads that the model runs in; ``None``: as PyTorch, or ONNX Runtime, has it.
-        dial: Chooses the operating point of each group, by its index among those that are allowed.
+        allow_flops: See ``OperatingPoints``.
+        threads: Threads of the model; ``None``: the default of PyTorch or ONNX Runtime.
+        dial: Run folder of a serving env, whose dial chooses the operating point of each group.
 
     Raises:
-        FileNotFoundError, ValueError: See ``sd_gym.load``.
+        FileNotFoundError, ValueError: See ``sd_gym.load`` and ``sd_gym.serving.dial.Trained``.
     """
     if not isinstance(policy, SkipPolicy) and Path(policy, MANIFEST).is_file():
         if backbone or device != "cpu":
-            raise ValueError(f"{policy} is exported: it has its own backbone, and runs on the CPU")
+            raise ValueError(f"{policy} is exported: it has its own backbone and runs on the CPU")
         options = _session_options(threads)
         exported = OnnxModel(Path(policy), max_loss=max_loss, max_flops=max_flops, session_options=options)
         tested = [OperatingPoint(**point) for point in exported.manifest["operating_points"]]
         points = OperatingPoints(tested, float(exported._margin), allow_loss, allow_flops)
-        engine: BlockingEngine = GraphEngine(exported, points, _dialled(points, dial))
+        engine_of: Any = partial(GraphEngine, exported)
     else:
         if threads is not None:
             torch.set_num_threads(threads)
         model = load(policy, backbone, device=device, max_loss=max_loss, max_flops=max_flops)
         points = OperatingPoints(model.policy.operating_points, 0.0, allow_loss, allow_flops)
-        engine = TextEngine(model, points, _dialled(points, dial))
-    return Service(engine, points, limits, settings, dial)
+        engine_of = partial(TextEngine, model)
+    if dial is None:
+        return Service(engine_of(points, [points.default]), points, limits, settings)
+    trained = Trained(dial, len(points.points))
+    return Service(engine_of(points, range(len(points.points))), points, limits, settings, trained)
 
 
 def _session_options(threads: int | None) -> Any:
-    """Options of ONNX Runtime: every graph has threads of its own, and those that wait do not spin."""
+    """Options of ONNX Runtime: each graph has its own threads, and idle threads do not spin."""
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
@@ -85,14 +90,10 @@ def _session_options(threads: int | None) -> Any:
     return options
 
 
-def _dialled(points: OperatingPoints, dial: Dial | None) -> Sequence[int]:
-    """The points that are chosen from for requests that ask for none."""
-    return [points.default] if dial is None else range(len(points.points))
-
-
 def run(served: Service, host: str, port: int, on_address: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT; ``on_address`` is told where. OSError if the address cannot be had."""
-    with socket.create_server((host, port), backlog=2048, family=_family(host)) as listening:
+    """Serve until SIGTERM or SIGINT; call ``on_address`` with the URL. Raises ``OSError`` if the port is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), backlog=2048, family=family) as listening:
         on_address(f"http://{host}:{listening.getsockname()[1]}")
         config = uvicorn.Config(
             served.app(),
@@ -105,7 +106,7 @@ def run(served: Service, host: str, port: int, on_address: Callable[[str], None]
 
 
 class _Server(uvicorn.Server):
-    """Refuses requests as soon as the signal comes, not when the last connection is closed."""
+    """Refuses requests from the signal on, instead of when the last connection is closed."""
 
     def __init__(self, config: uvicorn.Config, served: Service) -> None:
         super().__init__(config)
@@ -114,7 +115,3 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._served.close()
         super().handle_exit(sig, frame)
-
-
-def _family(host: str) -> Any:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -28,3 +28,11 @@ def test_a_port_that_is_taken_is_one_line(tmp_path, monkeypatch):
         result = runner.invoke(app, ["serve", str(tmp_path), "--port", str(taken.getsockname()[1])])
     assert result.exit_code == 2
     assert "Address already in use" in result.output
+
+
+def test_a_dial_reaches_the_service(monkeypatch):
+    def service(*args, dial, **options):
+        raise ValueError(f"the dial is {dial}")
+
+    monkeypatch.setattr("sd_gym.serving.server.service", service)
+    assert "the dial is runs/dial" in runner.invoke(app, ["serve", "policy", "--dial", "runs/dial"]).output

@@ -1,0 +1,60 @@
+"""Dials: they choose the operating point of each group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from sd_gym.envs.serving import dial
+
+
+class Dial(Protocol):
+    """Chooses the operating point of each group before the group is formed."""
+
+    @property
+    def window(self) -> float:
+        """Seconds over which arrivals are counted."""
+
+    def choose(self, queue_length: int, oldest_wait: float, arrival_rate: float) -> int:
+        """The index of an operating point, from the number of waiting rows, seconds, and rows per second."""
+
+
+class Fixed(NamedTuple):
+    """A dial that always chooses the same operating point."""
+
+    point: int = 0
+    window: float = 1.0
+
+    def choose(self, queue_length: int, oldest_wait: float, arrival_rate: float) -> int:
+        """The fixed operating point."""
+        return self.point
+
+
+class Trained:
+    """The dial of a run on a serving env. Its point 0 is dense; the batcher's point 0 skips most.
+
+    Args:
+        folder: Run folder.
+        points: Number of operating points that the server allows.
+
+    Raises:
+        FileNotFoundError: If the folder has no dial.
+        ValueError: If the dial is damaged, or chooses among another number of points.
+    """
+
+    def __init__(self, folder: str | Path, points: int) -> None:
+        self._dial, self._last = dial.Dial.load(folder), points - 1
+        if (trained := len(self._dial.config.points)) != points:
+            raise ValueError(
+                f"the dial {folder} chooses among {trained} operating points, but the server allows {points} points of "
+                "its policy; change --allow-loss or --allow-flops, or train a dial on an env with as many 'points'"
+            )
+
+    @property
+    def window(self) -> float:
+        """Seconds over which arrivals are counted: the deadline of the env."""
+        return self._dial.config.deadline
+
+    def choose(self, queue_length: int, oldest_wait: float, arrival_rate: float) -> int:
+        """The operating point that the dial chooses, in the server's order."""
+        return self._last - self._dial.choose(queue_length, oldest_wait, arrival_rate)

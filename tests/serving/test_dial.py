@@ -1,0 +1,49 @@
+"""A dial that was trained on a serving env chooses the operating points of a server."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sd_gym.envs.serving.config import serving_config
+from sd_gym.envs.serving.dial import Dial, Network
+from sd_gym.operating_points import OperatingPoint
+from sd_gym.serving.app import Settings
+from sd_gym.serving.batcher import Limits
+from sd_gym.serving.dial import Trained
+from sd_gym.serving.server import service
+from tests.envs.conftest import trained
+from tests.serving.conftest import client_of
+
+NEVER = -1e9
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run whose dial takes its third point, and its last one where the queue is long."""
+    config = serving_config("SD/Serving-TREC-Table-v0", {"deadline": 2.0})
+    weight, bias = np.zeros((4, 6)), np.array([NEVER, NEVER, 1.0, NEVER, NEVER, 0.0])
+    weight[0, 5] = 1.0
+    Dial(config, np.zeros(6), Network([(weight, bias)])).save(tmp_path)
+    return tmp_path
+
+
+def test_dense_is_the_first_point_of_the_env_and_the_last_one_of_the_server(run):
+    dial = Trained(run, 6)
+    assert dial.window == 2.0
+    assert dial.choose(1, 0.0, 1.0) == 3
+    assert dial.choose(100_000, 0.0, 1.0) == 0  # it skips most
+
+
+def test_a_server_follows_its_dial(run, tmp_path, tiny_tokenizer):
+    _, _, artefact, texts = trained("classification", None, tmp_path, tiny_tokenizer)
+    points = tuple(OperatingPoint(1000.0 * n, 0.0, 0.0, (n + 1) / 6, True) for n in range(6))
+    policy = replace(artefact, operating_points=points)
+    with client_of(service(policy, Limits(), Settings(), dial=run)) as client:
+        answer = client.post("/predict", json={"inputs": texts[0], "details": True})
+        assert not any(answer.json()["skip"])  # the margin of this point skips nothing
+        assert "sd_gym_operating_point 3.0" in client.get("/metrics").text
+    with pytest.raises(ValueError, match="chooses among 6 operating points, but the server allows 5"):
+        service(replace(policy, operating_points=points[:5]), Limits(), Settings(), dial=run)
+    with pytest.raises(FileNotFoundError, match="no dial"):
+        service(policy, Limits(), Settings(), dial=tmp_path / "backbone")
