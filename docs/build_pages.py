@@ -8,7 +8,6 @@ import importlib
 import inspect
 import json
 import re
-from importlib.util import find_spec
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
@@ -51,7 +50,7 @@ MODULES = [
     "sd_gym.policy",
 ]
 MODULES += ["sd_gym.switch", "sd_gym.inference.texts", "sd_gym.inference.onnx", "sd_gym.objectives"]
-MODULES += ["sd_gym.serving"] if find_spec("sd_gym.serving") else []
+MODULES += ["sd_gym.serving.server", "sd_gym.serving.batcher", "sd_gym.serving.dial"]
 
 
 class Examples(griffe.Extension):
@@ -125,15 +124,9 @@ def _expanded(nav: Any) -> Any:
     if not isinstance(nav, list):
         return nav
     expanded = []
-    for entry in (one for one in nav if not (isinstance(one, dict) and _is_planned(one))):
+    for entry in nav:
         expanded += _nav_of(entry) if isinstance(entry, str) and entry.endswith("/") else [_expanded(entry)]
     return expanded
-
-
-def _is_planned(entry: dict[str, Any]) -> bool:
-    """Whether an entry names a page that is not there yet."""
-    [target] = entry.values()
-    return target == "serving.md" and not (ROOT / "docs" / target).exists()
 
 
 def _nav_of(folder: str) -> list[Any]:

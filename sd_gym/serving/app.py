@@ -1,10 +1,11 @@
-"""The HTTP shell of a batcher: routes, status codes, metrics and a page."""
+"""A batcher over HTTP: routes, status codes, metrics and a page."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,28 +19,24 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from sd_gym.serving.batcher import Batcher, ClosedError, Dial, Fixed, LateError, Limits, QueueFullError
+from sd_gym.serving.batcher import Batcher, ClosedError, LateError, Limits, QueueFullError
+from sd_gym.serving.dial import Dial, Fixed
 from sd_gym.serving.engine import Asked, BlockingEngine, InThread, OperatingPoints, Served
 from sd_gym.serving.metrics import Metrics
 from sd_gym.serving.requests import Body, Completions, Generate, Predict, RefusedError, body_of, inputs_of
 from sd_gym.version import __version__
 
+Endpoint = Callable[[Request], Awaitable[Response]]
 PAGE = Path(__file__).with_name("page.html")
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the operator allows.
+    """Limits of a request."""
 
-    Attributes:
-        timeout: Seconds that a request may take, and that its body may take to arrive.
-        body: Bytes of a body at most.
-        inputs: Inputs of a request at most.
-    """
-
-    timeout: float = 30.0
-    body: int = 2**20
+    timeout: float = 30.0  # seconds for an answer; also for the body to arrive
+    body: int = 2**20  # bytes
     inputs: int = 64
 
 
@@ -48,14 +45,14 @@ class GoneError(Exception):
 
 
 class Service:
-    """A model behind HTTP.
+    """A model that answers over HTTP.
 
     Args:
         engine: Checks, decides and answers.
-        points: Its operating points.
-        limits: Of the queue and of groups.
-        settings: What the operator allows.
-        dial: Chooses the operating point of each group; ``None``: the policy's own.
+        points: The operating points of the engine.
+        limits: Limits of the queue and of groups.
+        settings: Limits of a request.
+        dial: Chooses the operating point of each group; ``None``: always the default point.
     """
 
     def __init__(
@@ -75,16 +72,16 @@ class Service:
 
     @property
     def is_ready(self) -> bool:
-        """Whether requests are taken."""
+        """Whether the server takes requests."""
         return self._work is not None and not self._work.done() and not self._is_closing
 
     def close(self) -> None:
-        """Take no more requests; those that were taken are answered. It may be called from a signal's handler."""
+        """Take no more requests, but answer those that were accepted. Safe in a signal handler."""
         self._is_closing = True
 
     @contextlib.asynccontextmanager
     async def running(self, app: Starlette) -> AsyncIterator[None]:
-        """Warm up, then work, for as long as the block lasts; after it, until all is answered."""
+        """Warm up and answer requests during the block; on exit, answer what was accepted."""
         starting = asyncio.create_task(self._start())
         try:
             yield
@@ -112,7 +109,8 @@ class Service:
 
         Raises:
             RefusedError: 413 for too many inputs, 422 for wrong ones, 503 if the server is not ready.
-            QueueFullError, LateError, GoneError: See there.
+            QueueFullError, LateError: See ``Batcher.answer``.
+            GoneError: If the client hangs up.
         """
         if not self.is_ready or self.batcher is None:
             what = "is shutting down" if self._is_closing else "is starting"
@@ -145,22 +143,22 @@ class Service:
     async def predict(self, request: Request) -> Response:
         """``POST /predict``."""
         body = await body_of(request, Predict, self.settings.body, self.settings.timeout)
-        given, alone = inputs_of(body.inputs)
+        given, is_single = inputs_of(body.inputs)
         served = await self.answer(request, given, body)
         answers = [_details(one) if body.details else _prediction(one) for one in served]
-        return _json(answers[0] if alone else answers, served)
+        return _json(answers[0] if is_single else answers, served)
 
     async def generate(self, request: Request) -> Response:
         """``POST /generate``."""
         body = await body_of(request, Generate, self.settings.body, self.settings.timeout)
-        given, alone = inputs_of(body.inputs)
+        given, is_single = inputs_of(body.inputs)
         longest = self._longest(body.parameters.max_new_tokens, "parameters.max_new_tokens")
         served = await self.answer(request, given, body.parameters, longest)
         texts = [
             {"generated_text": one.answer.answer} | ({"details": _details(one)} if body.parameters.details else {})
             for one in served
         ]
-        return _json(texts[0] if alone else texts, served)
+        return _json(texts[0] if is_single else texts, served)
 
     async def completions(self, request: Request) -> Response:
         """``POST /v1/completions``."""
@@ -178,18 +176,14 @@ class Service:
             {"index": at, "text": text, "logprobs": None, "finish_reason": "length" if count >= most else "stop"}
             for at, (text, count) in enumerate(zip(texts, tokens, strict=True))
         ]
-        prompt_tokens = sum(one.length for one in served)
+        usage = {"prompt_tokens": sum(one.length for one in served), "completion_tokens": sum(tokens)}
         content = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": body.model or self._served.name,
             "choices": choices,
-            "usage": {
-                "prompt_tokens": prompt_tokens,
-                "completion_tokens": sum(tokens),
-                "total_tokens": prompt_tokens + sum(tokens),
-            },
+            "usage": usage | {"total_tokens": sum(usage.values())},
         }
         return _json(content, served)
 
@@ -199,7 +193,7 @@ class Service:
         return asked
 
     async def info(self, request: Request) -> Response:
-        """``GET /info``: what is served."""
+        """``GET /info``: the model and its operating points."""
         return JSONResponse(
             {
                 "model_id": self._served.name,
@@ -240,23 +234,16 @@ class Service:
             posts["/generate"] = self.generate
         if self._served.completes:
             posts["/v1/completions"] = self.completions
-        gets = {
-            "/": self.page,
-            "/info": self.info,
-            "/livez": self.live,
-            "/readyz": self.ready,
-            "/metrics": self.exposed,
-        }
+        gets = {"/": self.page, "/info": self.info, "/livez": self.live, "/readyz": self.ready}
+        gets["/metrics"] = self.exposed
         routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in gets.items()]
         routes += [Route(path, self._counted(path, endpoint), methods=["POST"]) for path, endpoint in posts.items()]
         app = Starlette(routes=routes, lifespan=self.running)
         app.state.service = self
         return app
 
-    def _counted(
-        self, path: str, endpoint: Callable[[Request], Awaitable[Response]]
-    ) -> Callable[[Request], Awaitable[Response]]:
-        """The endpoint with its errors as responses, counted and timed."""
+    def _counted(self, path: str, endpoint: Endpoint) -> Endpoint:
+        """Wrap an endpoint: errors become responses, and metrics count and time each request."""
 
         async def call(request: Request) -> Response:
             started = time.perf_counter()
@@ -283,8 +270,8 @@ def _failed(error: Exception, *, openai: bool) -> Response:
         case LateError():
             status, kind = 504, "Overloaded"
         case GoneError() | ClientDisconnect():
-            return Response(status_code=499)  # nobody reads it
-        case ValueError():  # of the input, such as a question that leaves no room for its context
+            return Response(status_code=499)  # the client does not read it
+        case ValueError():  # the input is wrong, such as a question that leaves no room for its context
             status, kind = 422, "Tokenizer"
         case _:
             log.error("a request failed", exc_info=error)
@@ -297,7 +284,7 @@ def _failed(error: Exception, *, openai: bool) -> Response:
 
 
 async def _unless_gone(request: Request, answering: Awaitable[list[Served]]) -> list[Served]:
-    """The answers, unless the client hangs up first; then they are cancelled."""
+    """Wait for the answers. If the client hangs up first, cancel them and raise ``GoneError``."""
 
     async def hang_up() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -322,14 +309,9 @@ def _prediction(served: Served) -> Any:
 
 
 def _details(served: Served) -> dict[str, Any]:
-    """An answer, and all that is known of it."""
-    answer = served.answer
-    return {
-        **answer._asdict(),
-        "skip": answer.skip.astype(int).tolist(),
-        "scores": served.scores,
-        "tokens": served.length,
-    }
+    """An answer with its decision and cost."""
+    skip = served.answer.skip.astype(int).tolist()
+    return served.answer._asdict() | {"skip": skip, "scores": served.scores, "tokens": served.length}
 
 
 def _json(content: Any, served: list[Served]) -> Response:
@@ -338,14 +320,14 @@ def _json(content: Any, served: list[Served]) -> Response:
 
 
 def _cut(text: str, stops: list[str]) -> str:
-    """The text in front of the first stop in it."""
+    """The text before the first of the ``stops``."""
     for stop in filter(None, stops):
         text = text.partition(stop)[0]
     return text
 
 
 def _number(value: float) -> float | None:
-    return None if value != value else value
+    return None if math.isnan(value) else value
 
 
 def _log_failure(task: asyncio.Task[None]) -> None:

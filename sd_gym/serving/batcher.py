@@ -45,9 +45,11 @@ class Engine(Protocol):
 
     async def prepare(self, inputs: list[Any]) -> list[Row]:
         """Decide on inputs. If this fails, the batcher prepares each input alone."""
+        ...
 
     async def run(self, rows: list[Row], point: int) -> list[Any]:
         """Answer rows of one kind at an operating point. If this fails, the batcher runs each row alone."""
+        ...
 
 
 class Group(NamedTuple):
@@ -212,10 +214,7 @@ class Batcher:
         return None
 
     def _least_seconds(self, group: list[_Entry], point: int) -> float:
-        """A lower bound of the time of a group; 0 if nothing like it was measured.
-
-        Small groups take more seconds per token. So the fastest pace bounds groups up to the size that it is of.
-        """
+        """A lower bound of a group's time, or 0. Groups smaller than the measured one take longer per token."""
         key, tokens = _size(group, point)
         pace, measured_tokens = self._fastest.get(key, (0.0, 0))
         return pace * min(tokens, measured_tokens)

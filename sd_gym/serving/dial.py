@@ -14,9 +14,11 @@ class Dial(Protocol):
     @property
     def window(self) -> float:
         """Seconds over which arrivals are counted."""
+        ...
 
     def choose(self, queue_length: int, oldest_wait: float, arrival_rate: float) -> int:
         """The index of an operating point, from the number of waiting rows, seconds, and rows per second."""
+        ...
 
 
 class Fixed(NamedTuple):

@@ -1,4 +1,4 @@
-"""What answers the rows of a batcher: a model with its policy, in one thread of its own."""
+"""Engines of a batcher: a model and its policy, which run in one thread."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 
 from sd_gym.execution.bank import MODELS
-from sd_gym.execution.split import BackboneSplit
 from sd_gym.inference.answer import Answer
 from sd_gym.inference.choices import choices_of, few_masks, masks_of
 from sd_gym.inference.onnx import OnnxModel
@@ -26,7 +25,7 @@ from sd_gym.serving.batcher import PassCost, Row
 
 WARM_UP_TEXT = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
 WARM_UP_ROWS, WARM_UP_ROUNDS = (8, 24), 5
-LEAST_PADDING = 8.0  # tokens that a row may add to a group, however cheap a pass is
+LEAST_PADDING = 8.0  # tokens of padding that a row may always add to a group
 
 
 class Asked(NamedTuple):
@@ -34,14 +33,14 @@ class Asked(NamedTuple):
 
     texts: list[str]  # checked
     point: int | None = None  # index of the operating point; None: the dial chooses
-    longest: int | None = None  # tokens of a generated text at most; None: as in the env
+    longest: int | None = None  # most tokens of a generated text; None: as in the env
 
 
 class Served(NamedTuple):
-    """The answer to one input, and what it took."""
+    """The answer to one input, and its cost."""
 
     answer: Answer
-    scores: dict[str, float] | None  # probability of each class, the highest first; None: there are no classes
+    scores: dict[str, float] | None  # probability of each class in descending order; None: not a classification
     length: int  # tokens of the input
     promised: float  # FLOPs of this row alone, the policy's own included
     executed: float  # its share of those of its group, padding included
@@ -49,21 +48,21 @@ class Served(NamedTuple):
 
 
 class Described(NamedTuple):
-    """What is served."""
+    """A description of the model."""
 
     name: str  # of the backbone
     fields: tuple[str, ...]  # names of an input's texts
     gives: str  # label, score, span or text
-    switches: list[str]  # their names
-    longest: int  # tokens of a generated text at most
-    completes: bool  # whether one text is continued, as by a decoder alone
+    switches: list[str]
+    longest: int  # most tokens of a generated text
+    completes: bool  # whether the model continues one text: it is decoder-only
 
 
 class BlockingEngine(Protocol):
     """A ``sd_gym.serving.batcher.Engine`` whose calls block."""
 
     served: Described
-    groups_masks: bool  # whether rows of one mask run together, if there are enough of them
+    groups_masks: bool  # whether rows are grouped by mask
 
     def checked(self, given: Any) -> list[str]: ...  # noqa: D102
 
@@ -77,7 +76,7 @@ class BlockingEngine(Protocol):
 
 
 class InThread:
-    """An engine whose calls run one after the other in a thread, so that the event loop never waits."""
+    """An engine whose calls run one by one in a thread, so that the event loop never blocks."""
 
     def __init__(self, engine: BlockingEngine) -> None:
         self._engine, self._thread = engine, ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -91,7 +90,7 @@ class InThread:
         return await self.call(self._engine.run, rows, point)
 
     async def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """What a function gives in the thread."""
+        """Call a function in the thread."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
     def stop(self) -> None:
@@ -100,17 +99,17 @@ class InThread:
 
 
 class OperatingPoints:
-    """The operating points that requests, or a dial, may choose among; the one that skips most first.
+    """The operating points that requests and dials may choose; the first skips most.
 
     Args:
-        points: All that the policy has.
-        usual: The margin of the point of requests that ask for none; it is always among them.
-        allow_loss: Highest loss that a point may have, by its upper bound; ``None``: points that passed their test.
-        allow_flops: Largest share of the FLOPs that a point may run.
+        points: All points of the policy.
+        usual: Margin of the default point, which is always allowed.
+        allow_loss: Highest upper bound of a point's loss; ``None``: points that passed their test.
+        allow_flops: Largest share of the dense FLOPs of a point.
 
     Attributes:
-        points: The points.
-        default: The index of the usual one.
+        points: The allowed points.
+        default: Index of the default point.
     """
 
     def __init__(
@@ -130,7 +129,7 @@ class OperatingPoints:
         self.default = self._at(usual)
 
     def index(self, max_loss: float | None, max_flops: float | None) -> int | None:
-        """The point within a request's limits; ``None`` without a limit; ValueError as of ``margin_for``."""
+        """The point within a request's limits; ``None`` without limits. Raises as ``margin_for``."""
         if max_loss is None and max_flops is None:
             return None
         return self._at(margin_for(self.points, max_loss=max_loss, max_flops=max_flops))
@@ -140,15 +139,15 @@ class OperatingPoints:
 
 
 class TextEngine:
-    """Decides on texts, and answers those that share a mask.
+    """Answers with a model in torch.
 
-    If a policy has few masks, the rows of a mask run together as a smaller model. If it has many, rows of all masks run
-    together on the switchboard. So do the rows of an operating point if it decides in the pass.
+    If a policy has few masks, the rows of a mask run together as a smaller model. If it has many masks or decides in
+    the pass, all rows run together on the switchboard.
 
     Args:
         model: The model.
         points: Its operating points.
-        dialled: Indices of those that a dial chooses among.
+        dialled: Indices of the points that the dial may choose.
     """
 
     def __init__(self, model: SkippingModel, points: OperatingPoints, dialled: Sequence[int]) -> None:
@@ -167,29 +166,21 @@ class TextEngine:
         return self.model.checked(given)
 
     def tokens(self, text: str) -> int:
-        """How many tokens a generated text has."""
+        """Number of tokens of a generated text."""
         return len(self.model.tokenizer(text, add_special_tokens=False).input_ids)
 
     @torch.inference_mode()
     def prepare(self, inputs: list[Asked]) -> list[Row]:
-        """Tokenise, and decide at the operating point that was asked for, or else at all that may be chosen."""
-        rows: dict[int, Row] = {}
-        for count in {len(asked.texts) for asked in inputs}:  # a single text among pairs gets further tokens
-            numbers = [number for number, asked in enumerate(inputs) if len(asked.texts) == count]
-            of_count = [inputs[number] for number in numbers]
-            split = self.model.split([asked.texts for asked in of_count])
-            lengths = split.encoded.source_length.tolist()
-            rows |= zip(numbers, map(self._row, of_count, lengths, self._decided(split, of_count)), strict=True)
-        return [rows[number] for number in range(len(inputs))]
+        """Tokenise, and decide at the requested operating point, or else at all that the dial may choose."""
+        return _by_count(inputs, self._prepared)
 
-    def _decided(self, split: BackboneSplit, inputs: list[Asked]) -> NDArray:
-        """Decisions at each operating point, int64 ``[n, points, switches + 1]``; zeros where nobody asks for it."""
+    def _prepared(self, inputs: list[Asked]) -> list[Row]:
+        split = self.model.split([asked.texts for asked in inputs])
         decisions = np.zeros((len(inputs), len(self._policies), len(self.model.board) + 1), dtype=np.int64)
-        for number, policy in enumerate(self._policies):
-            if any(number in self._dialled if asked.point is None else number == asked.point for asked in inputs):
-                self.model.policy = policy
-                decisions[:, number] = self.model.decided(split)
-        return decisions
+        for point in _needed(inputs, self._dialled):
+            self.model.policy = self._policies[point]
+            decisions[:, point] = self.model.decided(split)
+        return list(map(self._row, inputs, split.encoded.source_length.tolist(), decisions))
 
     def _row(self, asked: Asked, length: int, decisions: NDArray) -> Row:
         if asked.point is not None:
@@ -200,7 +191,7 @@ class TextEngine:
 
     @torch.inference_mode()
     def run(self, rows: list[Row], point: int) -> list[Served]:
-        """The answers of rows of one kind at an operating point."""
+        """Answer rows of one kind at an operating point."""
         asked: list[Asked] = [row.content[0] for row in rows]
         self.model.policy = self._policies[point if asked[0].point is None else asked[0].point]
         return self._answered([one.texts for one in asked], np.stack([row.content[1][point] for row in rows]), asked[0])
@@ -210,7 +201,7 @@ class TextEngine:
         if asked.longest is not None:
             split.passes.longest = asked.longest
         if self.groups_masks and (decided != decided[0]).any():
-            split.passes.bank = None  # it is one pass, not one for each mask
+            split.passes.bank = None  # one pass for all masks
         scores: list[dict[str, float] | None] = [None] * len(texts)
 
         def keep(rows: NDArray, logits: torch.Tensor) -> None:
@@ -220,19 +211,18 @@ class TextEngine:
         if split.head.confidence is not None:
             split.passes.watch = keep
         answers = self.model.answered(split, decided)
-        said, rows = self.model.saying(split, [answer.answer for answer in answers]), np.arange(len(texts))
+        costs = self.model.saying(split, [answer.answer for answer in answers]).costs
+        rows = np.arange(len(texts))
         masks = np.array([[*one.skip, one.token_level, one.went_on] for one in answers], dtype=np.int64)
-        executed = said.costs.executed_flops(rows, masks, [rows]) / len(rows) + self.model.own_flops(split)
-        dense, length = said.costs.dense_flops(rows).tolist(), split.encoded.source_length.tolist()
-        return [
-            Served(
-                answers[row], scores[row], length[row], answers[row].flops_ratio * dense[row], executed[row], dense[row]
-            )
-            for row in rows
-        ]
+        executed = costs.executed_flops(rows, masks, [rows]) / len(rows) + self.model.own_flops(split)
+        dense = costs.dense_flops(rows)
+        promised = dense * [answer.flops_ratio for answer in answers]
+        lengths = split.encoded.source_length.tolist()
+        columns = answers, scores, lengths, promised.tolist(), executed.tolist(), dense.tolist()
+        return [Served(*values) for values in zip(*columns, strict=True)]
 
     def warm_up(self) -> PassCost:
-        """Run what is slow the first time, and measure what passes of one mask and of several take."""
+        """Warm the model up, and measure the overhead of passes of one mask and of several."""
         texts = [WARM_UP_TEXT] * len(self.model.fields)
         length = self.prepare([Asked(texts)])[0].length
         dense = np.zeros((1, len(self.model.board) + 1), dtype=np.int64)
@@ -253,9 +243,9 @@ class TextEngine:
 
 
 class GraphEngine:
-    """The same of a policy that ``sd-gym export`` wrote: each mask is a graph, so rows of several never run together.
+    """Answers with ONNX graphs of ``sd-gym export``. Each mask is a graph, so rows of two masks never run together.
 
-    Arguments are those of ``TextEngine``.
+    Arguments: see ``TextEngine``.
     """
 
     groups_masks = True
@@ -271,37 +261,36 @@ class GraphEngine:
         return self.model.checked(given)
 
     def tokens(self, text: str) -> int:
-        """Nothing is generated."""
+        """Not available, because these graphs generate no text."""
         raise NotImplementedError
 
     def prepare(self, inputs: list[Asked]) -> list[Row]:
-        """As of ``TextEngine``."""
-        rows: dict[int, Row] = {}
-        for count in {len(asked.texts) for asked in inputs}:
-            numbers = [number for number, asked in enumerate(inputs) if len(asked.texts) == count]
-            of_count = [inputs[number] for number in numbers]
-            encoded = self.model._encoded([asked.texts for asked in of_count])
-            batch, masks = self.model._batch(encoded), np.zeros((len(numbers), len(self._points)), dtype=np.int64)
-            seen: NDArray = np.zeros((len(numbers), 0))
-            for at, point in enumerate(self._points):
-                if any(at in self._dialled if asked.point is None else at == asked.point for asked in of_count):
-                    self.model._margin = np.float32(point.margin)
-                    masks[:, at], seen = self.model.decide(batch)
-            for number, asked, row, of_points, shown in zip(numbers, of_count, encoded, masks, seen, strict=True):
-                chosen = of_points if asked.point is None else np.repeat(of_points[asked.point], len(of_points))
-                kind = count, asked.point if self.model.looks_at_answer else None
-                rows[number] = Row(len(row), chosen.tolist(), kind, (asked, row, shown))
-        return [rows[number] for number in range(len(inputs))]
+        """See ``TextEngine``."""
+        return _by_count(inputs, self._prepared)
+
+    def _prepared(self, inputs: list[Asked]) -> list[Row]:
+        encoded = self.model._encoded([asked.texts for asked in inputs])
+        batch, masks = self.model._batch(encoded), np.zeros((len(inputs), len(self._points)), dtype=np.int64)
+        observed: NDArray = np.zeros((len(inputs), 0))
+        for point in _needed(inputs, self._dialled):
+            self.model._margin = np.float32(self._points[point].margin)
+            masks[:, point], observed = self.model.decide(batch)
+        rows = []
+        for asked, encoding, of_points, own in zip(inputs, encoded, masks, observed, strict=True):
+            chosen = of_points if asked.point is None else np.repeat(of_points[asked.point], len(of_points))
+            kind = len(asked.texts), asked.point if self.model.looks_at_answer else None
+            rows.append(Row(len(encoding), chosen.tolist(), kind, (asked, encoding, own)))
+        return rows
 
     def run(self, rows: list[Row], point: int) -> list[Served]:
-        """The answers of rows that share a mask at an operating point."""
+        """Answer rows that share a mask at an operating point."""
         asked: list[Asked] = [row.content[0] for row in rows]
         encoded = [row.content[1] for row in rows]
         number: Any = rows[0].masks[point]
         self.model._margin = np.float32(self._points[point if asked[0].point is None else asked[0].point].margin)
-        seen = np.stack([row.content[2] for row in rows])
-        values, went_on = self.model.run_policy(number, self.model._batch(encoded), seen)
-        said = self.model._in_words(encoded, [one.texts for one in asked], values)
+        observed = np.stack([row.content[2] for row in rows])
+        values, went_on = self.model.run_policy(number, self.model._batch(encoded), observed)
+        answers = self.model._in_words(encoded, [one.texts for one in asked], values)
         lengths = np.array([row.length for row in rows])
         padded = np.full_like(lengths, lengths.max())
         dense, own, mask = self.model._dense(lengths), self.model.own_flops(lengths), self.model.masks[number]
@@ -311,7 +300,7 @@ class GraphEngine:
         unknown = self.model.manifest["unknown_token"]
         shares = np.exp(values - values.max(axis=-1, keepdims=True))
         served = []
-        for at, (text, length) in enumerate(zip(said, lengths.tolist(), strict=True)):
+        for at, (text, length) in enumerate(zip(answers, lengths.tolist(), strict=True)):
             unknowns = 0 if unknown is None else encoded[at].ids.count(unknown)
             answer = Answer(text, mask, 0, float(ratio[at]), unknowns, bool(went_on[at]))
             scores = None
@@ -322,7 +311,7 @@ class GraphEngine:
         return served
 
     def warm_up(self) -> PassCost:
-        """Open all graphs, and measure what their passes take."""
+        """Open all graphs, and measure the overhead of their passes."""
         asked = Asked([WARM_UP_TEXT] * len(self.model.fields))
         row = self.prepare([asked])[0]
 
@@ -337,15 +326,29 @@ class GraphEngine:
         return PassCost(max(LEAST_PADDING, _fitted(run, graphs(range(len(self.model.masks))))[1] / token))
 
 
+def _by_count(inputs: list[Asked], prepare: Callable[[list[Asked]], list[Row]]) -> list[Row]:
+    """Prepare inputs with the same number of texts together: a single text among pairs would get further tokens."""
+    rows: dict[int, Row] = {}
+    for count in {len(asked.texts) for asked in inputs}:
+        numbers = [number for number, asked in enumerate(inputs) if len(asked.texts) == count]
+        rows |= zip(numbers, prepare([inputs[number] for number in numbers]), strict=True)
+    return [rows[number] for number in range(len(inputs))]
+
+
+def _needed(inputs: list[Asked], dialled: Sequence[int]) -> list[int]:
+    """The operating points at which decisions are needed, in ascending order."""
+    return sorted({point for asked in inputs for point in (dialled if asked.point is None else [asked.point])})
+
+
 def _ranked(shares: list[float], names: dict[int, str]) -> dict[str, float]:
-    """The probability of each class, the highest first."""
+    """The probability of each class in descending order."""
     return {names[number]: share for number, share in sorted(enumerate(shares), key=lambda pair: -pair[1])}
 
 
 def _fitted(run: Callable[[NDArray], None], of_rows: Callable[[int], list[NDArray]]) -> tuple[float, float]:
-    """Seconds of a row and of a pass, by ``a * rows + b``; the mean of what ``of_rows`` gives to ``run``.
+    """``a`` and ``b``, seconds, of the fit ``a * rows + b``: the mean over the batches that ``of_rows`` returns.
 
-    Each is the quickest of a few: what else runs on the machine makes the others slower.
+    Each batch counts with its fastest run, because other processes slow runs down.
     """
 
     def seconds(given: NDArray) -> float:

@@ -1,4 +1,4 @@
-"""What ``/metrics`` shows: text-embeddings-inference's names, and what skipping adds to them."""
+"""Metrics under the names of text-embeddings-inference, and metrics of skipping."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHARES = tuple(number / 10 for number in range(1, 12))
 
 
 class Metrics:
-    """The metrics of one server; ``queued`` says how many rows wait."""
+    """The metrics of one server; ``queued`` returns the number of waiting rows."""
 
     def __init__(self, queued: Callable[[], int]) -> None:
         self.registry = registry = CollectorRegistry()
@@ -25,15 +25,15 @@ class Metrics:
 
         self._requests = Counter("te_request_count", "Requests", ["method"], registry=registry)
         self._success = Counter("te_request_success", "Requests that were answered", ["method"], registry=registry)
-        self._failure = Counter("te_request_failure", "Requests that were not", ["err"], registry=registry)
+        self._failure = Counter("te_request_failure", "Requests that failed", ["err"], registry=registry)
         self._duration = histogram("te_request_duration", "Seconds of a request", SECONDS)
         self._queued = histogram("te_request_queue_duration", "Seconds from arrival to start", SECONDS)
         self._inference = histogram("te_request_inference_duration", "Seconds of a group", SECONDS)
         self._length = histogram("te_request_input_length", "Tokens of an input", TOKENS)
         self._size = histogram("te_batch_next_size", "Rows of a group", ROWS)
         self._tokens = histogram("te_batch_next_tokens", "Padded tokens of a group", TOKENS)
-        Gauge("te_queue_size", "Rows that wait", registry=registry).set_function(queued)
-        self._ratio = histogram("sd_gym_flops_ratio", "FLOPs of an answer over those of dense", SHARES)
+        Gauge("te_queue_size", "Waiting rows", registry=registry).set_function(queued)
+        self._ratio = histogram("sd_gym_flops_ratio", "FLOPs of an answer over dense FLOPs", SHARES)
         self._point = Gauge("sd_gym_operating_point", "Index of the last group's operating point", registry=registry)
         self._flops = Counter(
             "sd_gym_flops",
@@ -52,7 +52,7 @@ class Metrics:
             self._failure.labels(str(status)).inc()
 
     def group(self, group: Group) -> None:
-        """Count rows that ran together."""
+        """Count a group of rows that ran together."""
         lengths = [row.length for row in group.rows]
         self._size.observe(len(lengths))
         self._tokens.observe(len(lengths) * max(lengths))

@@ -1,4 +1,4 @@
-"""Bodies of requests, checked before anything queues."""
+"""Bodies of requests, which are checked before they queue."""
 
 from __future__ import annotations
 
@@ -13,16 +13,11 @@ from starlette.requests import Request
 from sd_gym.errors import short
 
 Limit = Annotated[float | None, Field(ge=0, allow_inf_nan=False)]
-MOST_STOPS = 4  # as OpenAI has it
+MOST_STOPS = 4  # as in OpenAI's API
 
 
 class RefusedError(Exception):
-    """A request that is not answered.
-
-    Attributes:
-        status: The HTTP status.
-        kind: What text-embeddings-inference calls it.
-    """
+    """A refused request, with its HTTP status and text-embeddings-inference's name of the error."""
 
     def __init__(self, status: int, message: str, kind: str = "Validation") -> None:
         super().__init__(message)
@@ -30,13 +25,13 @@ class RefusedError(Exception):
 
 
 class Body(BaseModel):
-    """What every body may hold.
+    """Fields of every body.
 
     Attributes:
         max_loss: The highest loss of quality, in the task's unit; see ``SkipPolicy.at``.
         max_flops: The largest share of the dense FLOPs.
-        point: Instead of these, the index of an operating point of ``/info``.
-        timeout: Seconds; the server's own limit stands above it.
+        point: The index of an operating point of ``/info``, in place of these two limits.
+        timeout: Seconds, at most the server's own limit.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -48,7 +43,7 @@ class Body(BaseModel):
 
 
 class Predict(Body):
-    """Of ``POST /predict``, in the shape of text-embeddings-inference."""
+    """The body of ``POST /predict``, as in text-embeddings-inference."""
 
     inputs: Any
     details: bool = False
@@ -57,7 +52,7 @@ class Predict(Body):
 
 
 class GenerateParameters(Body):
-    """Of ``Generate``."""
+    """Parameters of ``Generate``."""
 
     max_new_tokens: Annotated[int | None, Field(ge=1)] = None
     details: bool = False
@@ -65,7 +60,7 @@ class GenerateParameters(Body):
 
 
 class Generate(BaseModel):
-    """Of ``POST /generate``, in the shape of text-generation-inference."""
+    """The body of ``POST /generate``, as in text-generation-inference."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -74,7 +69,7 @@ class Generate(BaseModel):
 
 
 class Completions(Body):
-    """Of ``POST /v1/completions``, in OpenAI's shape; answers are greedy."""
+    """The body of ``POST /v1/completions``, as in OpenAI's API; answers are greedy."""
 
     model: str | None = None
     prompt: str | list[str]
@@ -92,11 +87,11 @@ Kind = TypeVar("Kind", bound=BaseModel)
 
 
 async def body_of(request: Request, kind: type[Kind], most: int, seconds: float) -> Kind:
-    """The body of a request.
+    """Read the body of a request.
 
     Raises:
-        RefusedError: 400 if it is no JSON object, 408 if it comes too slowly, 413 if it has more than ``most`` bytes,
-            422 if its fields are wrong.
+        RefusedError: 400 if it is not a JSON object, 408 if it takes more than ``seconds`` to arrive, 413 if it has
+            more than ``most`` bytes, 422 if a field is wrong.
     """
     received = bytearray()
     try:
@@ -122,13 +117,13 @@ async def body_of(request: Request, kind: type[Kind], most: int, seconds: float)
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"JSON has no number {name}")
 
 
 def inputs_of(given: Any) -> tuple[list[Any], bool]:
-    """The inputs in ``given``, and whether it is one input; ``RefusedError`` (422) if there is none.
+    """The list of inputs, and whether it is a single one. Raises ``RefusedError`` (422) if there are none.
 
-    As in text-embeddings-inference, a list of texts is one input (a pair), and many inputs are a list of lists.
+    As in text-embeddings-inference, a list of texts is one input (a pair), and several inputs are a list of lists.
     """
     if isinstance(given, str | Mapping):
         return [given], True
