@@ -1,4 +1,4 @@
-"""What a learned dial has to beat: fixed operating points, thresholds on the queue; and what bounds it."""
+"""Baselines of a learned dial: fixed operating points, thresholds on the queue, and a bound with foresight."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from sd_gym.envs.serving.dial import Network
 from sd_gym.envs.serving.queues import FEATURES, expected_loss
 
 Array = NDArray
-NEVER = -1e9  # score of a point that is not taken
-STEEP = 1e3  # of scores in the queue
-THRESHOLDS = (0.05, 0.15, 0.3, 0.6, 1.0, 1.5, 2.0)  # requests that wait, over what dense answers within a deadline
-SPACINGS = (0.03, 0.1, 0.2, 0.4)  # of the thresholds of a staircase
+NEVER = -1e9  # score of a point that is never chosen
+STEEP = 1e3  # slope of scores by the queue
+THRESHOLDS = (0.05, 0.15, 0.3, 0.6, 1.0, 1.5, 2.0)  # waiting requests, over what dense answers within a deadline
+SPACINGS = (0.03, 0.1, 0.2, 0.4)  # between the thresholds of a staircase
 COINS = (0.25, 0.5, 0.75)
-BINS = 4  # of a deadline, in the bound
+BINS = 4  # per deadline, in the bound
 
 
 def fixed(config: ServingConfig) -> list[Network]:
@@ -38,7 +38,7 @@ def fixed(config: ServingConfig) -> list[Network]:
 
 
 def threshold(config: ServingConfig) -> list[Network]:
-    """One operating point below a length of the queue, and a bolder one from there on."""
+    """One operating point below a threshold on the queue's length, and a bolder one above it."""
     networks = []
     for low, high in combinations(range(len(config.points)), 2):
         for length in THRESHOLDS:
@@ -49,7 +49,7 @@ def threshold(config: ServingConfig) -> list[Network]:
 
 
 def staircase(config: ServingConfig) -> list[Network]:
-    """A threshold for each operating point after the first one or two, evenly spaced."""
+    """Evenly spaced thresholds, one for each operating point after the first or second."""
     points, networks = np.arange(len(config.points)), []
     for first in (0, 1):
         for length in THRESHOLDS:
@@ -60,23 +60,22 @@ def staircase(config: ServingConfig) -> list[Network]:
 
 
 def _linear(slopes: Array, bias: Array, draws: bool = False) -> Network:
-    """Scores that are linear in the length of the queue."""
+    """A network whose scores are linear in the length of the queue."""
     weight = np.zeros((len(FEATURES), len(slopes)))
     weight[FEATURES.index("queue")] = slopes
     return Network([(weight, bias)], draws)
 
 
 def foresight(config: ServingConfig, split: str, episodes: int, losses: Array) -> Array:
-    """Bounds of the goodput of any dial, also of one that knows all arrivals, at mean losses: ``[len(losses)]``.
+    """Upper bounds of any dial's goodput at mean losses, ``[len(losses)]``, even if it knows all arrivals.
 
-    A linear programme over time, in bins of a quarter of the deadline: requests are a fluid, groups are always full,
-    and what arrives within a bin may be served from its beginning until the end of the bin of its deadline. Each of
-    these helps the server. So no dial answers more requests at the same mean loss, as policy rows know the losses of
-    the points. It does not bound what a dial happens to lose on other rows.
+    This is a linear programme over bins of a quarter of the deadline. Requests are a fluid, and groups are always full.
+    A request may be served from the start of its bin to the end of the bin of its deadline. Each of these helps the
+    server, so no dial answers more requests at the same mean loss on policy rows. Losses on other rows may differ.
     """
     width, batch, loss = config.deadline / BINS, config.max_batch, expected_loss(config)
     times, origin = [], 0.0
-    for seed in FIRST_SEED[split] + np.arange(episodes):  # one after the other, with one limit for all
+    for seed in FIRST_SEED[split] + np.arange(episodes):  # episodes follow each other and share one limit
         random = seeding.np_random(int(seed))[0]
         times.append(origin + arrival_times(config.arrivals, config.load * config.capacity, config.requests, random))
         origin = times[-1][-1] + 2 * config.deadline
@@ -84,7 +83,7 @@ def foresight(config: ServingConfig, split: str, episodes: int, losses: Array) -
     ends = np.arange(1, int(origin / width) + 2) * width
     arrived = np.searchsorted(arrivals, ends).astype(float)
     due = np.searchsorted(arrivals, ends - width - config.deadline).astype(float)
-    # Of each bin: what each point serves, what is refused, and the sum of both up to its end.
+    # The variables of each bin: requests served by each point, refused requests, and their sum up to its end.
     bins, points = len(ends), len(config.points)
     seconds = np.array([point.per_request + point.per_group / batch for point in config.points])
     total = eye_array(bins)
@@ -94,10 +93,10 @@ def foresight(config: ServingConfig, split: str, episodes: int, losses: Array) -
     free = np.full(bins * (points + 1), np.inf)
     bounds = np.stack([np.concatenate([np.zeros_like(free), due]), np.concatenate([free, arrived])], axis=1)
     served = np.concatenate([np.ones(bins * points), np.zeros(2 * bins)])
-    found = []
+    goodput = []
     for most in losses:
         lost = csr_array(np.concatenate([np.tile(loss - most, bins), np.zeros(2 * bins)])[None])
         limits = {"A_ub": vstack([busy, lost]).tocsr(), "b_ub": np.append(np.full(bins, width), 0.0)}
         solved = linprog(-served, **limits, A_eq=sums, b_eq=np.zeros(bins), bounds=bounds, method="highs")
-        found.append(-solved.fun / len(arrivals))
-    return np.array(found)
+        goodput.append(-solved.fun / len(arrivals))
+    return np.array(goodput)

@@ -1,4 +1,4 @@
-"""Dials that PPO and A2C of Stable-Baselines3 learn: one network for all prices of the quality."""
+"""PPO and A2C of Stable-Baselines3 learn a dial: one network for all prices of quality."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import VecEnv
 
 from sd_gym.config import StrictModel
+from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.serving.dial import Network
 from sd_gym.envs.serving.queues import BOUND, FEATURES, expected_loss
 from sd_gym.envs.serving.shells import ServingVectorEnv
 
 Array = NDArray
-PRICES = 1.0, 100.0  # answers that a lost quality of 1 costs
-VERSIONS = 24  # of a network, one a price
+PRICES = 1.0, 100.0  # cost of a lost quality of 1, in answers
+VERSIONS = 24  # of a network, one per price
 SEEDS_OF_A_RUN = 1000
 
 
 class DialSettings(StrictModel):
     """Settings of PPO and A2C on serving envs.
 
-    A rollout is ``num_envs * n_steps`` groups; ``n_steps=None`` are 32 of PPO, and 8 of A2C, which updates once for it.
+    A rollout is ``num_envs * n_steps`` groups. ``n_steps=None`` is 32 for PPO, and 8 for A2C, which updates once per
+    rollout.
     """
 
     num_envs: int = Field(256, ge=1)
@@ -42,38 +43,33 @@ class DialSettings(StrictModel):
     hidden: int = Field(64, ge=1, le=1024)
 
 
-class PricedQueues(VecEnv):
-    """A serving env for Stable-Baselines3, in which each episode has a price of the quality, drawn anew, to be seen.
+class PricedQueues(SwitchableVecEnv):
+    """A serving env for Stable-Baselines3 in which each episode draws a price of quality and shows it.
 
-    One network so learns the best dial at every price (a multiplier of the Lagrangian), and selection picks the price:
-    nobody has to know it, and none has to be learned. The cost of an answer is its expectation, the loss of its point
-    on policy rows: requests are drawn independently of all that a dial does, so only noise is taken out.
+    So one network learns the best dial at every price (a multiplier of the Lagrangian), and selection picks the price.
+    The cost of an answer is its expectation, the loss of its point on policy rows. Requests do not depend on the dial,
+    so this only removes noise.
     """
 
     def __init__(self, env: ServingVectorEnv, seed: int) -> None:
-        space = gym.spaces.Box(-BOUND, BOUND, (len(FEATURES) + 1,), np.float32)
-        self.env, self._loss = env, expected_loss(env.config)
-        super().__init__(env.num_envs, space, env.single_action_space)
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(-BOUND, BOUND, (len(FEATURES) + 1,), np.float32)
+        self._config, self._loss = env.config, expected_loss(env.config)
         self._random, self._first = np.random.default_rng(seed), seed * SEEDS_OF_A_RUN
         self._prices = self._drawn()
-        self._actions = np.zeros(0, dtype=np.int64)
 
     def reset(self) -> Array:
         """Observations of new episodes."""
         return self._priced(self.env.reset(seed=self._first)[0])
 
-    def step_async(self, actions: Any) -> None:
-        """Take the actions for ``step_wait``."""
-        self._actions = actions
-
     def step_wait(self) -> tuple[Array, Array, Array, list[dict[str, Any]]]:
         """Observations, rewards, dones and infos of the step."""
         observations, _, ended, _, infos = self.env.step(self._actions)
-        told = infos.get("final_info", {})
-        answers, refused = (np.where(ended, told.get(key, 0), infos[key]) for key in ("answers", "refused"))
-        config, prices = self.env.config, np.exp(self._prices)
+        final = infos.get("final_info", {})
+        answers, refused = (np.where(ended, final.get(key, 0), infos[key]) for key in ("answers", "refused"))
+        config, prices = self._config, np.exp(self._prices)
         rewards = -refused - prices * self._loss[self._actions] * answers
-        # The critic's errors have to be small, as its gradient is clipped together with the actor's.
+        # The critic's errors must be small, because its gradient is clipped together with the actor's.
         rewards /= 10 * config.max_batch * (1 + prices * config.epsilon)
         listed: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         for env in np.flatnonzero(ended):
@@ -87,28 +83,9 @@ class PricedQueues(VecEnv):
     def _priced(self, observations: Array, env: Any = slice(None)) -> Array:
         return np.column_stack([observations, shown(self._prices[env])]).astype(np.float32)
 
-    def close(self) -> None:
-        """Nothing is held."""
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """An attribute of the env, for each index."""
-        return [getattr(self.env, attr_name)] * len(list(self._get_indices(indices)))
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Set an attribute of the env."""
-        setattr(self.env, attr_name, value)
-
-    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        """Call a method of the env once."""
-        return [getattr(self.env, method_name)(*args, **kwargs)] * len(list(self._get_indices(indices)))
-
-    def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
-        """Nothing is wrapped."""
-        return [False for _ in self._get_indices(indices)]
-
 
 def shown(log_price: Any) -> Any:
-    """A price, given as its logarithm, as it is observed: from -1 to 1."""
+    """The observation of a price, from -1 to 1, from its logarithm."""
     low, high = np.log(PRICES)
     return 2 * (log_price - low) / (high - low) - 1
 
@@ -137,7 +114,7 @@ def learned(
     logger: Logger,
     on_progress: Callable[[int, dict[str, float]], None],
 ) -> list[Network]:
-    """Learn for so many groups; returns the network's versions by price."""
+    """Learn for ``steps`` groups; returns a version of the network per price."""
     n_steps = settings.n_steps or (32 if algo == "ppo" else 8)
     common: dict[str, Any] = {
         "learning_rate": LinearSchedule(settings.learning_rate, 0.0, 1.0),
@@ -162,7 +139,7 @@ def learned(
 
 
 def priced(algorithm: OnPolicyAlgorithm, log_price: float) -> Network:
-    """The actor at a price, which becomes a part of the first bias."""
+    """The actor at a fixed price, which is added to the first bias."""
     hidden: Any = algorithm.policy.mlp_extractor.policy_net  # with tanh in between
     head: Any = algorithm.policy.action_net
     layers = [

@@ -1,4 +1,4 @@
-"""Dials played on the queues, many at once, on the same requests."""
+"""Many dials play on the same requests at once."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sd_gym.envs.serving.dial import Network
 from sd_gym.envs.serving.queues import Queues
 
 Array = NDArray
-# Seeds of the arrivals that candidates are searched on, selected on and tested on: the same for all agents.
+# Seeds of the arrivals for search, selection and test; all agents use the same.
 FIRST_SEED = {"train": 1_000_000, "validation": 2_000_000, "test": 3_000_000}
 
 
 class Played(NamedTuple):
-    """Of each dial and episode: answers by operating point ``[dials, episodes, points]``, and requests refused."""
+    """Counts of answers and of refused requests."""
 
-    answers: Array
+    answers: Array  # [dials, episodes, points]
     refused: Array  # [dials, episodes]
 
     @property
@@ -32,13 +32,13 @@ class Played(NamedTuple):
 
     @property
     def shares(self) -> Array:
-        """Share of the answers that each operating point gave, in all episodes: ``[dials, points]``."""
+        """Share of each operating point in the answers of all episodes, ``[dials, points]``."""
         answers = self.answers.sum(axis=1)
         return answers / np.maximum(answers.sum(axis=1, keepdims=True), 1)
 
 
 def play(config: ServingConfig, networks: Sequence[Network], split: str, episodes: int) -> Played:
-    """Play each network for some episodes; the requests of an episode are the same for all."""
+    """Play each network for ``episodes`` episodes; all networks get the same requests."""
     seeds = FIRST_SEED[split] + np.arange(episodes)
     stacked, shape = Network.stacked(networks), (len(networks), episodes)
     queues, random = Queues(config, len(networks) * episodes), np.random.default_rng(0)

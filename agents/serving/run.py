@@ -1,4 +1,4 @@
-"""A run on a serving env: its dials are learned or searched, one is selected, and played on test rows and arrivals."""
+"""A run on a serving env learns or searches dials, selects one, and plays it on test rows and arrivals."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ LEARNERS = ("ppo", "a2c")
 SEARCHED = {"fixed": controls.fixed, "threshold": controls.threshold, "staircase": controls.staircase}
 CONTROLS = (*SEARCHED, "foresight")
 SEARCH_EPISODES, EPISODES = 6, 32
-FRONT = 0.25, 0.5, 0.75, 1.0  # epsilons lost, at which goodputs are compared
+FRONT = 0.25, 0.5, 0.75, 1.0  # losses in epsilons, at which goodputs are compared
 LIBRARIES = ("gymnasium", "numpy", "sd-gym", "stable-baselines3", "torch")
 OnProgress = Callable[[int, dict[str, float]], None]
 
 
 class Candidates(NamedTuple):
-    """Dials on the hull of loss and goodput, as policy rows and training arrivals show them, from dense to bold."""
+    """Dials on the hull of loss and goodput on policy rows and training arrivals, from dense to bold."""
 
     networks: list[Network]
     loss: Array
@@ -51,17 +51,16 @@ class Candidates(NamedTuple):
 
 
 def check_serving_agent(algo: str) -> None:
-    """Raise ``NotApplicableError`` if an agent does not learn on serving envs."""
+    """Raise ``NotApplicableError`` if an agent does not apply to serving envs."""
     if algo not in (*LEARNERS, *CONTROLS):
         known = ", ".join((*LEARNERS, *CONTROLS))
-        why = ""
-        if algo == "reinforce":
-            why = " (it compares several decisions for one input; an episode here is thousands of decisions)"
+        why = " (it compares several decisions for one input; an episode here is thousands of decisions)"
+        why = why if algo == "reinforce" else ""
         raise NotApplicableError(f"the agent {algo!r} does not apply to a serving env{why}; expected one of {known}")
 
 
 def split_settings(algo: str, settings: dict[str, Any]) -> tuple[dict[str, Any], DialSettings | None]:
-    """Divide settings into those of the env and those of the agent. Raises ``ValueError`` if one is neither."""
+    """Split settings into those of the env and those of the agent. Raises ``ValueError`` if a value is wrong."""
     check_serving_agent(algo)
     if algo not in LEARNERS:
         return settings, None
@@ -72,7 +71,7 @@ def split_settings(algo: str, settings: dict[str, Any]) -> tuple[dict[str, Any],
 def describe(
     env_id: str, algo: str, steps: int, seed: int, settings: dict[str, Any], confidence: float
 ) -> dict[str, Any]:
-    """What says which run it is: the first part of ``config.json``. Raises ``ValueError`` if a name is wrong."""
+    """The first part of ``config.json``, which identifies a run. Raises ``ValueError`` if a name is wrong."""
     of_env, of_agent = split_settings(algo, settings)
     names = {"env": env_id, "algo": algo, "control": algo in CONTROLS, "steps": steps, "seed": seed}
     config = serving_config(env_id, of_env).model_dump(mode="json")
@@ -92,7 +91,7 @@ def train(
     resume: bool = False,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Train a dial as ``sd_gym.train`` does; an interrupted run begins anew.
+    """Train a dial as ``sd_gym.train`` does; an interrupted run restarts from the beginning.
 
     The folder gets ``config.json``, TensorBoard events, ``dial.json``, ``dial.safetensors`` and ``result.json``.
     """
@@ -105,7 +104,7 @@ def train(
         if contents(folder) and not (folder / "config.json").exists():
             raise foreign(folder, "run folder")
         if contents(folder) and not resume:
-            raise FileExistsError(f"{folder} holds a run that was cut off; give --resume, and it begins anew")
+            raise FileExistsError(f"{folder} holds an interrupted run; restart it with --resume")
         core = core_of(config)
         described |= {MARKER: __version__, "command": shlex.join(sys.argv)}
         described |= {"weights": core.backbone.weights, "data": core.data.identity()}
@@ -128,40 +127,38 @@ def train(
 
 
 def candidates(config: ServingConfig, networks: Sequence[Network]) -> Candidates:
-    """The hull of networks, by training arrivals and policy rows; dense is always there."""
+    """The hull of networks on training arrivals and policy rows."""
     played = play(config, networks, "train", SEARCH_EPISODES)
     loss, goodput = played.shares @ expected_loss(config), played.goodput.mean(axis=1)
     hull = lower_hull(loss, -goodput)
     return Candidates([networks[number] for number in hull.number], hull.loss, -hull.flops)
 
 
-def _selected(config: ServingConfig, found: Candidates, confidence: float, folder: Path) -> dict[str, Any]:
-    """Select a dial in fixed sequence on validation rows and arrivals; save it, and play all on the test rows."""
+def _selected(config: ServingConfig, tried: Candidates, confidence: float, folder: Path) -> dict[str, Any]:
+    """Select a dial by fixed-sequence testing on validation rows and arrivals, save it, and test all dials."""
     dense = controls.fixed(config)[0]
-    shares = play(config, found.networks, "validation", SEARCH_EPISODES).shares
+    quality = outcomes(config, "validation").quality
     passed = 0
-    for of_one in shares:
-        quality = outcomes(config, "validation").quality
-        if verdict(quality @ of_one, quality[:, 0], config.epsilon, confidence) != Verdict.KEPT:
+    for shares in play(config, tried.networks, "validation", SEARCH_EPISODES).shares:
+        if verdict(quality @ shares, quality[:, 0], config.epsilon, confidence) != Verdict.KEPT:
             break
         passed += 1
-    chosen = found.networks[passed - 1] if passed else dense
+    chosen = tried.networks[passed - 1] if passed else dense
     Dial(config, expected_loss(config), chosen).save(folder)
-    tested = play(config, found.networks, "test", EPISODES)
+    tested = play(config, tried.networks, "test", EPISODES)
     own = Played(*(values[[passed - 1]] for values in tested)) if passed else play(config, [dense], "test", EPISODES)
     result = _measured(config, own)
-    rows = len(outcomes(config, "validation").quality)
-    told = guarantee(rows, config.epsilon, confidence, passed == 0)
+    text = guarantee(len(quality), config.epsilon, confidence, passed == 0)
     keys = ("instances", "split", "quality_difference", "quality_difference_interval")
-    result["guarantee"] = f"{told}; {on_other_rows(*(result[key] for key in keys))}"
+    result["guarantee"] = f"{text}; {on_other_rows(*(result[key] for key in keys))}"
     cost = outcomes(config, "test").cost.mean(axis=0)
     return result | _front(config, tested.shares @ cost, tested.goodput.mean(axis=1))
 
 
 def _measured(config: ServingConfig, played: Played) -> dict[str, Any]:
-    """The result of one dial on the test rows: each row's quality is that of the shares of the points.
+    """The result of one dial on the test rows.
 
-    A dial sees no row, so these shares are the same for all rows, and no row has to be drawn.
+    A dial does not observe the row, so all rows have the same shares of points. A row's quality is the mean over them.
     """
     known, shares = outcomes(config, "test"), played.shares[0]
     quality, quality_ref = known.quality @ shares, known.quality[:, 0]
@@ -187,8 +184,8 @@ def _measured(config: ServingConfig, played: Played) -> dict[str, Any]:
         "losses_allowed": losses_allowed(len(quality), config.epsilon),
         "flops_ratio": flops,
         "flops_ratio_with_policy": flops,
-        "policy_flops_counted": True,  # those of a dial are some thousands a group
-        "return": float(goodput.mean() - 1 + config.penalty * difference * goodput.mean()),  # a request
+        "policy_flops_counted": True,  # a dial takes some thousand FLOPs per group
+        "return": float(goodput.mean() - 1 + config.penalty * difference * goodput.mean()),  # per request
         "decisions_used": int((shares > 0).sum()),
         "decisions_hash": "",
         "by_difficulty": [{"difficulty": 0, "quality": float(quality.mean()), "flops_ratio": flops}],
@@ -201,7 +198,7 @@ def _measured(config: ServingConfig, played: Played) -> dict[str, Any]:
 
 
 def _front(config: ServingConfig, loss: Array, goodput: Array) -> dict[str, Any]:
-    """Goodputs at equal losses, of coins between the dials; dense is one of them, and loses nothing."""
+    """Goodput at the losses ``FRONT`` of coins between the dials and dense, which loses nothing."""
     dense = play(config, [controls.fixed(config)[0]], "test", EPISODES).goodput.mean()
     hull = lower_hull(np.append(loss, 0.0), -np.append(goodput, dense))
     return {
@@ -210,7 +207,7 @@ def _front(config: ServingConfig, loss: Array, goodput: Array) -> dict[str, Any]
 
 
 def _bound(config: ServingConfig) -> dict[str, Any]:
-    """What no dial exceeds, shown as a result that loses all of epsilon."""
+    """The bound of all dials, as a result that loses epsilon."""
     bounds = controls.foresight(config, "test", EPISODES, np.array(FRONT) * config.epsilon)
     dense = _measured(config, play(config, [controls.fixed(config)[0]], "test", 1))
     at = dict(zip(map(str, FRONT), bounds.tolist(), strict=True))
@@ -222,10 +219,10 @@ def _bound(config: ServingConfig) -> dict[str, Any]:
 
 
 def is_finished(folder: Path, described: dict[str, Any]) -> bool:
-    """Whether the folder holds this very run, finished; raises ``ValueError`` if it holds another one."""
+    """Whether the folder holds this run, finished; raises ``ValueError`` if it holds another run."""
     if not (folder / "result.json").exists():
         return False
-    there = read_description(folder)
-    if differ := [key for key, value in described.items() if there.get(key) != value]:
+    present = read_description(folder)
+    if differ := [key for key, value in described.items() if present.get(key) != value]:
         raise ValueError(f"{folder} holds another run, of another {differ[0]}; choose another --output")
     return True
