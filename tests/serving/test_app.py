@@ -105,7 +105,7 @@ def test_what_is_wrong_is_refused_before_it_queues(stub, path, content, status):
     assert engine.ran == ["next"]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from(["/predict", "/generate", "/v1/completions"]),
     st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4).map(json.dumps)

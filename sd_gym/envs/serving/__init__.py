@@ -1,1 +1,1 @@
-"""A queue in front of a server, simulated on a table of real outcomes: which operating point runs the next group?"""
+"""A queue in front of a server, simulated on a table: each step chooses the operating point of the next group."""

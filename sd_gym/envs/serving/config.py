@@ -16,12 +16,12 @@ from sd_gym.registration import CONFIG_FOLDER, serving_file
 
 
 class Point(StrictModel):
-    """An operating point of the server: a mask, and how long a group of requests takes under it.
+    """An operating point of the server: a mask, and the time of a group of ``n`` requests, ``a*n + b``.
 
     Attributes:
-        mask: The decision, 1 = skip, of each switch; then the token level.
-        per_request: Seconds that each request of a group adds: ``a`` of the fitted ``a*n + b``.
-        per_group: Seconds that a group takes whatever its size: ``b``.
+        mask: The decision of each switch, 1 = skip; then the token level.
+        per_request: ``a``, seconds.
+        per_group: ``b``, seconds.
     """
 
     mask: tuple[int, ...]
@@ -30,7 +30,7 @@ class Point(StrictModel):
 
 
 class ServingConfig(StrictModel):
-    """All keys of a serving env. ``envs_configs/serving/trec.yaml`` explains each one."""
+    """All keys of a serving env; ``envs_configs/serving/trec.yaml`` explains them."""
 
     id: str
     table: str
@@ -57,13 +57,13 @@ class ServingConfig(StrictModel):
 
     @property
     def capacity(self) -> float:
-        """Requests per second that dense answers in full groups."""
+        """Requests per second of dense in full groups."""
         dense = self.points[0]
         return self.max_batch / (dense.per_request * self.max_batch + dense.per_group)
 
 
 def make_serving_config(file: str | Path, overrides: Mapping[str, Any]) -> ServingConfig:
-    """The configuration of a YAML file, in ``envs_configs/serving/`` or anywhere, with some keys overridden.
+    """The configuration of a YAML file, in ``envs_configs/serving/`` or elsewhere, with overrides.
 
     Raises ``FileNotFoundError``, or ``ConfigError`` if a key or value is wrong.
     """

@@ -1,4 +1,4 @@
-"""A dial: from what a server sees of its queue to the operating point of the next group. It needs no torch."""
+"""A dial chooses the operating point of the next group from features of the queue. It needs no torch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from sd_gym.version import __version__
 
 Array = NDArray
 WEIGHTS, DIAL = "dial.safetensors", "dial.json"
-PARTS = ("weight", "bias")
 
 
 class Network:
-    """Scores of the operating points, of hidden layers with tanh; the highest one is chosen.
+    """A network with tanh layers that scores the operating points. It chooses the point with the highest score.
 
-    ``layers`` are weights ``[in, out]`` and biases ``[out]``; of several networks that are used together each has one
-    axis more in front. Where it ``draws``, a point is drawn by the softmax of the scores instead.
+    ``layers`` are weights ``[in, out]`` and biases ``[out]``; stacked networks have an additional first axis. With
+    ``draws``, the softmax of the scores is the distribution that a point is drawn from.
     """
 
     def __init__(self, layers: Sequence[tuple[Array, Array]], draws: bool = False) -> None:
@@ -41,25 +40,25 @@ class Network:
 
     @staticmethod
     def stacked(networks: Sequence[Network]) -> Network:
-        """Networks of one shape as one."""
+        """Stack networks of the same shape."""
         of_layers = zip(*(network.layers for network in networks), strict=True)
         pairs = [[np.stack(parts) for parts in zip(*of_layer, strict=True)] for of_layer in of_layers]
         return Network([(weight, bias) for weight, bias in pairs], networks[0].draws)
 
 
 class Dial:
-    """Chooses the operating point of each group of a real server: what ``sd-gym serve --dial RUN`` asks.
+    """Chooses the operating point of each group of a real server, in ``sd-gym serve --dial RUN``.
 
-    It sees ratios to the deadline and to what dense answers within it. So the env on which it learned should have the
-    deadline and the service times of the server.
+    Its features are ratios to the deadline and to what dense answers within it. So the env of the training should have
+    the deadline and the service times of the server.
 
     Args:
-        config: Of the env.
-        expected_loss: What each operating point loses on the mean of the policy rows, ``[points]``.
+        config: Configuration of the env.
+        expected_loss: Mean loss of each operating point on policy rows, ``[points]``.
         network: Scores the points.
 
     Raises:
-        ValueError: If the network has other features or points than the env, or a number is not finite.
+        ValueError: If the shapes of the network do not fit the env, or a number is not finite.
     """
 
     def __init__(self, config: ServingConfig, expected_loss: Array, network: Network) -> None:
@@ -74,7 +73,7 @@ class Dial:
 
     @classmethod
     def load(cls, folder: str | Path) -> Dial:
-        """The dial of a run; raises ``FileNotFoundError`` if it has none, ``ValueError`` if a file is damaged."""
+        """Load the dial of a run. Raises ``FileNotFoundError`` if it has none, ``ValueError`` if it is damaged."""
         file = Path(folder) / DIAL
         if not file.is_file():
             raise FileNotFoundError(f"no {DIAL} in {folder}; expected a run of sd-gym train on a serving env")
@@ -89,26 +88,24 @@ class Dial:
             raise ValueError(f"{file}, or {WEIGHTS} beside it, is damaged ({error}); copy them again") from error
 
     def save(self, folder: Path) -> None:
-        """Write ``dial.json`` and ``dial.safetensors``, which hold no code."""
+        """Write ``dial.json`` and ``dial.safetensors``, which contain no code."""
         described = {MARKER: __version__, "env": self.config.model_dump(), "draws": self.network.draws}
         write_json(folder / DIAL, described | {"expected_loss": self.expected_loss.tolist()})
-        named = [
-            (f"{n}.{part}", values)
-            for n, layer in enumerate(self.network.layers)
-            for part, values in zip(PARTS, layer, strict=True)
-        ]
-        write_arrays(folder / WEIGHTS, {name: np.ascontiguousarray(values) for name, values in named})
+        arrays = {}
+        for n, (weight, bias) in enumerate(self.network.layers):
+            arrays |= {f"{n}.weight": np.ascontiguousarray(weight), f"{n}.bias": np.ascontiguousarray(bias)}
+        write_arrays(folder / WEIGHTS, arrays)
 
     def choose(self, queue_length: int, oldest_wait: float, arrival_rate: float) -> int:
-        """The operating point of the next group, an index of ``config.points``: 0 is dense, later ones are bolder.
+        """The operating point of the next group, an index of ``config.points``: 0 is dense, later ones skip more.
 
         Args:
-            queue_length: Requests that wait, those of the group included.
+            queue_length: Number of waiting requests, including those of the group.
             oldest_wait: Seconds that the oldest of them has waited.
-            arrival_rate: Requests per second that arrived within the last ``config.deadline`` seconds.
+            arrival_rate: Requests per second within the last ``config.deadline`` seconds.
         """
-        seen = (np.array([float(value)]) for value in (queue_length, oldest_wait, arrival_rate, self._recent_loss))
-        observed = features(self.config, *seen)
+        values = (np.array([float(value)]) for value in (queue_length, oldest_wait, arrival_rate, self._recent_loss))
+        observed = features(self.config, *values)
         point = int(self.network.choose(np.nan_to_num(observed), self._random)[0])
         size = min(queue_length, self.config.max_batch)
         self._recent_loss = float(remembered(self._recent_loss, self.expected_loss[point], size))

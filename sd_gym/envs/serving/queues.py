@@ -1,4 +1,4 @@
-"""Many queues in front of many servers, simulated together: the core of the serving envs."""
+"""The core of the serving envs: it simulates many queues, each in front of its own server."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from sd_gym.envs.table import TableCore, table_core
 from sd_gym.registration import config_of
 
 Array = NDArray
-MEMORY = 1000.0  # requests over which the recent loss is averaged
+MEMORY = 1000.0  # answers over which the recent loss is averaged
 FEATURES = ("queue", "oldest_wait", "arrival_rate", "recent_loss")
 BOUND = 10.0  # of each feature
 
 
 class Outcomes(NamedTuple):
-    """What the operating points do to the rows of a split: float64 ``[rows, points]`` each."""
+    """Outcomes of the operating points on the rows of a split, float64 ``[rows, points]`` each."""
 
     quality: Array
     flops_ratio: Array
 
     @property
     def cost(self) -> Array:
-        """The quality that is lost, ``quality_ref - quality``."""
+        """The lost quality, ``quality_ref - quality``."""
         return self.quality[:, :1] - self.quality
 
 
 def core_of(config: ServingConfig) -> TableCore:
-    """The core of the table; raises ``FileNotFoundError`` if there is none, ``ValueError`` if it is damaged."""
+    """The core of the table. Raises ``FileNotFoundError`` if it is missing, ``ValueError`` if it is damaged."""
     return table_core(load_config(config_of("SD/Table-v0"), {"table": config.table}))
 
 
@@ -48,25 +48,25 @@ def outcomes(config: ServingConfig, split: str) -> Outcomes:
         masks = core.masks_of(core.from_masks(masks))
     except ValueError as error:
         raise ConfigError(f"config key 'points': a mask is not one of the table {config.table}: {error}") from error
-    everything = np.arange(len(rows))
-    return Outcomes(rows.scoring.of_masks(everything)[:, masks], rows.costs.of_masks(everything)[:, masks])
+    numbers = np.arange(len(rows))
+    return Outcomes(rows.scoring.of_masks(numbers)[:, masks], rows.costs.of_masks(numbers)[:, masks])
 
 
 @lru_cache(maxsize=16)
 def expected_loss(config: ServingConfig) -> Array:
-    """What each operating point loses on the mean of the policy rows, float64 ``[points]``: all that a server knows."""
+    """Mean loss of each operating point on policy rows, float64 ``[points]``; a server knows no other losses."""
     return outcomes(config, "train").cost.mean(axis=0)
 
 
 def features(config: ServingConfig, queue: Array, wait: Array, rate: Array, loss: Array) -> Array:
-    """What is observed of queues, float32 ``[n, 4]``, in units that do not depend on the server.
+    """Observations of queues, float32 ``[n, 4]``, in units that do not depend on the server.
 
     Args:
-        config: Of the env.
-        queue: Requests that wait, ``[n]``.
+        config: Configuration of the env.
+        queue: Number of waiting requests, ``[n]``.
         wait: Seconds that the oldest of them has waited, ``[n]``.
-        rate: Requests per second that arrived within the last ``deadline`` seconds, ``[n]``.
-        loss: Mean of the expected losses of recent answers, ``[n]``.
+        rate: Requests per second within the last ``deadline`` seconds, ``[n]``.
+        loss: Mean expected loss of recent answers, ``[n]``.
     """
     load = queue / (config.capacity * config.deadline), wait / config.deadline, rate / config.capacity
     units = *load, loss / config.epsilon
@@ -74,15 +74,15 @@ def features(config: ServingConfig, queue: Array, wait: Array, rate: Array, loss
 
 
 def remembered(recent_loss: Any, loss: Any, answers: Any) -> Any:
-    """The recent loss after so many more answers under a point of this expected loss."""
+    """The recent loss after ``answers`` more answers at a point of the expected loss ``loss``."""
     return recent_loss - np.expm1(-np.asarray(answers) / MEMORY) * (loss - recent_loss)
 
 
 class Queues:
-    """``n`` queues, each in front of a server of its own. Arrays below are ``[n]``, but for those that say otherwise.
+    """``n`` queues, each in front of its own server. Arrays are ``[n]`` unless stated otherwise.
 
-    A server that is free takes the oldest requests, at most ``max_batch``. Requests that it cannot answer within their
-    deadline are refused before they run. All that is random is drawn at the reset, so that actions change none of it.
+    A free server takes the oldest requests, at most ``max_batch``. Requests that it cannot answer within their
+    deadline are refused before they run. Actions do not change the random numbers, which are drawn at the reset.
     """
 
     def __init__(self, config: ServingConfig, n: int) -> None:
@@ -92,23 +92,23 @@ class Queues:
         )
         self._expected = expected_loss(config)
         self._envs, self._places = np.arange(n), np.arange(config.max_batch)
-        self._times = np.zeros((n, config.requests + 1))  # of arrivals, [n, requests + 1]; the last one is never
+        self._times = np.zeros((n, config.requests + 1))  # of arrivals, [n, requests + 1]; the last one is a sentinel
         self._rows = np.zeros((n, config.requests + config.max_batch), dtype=np.int64)
         self._first = self._envs * (config.requests + 1)
         self._span = 0.0  # seconds between the origins of two queues in ``_flat``
-        self._flat = np.zeros(0)  # all arrivals in one ascending line, for one search
+        self._flat = np.zeros(0)  # arrivals of all queues, ascending, so that one search is enough
         self.now, self.recent_loss = np.zeros(n), np.zeros(n)
-        self.head = np.full(n, config.requests)  # the oldest request that waits
+        self.head = np.full(n, config.requests)  # the oldest waiting request
         self.waiting = np.zeros(n, dtype=np.int64)
         self._split = ""
 
     @property
     def over(self) -> Array:
-        """Which queues have no request left, now or later, bool."""
+        """Which queues have answered or refused all requests, bool."""
         return self.head >= self.config.requests
 
     def reset(self, envs: Array, randoms: list[np.random.Generator], split: str) -> None:
-        """Begin episodes of some queues, ``envs [m]``, each drawn by its own generator, with requests of a split."""
+        """Start episodes of the queues ``envs [m]`` with requests of a split, each drawn by its own generator."""
         config, self._split = self.config, split
         rows = len(outcomes(config, split).quality)
         for env, random in zip(envs, randoms, strict=True):
@@ -123,18 +123,18 @@ class Queues:
         self._wait_for_requests()
 
     def observe(self) -> Array:
-        """Features, float32 ``[n, 4]``; of queues whose episode is over they mean nothing."""
+        """Features, float32 ``[n, 4]``; meaningless for queues whose episode is over."""
         recent = self.now - self.config.deadline
         arrived = self.head + self.waiting - self._before(np.maximum(recent, 0.0))
         oldest = self.now - self._times[self._envs, self.head]
         return features(self.config, self.waiting, oldest, arrived / self.config.deadline, self.recent_loss)
 
     def serve(self, points: Array) -> dict[str, Array]:
-        """Run a group in each queue under operating points, int64; returns the infos of the step."""
+        """Run a group in each queue at operating points, int64; returns the infos of the step."""
         config, before = self.config, self.head
         a, b = self._a[points], self._b[points]
         size = np.minimum(self.waiting, config.max_batch)
-        # What arrived so early that it cannot be answered in time is refused.
+        # The oldest requests are refused if they cannot be answered in time.
         in_time = self._before(np.maximum(self.now + a * size + b - config.deadline, 0.0))
         end = self.head + self.waiting
         self.head = np.clip(in_time, self.head, end)
@@ -162,7 +162,7 @@ class Queues:
         }
 
     def _wait_for_requests(self) -> Array:
-        """Refuse what has passed its deadline, and go on to the next arrival where nothing waits."""
+        """Refuse requests whose deadline has passed; where no request waits, advance to the next arrival."""
         requests = self.config.requests
         late = np.clip(self._before(np.maximum(self.now - self.config.deadline, 0.0)), self.head, requests)
         refused, self.head = late - self.head, late
@@ -173,6 +173,6 @@ class Queues:
         return refused
 
     def _before(self, times: Array) -> Array:
-        """How many requests of each queue have arrived at a time."""
+        """Number of requests of each queue that have arrived by a time."""
         times = np.minimum(times, self._times[:, -1])
         return np.searchsorted(self._flat, self._envs * self._span + times, side="right") - self._first

@@ -23,15 +23,15 @@ _ONE = np.zeros(1, dtype=np.int64)  # the only queue of a batch of one
 
 
 class ServingEnv(gym.Env[Array, Any]):
-    """A queue in front of a server; before each group of requests the operating point of the model is chosen.
+    """A queue in front of a server. Each step chooses the operating point of the model for the next group of requests.
 
     Description:
-        Requests arrive at random, each with a deadline. A server that is free takes the oldest ones, at most
-        ``max_batch``, and answers them together. Under the operating point ``k`` that takes ``a_k * n + b_k`` seconds,
-        as measured. Bold points are faster and lose quality. What cannot be answered within its deadline is refused.
-        Each request is a row of a table of real outcomes (``sd_gym.envs.TableEnv``), drawn evenly. The aim is as many
-        answers as possible while the mean of quality_ref - quality over them is at most ``epsilon``. What is done
-        now changes what waits later: it is a long-horizon problem, and no bandit.
+        Requests arrive at random, each with a deadline. A free server takes the oldest ones, at most ``max_batch``,
+        and answers them together. At the operating point ``k`` this takes ``a_k * n + b_k`` seconds, as measured. Bold
+        points are faster and lose quality. Requests that cannot be answered within their deadline are refused. Each
+        request is a row of a table of real outcomes (``sd_gym.envs.TableEnv``), drawn uniformly. The aim is as many
+        answers as possible while the mean of quality_ref - quality over them is at most ``epsilon``. Actions change
+        the later queue: it is a long-horizon problem, not a bandit.
 
     Action Space:
         ``Discrete(K)``: the operating point for the next group. 0 is dense, later ones are bolder.
@@ -39,25 +39,25 @@ class ServingEnv(gym.Env[Array, Any]):
     Observation Space:
         ``Box(-10, 10, (4,), float32)``:
 
-        * the requests that wait, over what dense answers within a deadline;
+        * the number of waiting requests, over what dense answers within a deadline;
         * the oldest one's wait, over the deadline;
         * the rate of arrivals within the last ``deadline`` seconds, over what dense answers in that time;
-        * the recent quality: what the points of the last thousand or so answers are expected to lose, by policy rows,
-          over ``epsilon``. A server knows no labels, but it knows this.
+        * the recent quality: the expected loss, from policy rows, of the points of about the last thousand answers,
+          over ``epsilon``. A server has no labels, but it knows this.
 
     Reward:
         ``-refused - penalty * cost``, where ``cost`` is the sum of quality_ref - quality over the group's answers. Over
-        an episode that is ``answers - requests - penalty * cost``, so it counts the answers in time. It counts them as
-        what is lost, as a step answers a full group however slow it is. A penalty that learns belongs to the agent.
+        an episode this is ``answers - requests - penalty * cost``, so it counts the answers in time. A reward per
+        answer would not punish slow points, because each step answers a full group.
 
     Episode End:
-        Terminates when each of ``requests`` requests is answered or refused, after some thousands of steps. Never
-        truncates by itself.
+        Terminates when all ``requests`` requests are answered or refused, after some thousands of steps. Never
+        truncates.
 
     Info:
-        A step has, about the group: ``answers``; ``refused``, requests since the step before; ``quality``,
-        ``quality_ref`` and ``cost``, sums over the answers; ``flops_ratio``, their mean, or 0; ``seconds`` of simulated
-        time; ``point``; ``vector_reward`` = [answers, -cost]. After a reset all are 0.
+        Of the group: ``answers``; ``refused``, requests since the last step; ``quality``, ``quality_ref`` and ``cost``,
+        sums over the answers; ``flops_ratio``, their mean, or 0; ``seconds`` of simulated time; ``point``;
+        ``vector_reward`` = [answers, -cost]. After a reset all are 0.
 
     Arguments:
         config_file: YAML file, in ``envs_configs/serving/`` or elsewhere.
@@ -69,8 +69,8 @@ class ServingEnv(gym.Env[Array, Any]):
         * v0: first version.
 
     Raises:
-        ConfigError: If a key or value is wrong, or the table lacks the mask of a point; an unknown key's is a
-            ``TypeError`` too.
+        ConfigError: If a key or value is wrong, or the table lacks the mask of a point; for an unknown key also a
+            ``TypeError``.
         FileNotFoundError: If there is no such file or table.
     """
 
@@ -95,7 +95,7 @@ class ServingEnv(gym.Env[Array, Any]):
         return self._queues.observe()[0], info_of_one(_no_infos(1))
 
     def step(self, action: Any) -> tuple[Array, float, bool, bool, dict[str, Any]]:
-        """Run the next group under an operating point.
+        """Run the next group at an operating point.
 
         Raises:
             ValueError: If there is no such point.
@@ -108,9 +108,9 @@ class ServingEnv(gym.Env[Array, Any]):
 
 
 class ServingVectorEnv(VectorEnv[Array, Any, Array]):
-    """``ServingEnv`` for many queues at once, in ``AutoresetMode.SAME_STEP``: a step of one takes some microseconds.
+    """``ServingEnv`` for many queues at once, in ``AutoresetMode.SAME_STEP``.
 
-    A step that ends an episode also begins the next one: its observations and infos are those of the reset;
+    A step that ends an episode also starts the next one: its observations and infos are those of the reset;
     ``infos["final_info"]`` and ``infos["final_obs"]`` hold the step's. Arguments and errors are those of
     ``ServingEnv``; ``reset(seed=s)`` seeds queue ``i`` as a single env with ``s + i``.
 
@@ -136,7 +136,7 @@ class ServingVectorEnv(VectorEnv[Array, Any, Array]):
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Array, dict[str, Any]]:
-        """Begin an episode in each queue. Raises: see ``ServingEnv.reset``."""
+        """Start an episode in each queue. Raises: see ``ServingEnv.reset``."""
         self._split_name = _split(options, self.config.split)
         seeds = [seed + env for env in range(self.num_envs)] if isinstance(seed, int | np.integer) else seed
         for env, of_env in enumerate(seeds or ()):
@@ -146,7 +146,7 @@ class ServingVectorEnv(VectorEnv[Array, Any, Array]):
         return self._queues.observe(), _with_presence(_no_infos(self.num_envs))
 
     def step(self, actions: Any) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
-        """Run a group in each queue; the class says what follows.
+        """Run a group in each queue.
 
         Raises:
             ValueError: If the actions are malformed.
@@ -163,7 +163,10 @@ class ServingVectorEnv(VectorEnv[Array, Any, Array]):
             final = np.full(n, None, dtype=object)
             for env in over:
                 final[env] = observations[env]
-            shown = _with_presence({key: np.where(_like(ended, values), 0, values) for key, values in infos.items()})
+            shown = {
+                key: np.where(ended if values.ndim == 1 else ended[:, None], 0, values) for key, values in infos.items()
+            }
+            shown = _with_presence(shown)
             shown |= {"final_obs": final, "_final_obs": ended.copy()}
             shown |= {"final_info": _with_presence(infos, ended), "_final_info": ended.copy()}
             self._begin(over)
@@ -190,7 +193,7 @@ def _split(options: dict[str, Any] | None, default: str) -> str:
 
 
 def _points(actions: Any, shape: tuple[int, ...], points: int) -> Array:
-    """Actions as int64; raises ``ValueError`` if they are none."""
+    """Actions as int64; raises ``ValueError`` if they are malformed."""
     array = np.asarray(actions)
     if array.shape != shape or array.dtype.kind not in "iu" or (array < 0).any() or (array >= points).any():
         raise ValueError(f"expected integers of shape {shape} from 0 to {points - 1}, got {actions!r}")
@@ -212,10 +215,6 @@ def _no_infos(n: int) -> dict[str, Array]:
 
 
 def _with_presence(infos: dict[str, Array], present: Array | None = None) -> dict[str, Any]:
-    """Infos of a vector env: with each key, which queues have it."""
-    everywhere = np.ones(len(infos["point"]), dtype=np.bool_) if present is None else present
-    return infos | {f"_{key}": everywhere.copy() for key in infos}
-
-
-def _like(ended: Array, values: Array) -> Array:
-    return ended if values.ndim == 1 else ended[:, None]
+    """Infos of a vector env, with an array ``_key`` per key that marks the queues that have it."""
+    marks = np.ones(len(infos["point"]), dtype=np.bool_) if present is None else present
+    return infos | {f"_{key}": marks.copy() for key in infos}

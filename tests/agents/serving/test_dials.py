@@ -5,7 +5,7 @@ import json
 import gymnasium as gym
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sd_gym.agents.learning.agent import NotApplicableError
 from sd_gym.agents.report.collect import collect
@@ -64,8 +64,8 @@ def test_a_staircase_climbs(config):
 @pytest.mark.parametrize(("algo", "steps"), [("ppo", 4_000), ("a2c", 6_000)])
 def test_learning_finds_the_fast_point_where_quality_is_cheap(algo, steps, config):
     env = gym.make_vec(TREC, num_envs=16, **HEAVY).unwrapped
-    settings = DialSettings(num_envs=16, n_steps=32, hidden=16)
-    networks = learned(algo, env, settings, steps, 0, configure(None, []), lambda *_: None)
+    own = DialSettings(num_envs=16, n_steps=32, hidden=16)
+    networks = learned(algo, env, own, steps, 0, configure(None, []), lambda *_: None)
     cheap, dear = play(config, [networks[0], networks[-1]], "train", 2).shares @ expected_loss(config)
     assert cheap > dear
 
@@ -106,9 +106,9 @@ def test_saved_dials_decide_the_same(dial, tmp_path):
     assert same.config == dial.config
 
 
-@given(st.integers(0, 10**9), st.floats(), st.floats())
-def test_whatever_a_server_says_there_is_a_point(queue, wait, rate):
-    config = serving_config(TREC, HEAVY)
+@settings(deadline=None, max_examples=50)
+@given(queue=st.integers(0, 10**9), wait=st.floats(), rate=st.floats())
+def test_whatever_a_server_says_there_is_a_point(config, queue, wait, rate):
     dial = Dial(config, expected_loss(config), controls.staircase(config)[0])
     assert dial.choose(queue, wait, rate) in range(len(config.points))
 
