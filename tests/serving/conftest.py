@@ -131,6 +131,13 @@ def client_of(service, *, warm=True):
         yield client
 
 
+@pytest.fixture(autouse=True)
+def quick_warm_up(monkeypatch):
+    """A warm-up that measures few passes of few rows."""
+    monkeypatch.setattr("sd_gym.serving.engine.WARM_UP_ROUNDS", 1)
+    monkeypatch.setattr("sd_gym.serving.engine.WARM_UP_ROWS", (1, 2))
+
+
 @pytest.fixture
 def stub():
     """The engine of a service, and a function that makes a client of it under limits and settings."""

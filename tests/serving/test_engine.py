@@ -94,9 +94,8 @@ def test_groups_are_of_one_mask_and_operating_points_decide_at_once(tmp_path, ti
 def test_exported_graphs_are_served_alike(stages, tmp_path, tiny_tokenizer):
     _, _, artefact, texts = trained("classification", None, tmp_path, tiny_tokenizer, stages=stages)
     if len(stages) > 1:
-        artefact.network.codebook = torch.tensor(
-            [[1, 0, 1, 0, 0, 0, 0, -1], [0] * 7 + [-1], [-1] * 7 + [0], [-1] * 7 + [1]]
-        )
+        masks = [[1, 0, 1, 0, 0, 0, 0, -1], [-1] * 7 + [0], [-1] * 7 + [1]]
+        artefact.network.codebook = torch.tensor(masks)
     else:
         artefact = few_masks(artefact)
     artefact = replace(artefact, operating_points=POINTS)
