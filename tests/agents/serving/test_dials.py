@@ -70,7 +70,8 @@ def test_learning_finds_the_fast_point_where_quality_is_cheap(algo, steps, confi
     assert cheap > dear
 
 
-def test_a_run_is_selected_compared_and_its_dial_loaded(tmp_path):
+def test_a_run_is_selected_compared_and_its_dial_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("sd_gym.agents.serving.run.EPISODES", 4)
     for algo in ("threshold", "fixed", "foresight"):
         result = sd_gym.train(TREC, algo, tmp_path / algo, steps=1, requests=200, load=1.5)
         assert 0 < result["goodput"] <= 1
