@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from sd_gym.errors import quiet
 from sd_gym.registry import import_own
 
 RETRIES = 3  # of a task whose process or machine has died
@@ -95,6 +96,7 @@ def _prepare(folder: str, imports: list[str]) -> None:
     import torch
 
     os.chdir(folder)
+    quiet()
     torch.set_num_threads(1)  # threads of several processes that wait for each other are many times slower
     for name in imports:
         import_own(name)
