@@ -6,7 +6,9 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+from uuid import uuid4
 
+from sd_gym.errors import quiet
 from sd_gym.registry import import_own
 
 RETRIES = 3  # of a task whose process or machine has died
@@ -32,12 +34,12 @@ def cores(ray: Any) -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
-def submit(ray: Any, function: Callable[..., Any], *arguments: Any, imports: Sequence[str] = ()) -> Any:
+def submit(ray: Any, function: Callable[..., Any], *arguments: Any, imports: Sequence[str] = (), gpus: int = 0) -> Any:
     """Call a function on one core of the cluster; returns a reference to the outcome.
 
     It is called again where its process or machine dies, so it must be safe to repeat.
     """
-    task = ray.remote(num_cpus=1, max_retries=RETRIES)(_call)
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_call)
     return task.remote(function, arguments, list(imports), os.getcwd())
 
 
@@ -54,35 +56,29 @@ def in_any_order(
 def in_order(
     ray: Any, make: Callable[[], Callable[[Any], Any]], inputs: Iterable[Any], *, gpus: int = 0
 ) -> Iterator[tuple[Any, Any]]:
-    """Each input with its outcome, in their order; two inputs per worker are read ahead.
+    """Each input with its outcome, in their order; two inputs per core are read ahead.
 
-    Each worker calls ``make`` once, for the function that it applies. A worker whose machine dies is started elsewhere,
-    and its inputs are repeated.
+    Each process of the cluster calls ``make`` once, for the function that it applies.
     """
-    worker = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(_Worker)
-    count = int(ray.cluster_resources().get("GPU", 0)) // gpus if gpus else cores(ray)
-    if not count:
-        raise ValueError("the Ray cluster has no GPU; run on the CPU, or start it with --num-gpus")
-    workers = [worker.remote(make, os.getcwd()) for _ in range(count)]
+    key, ahead = uuid4().hex, 2 * cores(ray)
     pending: deque[tuple[Any, Any]] = deque()
-    for number, value in enumerate(inputs):
-        pending.append((value, workers[number % count].apply.remote(value)))
-        if len(pending) == 2 * count:
+    for value in inputs:
+        pending.append((value, submit(ray, _apply, key, make, value, gpus=gpus)))
+        if len(pending) == ahead:
             value, outcome = pending.popleft()
             yield value, ray.get(outcome)
     for value, outcome in pending:
         yield value, ray.get(outcome)
 
 
-class _Worker:
-    """A process of the cluster that keeps what it loaded."""
+_made: dict[str, Callable[[Any], Any]] = {}  # what this process has made, by the key of its ``in_order``
 
-    def __init__(self, make: Callable[[], Callable[[Any], Any]], folder: str) -> None:
-        _prepare(folder, [])
-        self._function = make()
 
-    def apply(self, value: Any) -> Any:
-        return self._function(value)
+def _apply(key: str, make: Callable[[], Callable[[Any], Any]], value: Any) -> Any:
+    if key not in _made:
+        _made.clear()
+        _made[key] = make()
+    return _made[key](value)
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...], imports: list[str], folder: str) -> Any:
@@ -95,6 +91,7 @@ def _prepare(folder: str, imports: list[str]) -> None:
     import torch
 
     os.chdir(folder)
+    quiet()
     torch.set_num_threads(1)  # threads of several processes that wait for each other are many times slower
     for name in imports:
         import_own(name)

@@ -14,6 +14,7 @@ import torch
 from sd_gym.agents.experiment.comparison_plan import PlannedRun
 from sd_gym.agents.learning.agent import NotApplicableError
 
+from sd_gym import cluster
 from sd_gym.errors import one_line, quiet
 from sd_gym.registry import import_own
 
@@ -142,32 +143,24 @@ def _share(schedule: _Schedule, jobs: int, imports: Sequence[str]) -> None:
 
 def _share_on_ray(schedule: _Schedule, address: str, imports: Sequence[str]) -> None:
     """Train the waiting runs on a cluster, one per core; there is only their last status."""
-    try:
-        import ray  # pyright: ignore[reportMissingImports]  (an extra)
-    except ImportError as error:
-        raise ImportError("a Ray cluster needs Ray, which is not installed: pip install 'sd-gym[ray]'") from error
-    ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
-    attempt = ray.remote(num_cpus=1, max_retries=0)(_attempt_there)
-    cores = int(ray.cluster_resources().get("CPU", 1))
+    ray = cluster.connect(address)
+    cores = cluster.cores(ray)
     running: dict[Any, PlannedRun] = {}
     while True:
         while len(running) < cores and (run := schedule.next()) is not None:
-            running[attempt.remote(run, list(imports), os.getcwd())] = run
+            running[cluster.submit(ray, _attempt, run, imports, _ignore, imports=imports)] = run
         if not running:
             return
         (ended,), _ = ray.wait(list(running), num_returns=1)
         run = running.pop(ended)
         try:
             schedule.update(ray.get(ended))
-        except ray.exceptions.RayError as error:  # its process or machine is gone
+        except ray.exceptions.RayError as error:  # its process or its machine died several times
             schedule.update(RunStatus(run, "failed", message=_message(error)))
 
 
-def _attempt_there(run: PlannedRun, imports: list[str], folder: str) -> RunStatus:
-    """Train a run on another machine; relative paths of the run start from ``folder``."""
-    os.chdir(folder)
-    _prepare_process(imports)
-    return _attempt(run, imports, lambda status: None)
+def _ignore(status: RunStatus) -> None:
+    """Report nothing: a cluster sends only the last status."""
 
 
 def _prepare_process(imports: list[str]) -> None:

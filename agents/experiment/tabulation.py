@@ -47,6 +47,7 @@ def tabulate(
     references: bool = False,
     resume: bool = False,
     jobs: int = 1,
+    ray: str | None = None,
     imports: Sequence[str] = (),
     on_progress: Callable[[int, int], None] | None = None,
     **settings: Any,
@@ -73,6 +74,7 @@ def tabulate(
         resume: Whether to go on with an interrupted table.
         jobs: Processes, of one thread each; 1: this process. With more, guard your script by
             ``if __name__ == "__main__":``.
+        ray: Address of a Ray cluster that runs them instead; see ``sd_gym.train_all``.
         imports: Modules and files that register what the env needs; the other processes import them first.
         on_progress: Called with the number of finished decisions, and of all.
         settings: Overrides of the env's config.
@@ -104,7 +106,8 @@ def tabulate(
             units = _units(core, _choice(core, "layers", seed), masks)
     chosen = "" if masks is None else _label(asked, seed, share)
     maker = TableMaker(core, masks, Path(output), ways, units, chosen, pca, share, bf16)
-    maker.make(resume=resume, jobs=jobs, imports=imports, on_chunk=on_progress or (lambda done, total: None))
+    on_chunk = on_progress or (lambda done, total: None)
+    maker.make(resume=resume, jobs=jobs, ray=ray, imports=imports, on_chunk=on_chunk)
     if references:
         write_references(TABLE, table=str(output))
     return read_table(Path(output))

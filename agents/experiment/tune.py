@@ -18,6 +18,7 @@ from sd_gym.agents.experiment.run import load_run, split_settings
 from sd_gym.agents.registry import agent_class
 from sd_gym.agents.runs.verdict import CONFIDENCE
 
+from sd_gym import cluster
 from sd_gym.files import as_json, write_text
 from sd_gym.folders import contents, foreign, locked
 from sd_gym.registration import config_of
@@ -47,6 +48,8 @@ def tune(
     seeds: int = 1,
     steps: int = 20_000,
     confidence: float = CONFIDENCE,
+    jobs: int = 1,
+    ray: str | None = None,
     imports: Sequence[str] = (),
     on_trial: Callable[[TrialResult], None] = lambda trial: None,
     **settings: Any,
@@ -65,6 +68,8 @@ def tune(
         seeds: Runs of each trial; their scores are averaged.
         steps: Decisions that each run learns from.
         confidence: Of selection.
+        jobs: Processes, of one thread each, for runs of several trials at once.
+        ray: Address of a Ray cluster that trains them instead; see ``sd_gym.train_all``.
         imports: Modules and files that register what is needed; import them first.
         on_trial: Called after each trial.
         settings: Keys of the env's config, and settings of the agent, which are then not searched.
@@ -92,14 +97,24 @@ def tune(
         what = {"env": env_id, "algo": algo, "seeds": seeds, "steps": steps, "confidence": confidence}
         study = _study(folder, {**what, "settings": settings})
         _begin(study, {key: agent_class(algo).Settings.model_fields[key].default for key in space})
-        while sum(trial.state.name == "COMPLETE" or FAILED in trial.user_attrs for trial in study.trials) < trials:
-            trial = study.ask()
-            values = {key: _suggest(trial, key, choices) for key, choices in space.items()}
-            place = folder / f"trial-{trial.user_attrs.get(FOLDER, trial.number)}"
-            all_settings = {**settings, **values}
-            runs = [PlannedRun(env_id, algo, place / str(n), steps, n, all_settings, confidence) for n in range(seeds)]
-            on_trial(_record(study, trial, train_many(runs, imports=imports), values))
+        at_once = -(-(jobs if ray is None else cluster.cores(cluster.connect(ray))) // seeds)
+        while (missing := trials - _count_finished(study)) > 0:
+            asked = [study.ask() for _ in range(min(missing, at_once))]
+            values = [{key: _suggest(trial, key, choices) for key, choices in space.items()} for trial in asked]
+            places = [folder / f"trial-{trial.user_attrs.get(FOLDER, trial.number)}" for trial in asked]
+            runs = [
+                PlannedRun(env_id, algo, place / str(seed), steps, seed, {**settings, **own}, confidence)
+                for place, own in zip(places, values, strict=True)
+                for seed in range(seeds)
+            ]
+            statuses = train_many(runs, jobs=jobs, ray=ray, imports=imports)
+            for number, (trial, own) in enumerate(zip(asked, values, strict=True)):
+                on_trial(_record(study, trial, statuses[number * seeds : (number + 1) * seeds], own))
         return _write_best(study, folder / BEST, algo, what)
+
+
+def _count_finished(study: Study) -> int:
+    return sum(trial.state.name == "COMPLETE" or FAILED in trial.user_attrs for trial in study.trials)
 
 
 def score(validated: dict[str, Any]) -> float:

@@ -70,6 +70,7 @@ def tabulate(
     references: Annotated[bool, Option(help="Also compute the hull, full-information learner and oracle.")] = False,
     resume: Annotated[bool, Option(help="Resume a table that was interrupted.")] = False,
     jobs: Annotated[int, Option(min=1, help="Processes, of one thread each.")] = 1,
+    ray: Annotated[str | None, Option(metavar="ADDRESS", help="A Ray cluster instead; it sees OUTPUT.")] = None,
     set_: Settings = [],
     imports: Imports = [],
 ) -> None:
@@ -99,6 +100,7 @@ def tabulate(
             references=references,
             resume=resume,
             jobs=jobs,
+            ray=ray,
             imports=imported,
             on_progress=on_progress,
             **terminal.settings_of(set_),

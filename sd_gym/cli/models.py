@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -132,6 +133,7 @@ def run(
     resume: Annotated[bool, Option(help="Resume an interrupted run from OUTPUT.part.")] = False,
     device: Annotated[str, Option(help="Device of the backbone: cpu, cuda, cuda:1.")] = "cpu",
     batch_size: Annotated[int | None, Option(min=1, help="Largest number of rows per batch [default: auto].")] = None,
+    ray: Annotated[str | None, Option(metavar="ADDRESS", help="A Ray cluster that answers; it sees POLICY.")] = None,
     columns: Annotated[list[str], Option("--column", metavar="FIELD=COLUMN", help="Column of a field.")] = [],
     imports: Imports = [],
 ) -> None:
@@ -159,22 +161,25 @@ def run(
         if Path(policy, MANIFEST).is_file():
             if backbone or device != "cpu":
                 raise ValueError(f"{policy} is exported with its backbone, for the CPU; leave out --backbone, --device")
-            model: Any = OnnxModel(Path(policy), max_loss=max_loss, max_flops=max_flops)
+            make: Any = partial(OnnxModel, Path(policy), max_loss=max_loss, max_flops=max_flops)
         else:
-            model = load(policy, backbone, device=device, max_loss=max_loss, max_flops=max_flops)
+            make = partial(load, policy, backbone, device=device, max_loss=max_loss, max_flops=max_flops)
 
         def on_chunk(rows: int, bulk: Any) -> None:
             figures = f"{bulk.figures()['rows a second']} a second"
             progress.update(bar, completed=rows, total=total, description="answering", figures=figures)
 
         done = run_file(
-            model,
+            make(),
             file,
             output,
             resume=resume,
             compare=comparing,
             columns={str(field): str(column) for field, column in terminal.settings_of(columns, "--column").items()},
             batch_size=batch_size,
+            ray=ray,
+            make=make,
+            gpus=int(device.startswith("cuda")),
             on_chunk=on_chunk,
         )
     table = Table(box=SIMPLE_HEAD, show_header=False)

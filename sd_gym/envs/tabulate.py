@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray as Array
 
+from sd_gym import cluster
 from sd_gym.config import ConfigError
 from sd_gym.envs.actions import all_decisions, write_masks
 from sd_gym.envs.export import Export
@@ -89,7 +90,9 @@ class TableMaker:
     share: bool  # whether ids, texts and paths are left out
     bf16: bool  # whether the backbone runs in mixed precision
 
-    def make(self, *, resume: bool, jobs: int, imports: Sequence[str], on_chunk: OnChunk) -> None:
+    def make(
+        self, *, resume: bool, jobs: int, imports: Sequence[str], on_chunk: OnChunk, ray: str | None = None
+    ) -> None:
         """Make the table.
 
         Args:
@@ -97,6 +100,7 @@ class TableMaker:
             jobs: Number of processes.
             imports: Modules or files that worker processes import first.
             on_chunk: Called after each chunk.
+            ray: Address of a Ray cluster that runs the chunks instead; it sees the folder under the same path.
 
         Raises:
             FileExistsError: If the folder is not empty, and does not hold an interrupted table that is resumed.
@@ -105,7 +109,7 @@ class TableMaker:
         """
         self._check()
         with locked(self.folder):
-            self._write(resume, jobs, imports, on_chunk)
+            self._write(resume, jobs, ray, imports, on_chunk)
 
     def _check(self) -> None:
         """Raise if the env or the options are wrong."""
@@ -128,7 +132,7 @@ class TableMaker:
         """How many numbers of an observation are before the hidden states, which are reduced, and after them."""
         return (0, 0) if self.ways is None else cast("StageObservation", self.core.stage_observation).around
 
-    def _write(self, resume: bool, jobs: int, imports: Sequence[str], on_chunk: OnChunk) -> None:
+    def _write(self, resume: bool, jobs: int, ray: str | None, imports: Sequence[str], on_chunk: OnChunk) -> None:
         """Begin or resume the table, and finish it."""
         core, folder = self.core, self.folder
         exported = core.export()
@@ -141,7 +145,7 @@ class TableMaker:
         missing = [chunk for chunk in chunks if not chunk.file.exists()]
         done = total - len(masks) * sum(len(chunk.rows) for chunk in missing)
         on_chunk(done, total)
-        for chunk in _written((core, masks, self.ways or [], self.bf16, reduce), missing, jobs, imports):
+        for chunk in _written((core, masks, self.ways or [], self.bf16, reduce), missing, jobs, ray, imports):
             done += len(masks) * len(chunk.rows)
             on_chunk(done, total)
         for name in SPLITS:
@@ -286,8 +290,18 @@ class TableMaker:
         write_json(self.folder / f"{split.name}.json", {"ids": ids, "facts": texts})
 
 
-def _written(how: tuple[Any, ...], chunks: list[_Chunk], jobs: int, imports: Sequence[str]) -> Iterator[_Chunk]:
-    """Write chunks, in this process or in several, and yield each; ``how``: the other arguments of ``_write_chunk``."""
+def _written(
+    how: tuple[Any, ...], chunks: list[_Chunk], jobs: int, ray: str | None, imports: Sequence[str]
+) -> Iterator[_Chunk]:
+    """Write chunks and yield each, in this process, in several or on a cluster.
+
+    ``how`` has the other arguments of ``_write_chunk``.
+    """
+    if ray is not None:
+        yield from cluster.in_any_order(
+            cluster.connect(ray), _write_chunk, [(chunk, *how) for chunk in chunks], imports
+        )
+        return
     if min(jobs, len(chunks)) <= 1:
         for chunk in chunks:
             yield _write_chunk(chunk, *how)

@@ -7,13 +7,16 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from itertools import chain, islice
+from operator import iadd
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sd_gym import cluster
 from sd_gym.errors import DataError
 from sd_gym.inference.answer import Answer, unknown_words
 from sd_gym.inference.part import Line, Part
@@ -39,6 +42,12 @@ class Bulk:
     quality: list[tuple[float, float]] = field(default_factory=list)  # of each row with a reference: its own and dense
     unknown: int = 0  # inputs with words that the tokenizer does not know
 
+    def __iadd__(self, other: Bulk) -> Bulk:
+        """Add the outcome of another chunk."""
+        for part in fields(self):
+            setattr(self, part.name, iadd(getattr(self, part.name), getattr(other, part.name)))
+        return self
+
     def figures(self) -> dict[str, str]:
         """Means, by name, as text."""
         figures = {"rows": f"{self.rows:,}", "rows a second": f"{self.rows / max(self.seconds, 1e-9):.1f}"}
@@ -63,6 +72,9 @@ def run_file(
     columns: dict[str, str] | None = None,
     batch_size: int | None = None,
     chunk: int = CHUNK,
+    ray: str | None = None,
+    make: Callable[[], Any] | None = None,
+    gpus: int = 0,
     on_chunk: Callable[[int, Bulk], None] | None = None,
 ) -> Bulk:
     """Answer each row of a file; the output has a JSON object per row, in the same order.
@@ -81,6 +93,9 @@ def run_file(
         columns: The column of each field that is called differently.
         batch_size: See ``SkippingModel``.
         chunk: Rows that are grouped into passes together.
+        ray: Address of a Ray cluster, whose processes answer the chunks instead; see ``sd_gym.train_all``.
+        make: Loads the model in each of them; needed with ``ray``.
+        gpus: How many GPUs each of them needs.
         on_chunk: Called after each chunk with the number of its last line and the outcome so far.
 
     Raises:
@@ -98,8 +113,15 @@ def run_file(
     made_by = {"policy (or operating point)": prints["policy"], "backbone": prints["backbone"]}
     bulk, part = Bulk(), Part(output, {**made_by, "--column": columns, "version of sd_gym": __version__})
     with part.held(rows, resume=resume):
-        while lines := list(islice(rows, chunk)):
-            part.add(lines, "".join(_answered(model, lines, bulk, compare, batch_size)))
+        chunks = iter(lambda: list(islice(rows, chunk)), [])
+        if ray is None or make is None:
+            answered = ((lines, _answered(model, lines, compare, batch_size)) for lines in chunks)
+        else:
+            load = partial(_answering, make, compare, batch_size)
+            answered = cluster.in_order(cluster.connect(ray), load, chunks, gpus=gpus)
+        for lines, (answers, outcome) in answered:
+            part.add(lines, answers)
+            bulk += outcome
             if on_chunk is not None:
                 on_chunk(lines[-1].number, bulk)
         part.complete()
@@ -116,10 +138,14 @@ def count_rows(source: Path | None) -> int | None:
         return sum(1 for _ in lines)
 
 
-def _answered(
-    model: SkippingModel, lines: list[Line], bulk: Bulk, compare: bool, batch_size: int | None
-) -> Iterator[str]:
-    """The output's lines for some of the input's."""
+def _answering(make: Callable[[], Any], compare: bool, batch_size: int | None) -> Callable[[list[Line]], Any]:
+    """Load a model and return the function that answers a chunk with it."""
+    return partial(_answered, make(), compare=compare, batch_size=batch_size)
+
+
+def _answered(model: SkippingModel, lines: list[Line], compare: bool, batch_size: int | None) -> tuple[str, Bulk]:
+    """The output for a chunk of the input, and the outcome."""
+    bulk, output = Bulk(), []
     inputs, errors = {}, {}  # texts of the lines that are inputs, and what is wrong with the others
     for line in lines:
         try:
@@ -148,7 +174,8 @@ def _answered(
                 bulk.quality.append((own_quality, dense_quality))
     for number, *_ in lines:
         content = {"error": errors[number]} if number in errors else _described(answers[number])
-        yield json.dumps({"line": number, **content}, ensure_ascii=False) + "\n"
+        output.append(json.dumps({"line": number, **content}, ensure_ascii=False) + "\n")
+    return "".join(output), bulk
 
 
 def _answers(

@@ -1,11 +1,16 @@
-"""Ray: a cluster trains the runs of a comparison."""
+"""Ray: a cluster trains runs, fills tables and answers files; a machine that dies costs nothing."""
+
+import json
+from functools import partial
 
 import pytest
 import torch
+from sd_gym.agents.experiment.tune import tune
 from typer.testing import CliRunner
 
 import sd_gym
 from sd_gym.cli import app
+from sd_gym.inference.bulk import run_file
 from tests.ecosystem import ID, SMALL
 
 PINS = ["ray==2.60.0"]
@@ -47,3 +52,66 @@ def test_a_run_that_fails_stops_no_other(tmp_path):
 def test_jobs_are_not_asked_for_as_well(tmp_path):
     with pytest.raises(ValueError, match="leave out jobs"):
         sd_gym.train_all([ID], ["ppo"], tmp_path, ray="auto", jobs=2, **SETTINGS)
+
+
+@pytest.fixture
+def two_machines():
+    """A cluster of two node processes of one core; gives its address, and what kills the second one."""
+    from ray.cluster_utils import Cluster
+
+    ray.shutdown()
+    node = {"num_cpus": 1, "object_store_memory": 2**27, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    second = cluster.add_node(num_cpus=1, object_store_memory=2**27)
+    yield cluster.address, lambda: cluster.remove_node(second, allow_graceful=False)
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_a_table_survives_a_dead_machine(two_machines, tmp_path):
+    address, kill = two_machines
+    done = []
+
+    def on_progress(count, total):
+        done.append(count)
+        if len(done) == 2:  # after the first chunk
+            kill()
+
+    settings = {"decisions": "random:8", "instances": 600}
+    sd_gym.tabulate(ID, tmp_path / "there", ray=address, on_progress=on_progress, **settings)
+    sd_gym.tabulate(ID, tmp_path / "here", **settings)
+    assert len(done) > 2
+    for name in ("train", "validation", "test"):
+        there, here = ((tmp_path / place / f"{name}.safetensors").read_bytes() for place in ("there", "here"))
+        assert there == here
+
+
+@pytest.mark.slow
+def test_a_run_over_a_file_survives_a_dead_machine(two_machines, tmp_path):
+    address, kill = two_machines
+    run = tmp_path / "run"
+    sd_gym.train(ID, "ppo", run, steps=256, **SMALL)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"the food was good {n}"}) + "\n" for n in range(640)))
+    load = partial(sd_gym.load, str(run))
+    chunks = []
+
+    def on_chunk(line, outcome):
+        chunks.append(line)
+        if len(chunks) == 1:
+            kill()
+
+    there = {"chunk": 64, "ray": address, "make": load, "on_chunk": on_chunk}
+    outcome = run_file(load(), texts, tmp_path / "there.jsonl", **there)
+    run_file(load(), texts, tmp_path / "here.jsonl", chunk=64)
+    assert outcome.rows == 640
+    assert (tmp_path / "there.jsonl").read_bytes() == (tmp_path / "here.jsonl").read_bytes()
+    assert chunks == list(range(64, 641, 64))
+
+
+@pytest.mark.slow
+def test_trials_are_shared(tmp_path):
+    best = tune(ID, "ppo", tmp_path / "study", trials=3, steps=256, ray="auto", on_trial=(trials := []).append, **SMALL)
+    assert best.exists()
+    assert [trial.number for trial in trials] == [0, 1, 2]
