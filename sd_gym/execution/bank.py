@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from functools import lru_cache
 from typing import Any, NoReturn, Protocol
 
@@ -72,7 +71,7 @@ class Bank:
 
     def __init__(self, board: Switchboard, *, compiles: bool = False) -> None:
         self._board, self.compiles = board, compiles
-        if compiles:  # all masks have the code of one class, which is compiled 8 times otherwise
+        if compiles:  # all masks share the code of one class, which is compiled only 8 times by default
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * MODELS)
         self._of = lru_cache(MODELS)(self._made)
 
@@ -86,20 +85,19 @@ class Bank:
         return torch.compile(model.forward, dynamic=True) if self.compiles else model
 
 
-class Float32Input:
-    """What enters the first layer of a board's model, from a copy of its embeddings in float32."""
+class FirstLayerInput(nn.Module):
+    """Hidden states ``[n, length, width]`` that enter the first layer of a board's model; it shares the embeddings."""
 
     def __init__(self, board: Switchboard) -> None:
-        twin = without_skipped(board, np.zeros(len(board), dtype=bool))
+        super().__init__()
+        self.model = without_skipped(board, np.zeros(len(board), dtype=bool))
         for stack in board.architecture.stacks:
-            twin_at(twin, path_of_layers(board, stack))._modules = {"0": _End()}
-        self._model = deepcopy(twin).float()
+            twin_at(self.model, path_of_layers(board, stack))._modules = {"0": _End()}
 
-    @torch.inference_mode()
-    def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Hidden states, float32 ``[n, length, width]``, for the model's inputs."""
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """For the inputs of the model."""
         try:
-            self._model(**inputs)
+            self.model(**inputs)
         except StageReached as reached:
             return reached.state.hidden
         raise RuntimeError("the forward pass ended without reaching the first layer")
@@ -110,25 +108,19 @@ def checked_mask(mask: ArrayLike, board: Switchboard) -> NDArray:
     array = np.asarray(mask.detach().cpu() if isinstance(mask, Tensor) else mask)
     if array.shape == (len(board) + 1,):
         if array[-1] != 0:
-            raise ValueError(
-                f"a mask that drops tokens (level {array[-1]}) cannot be a model; set its last component to 0, "
-                "or attach the policy"
-            )
+            raise ValueError(f"a mask that drops tokens (level {array[-1]}) cannot be a model; attach the policy")
         array = array[:-1]
     if array.shape != (len(board),) or not ((array == 0) | (array == 1)).all():
-        raise ValueError(
-            f"expected a mask of {len(board)} switches, each 0 or 1, and perhaps token level 0; got {list(array.shape)}"
-        )
+        expected = f"expected a mask of {len(board)} switches, each 0 or 1, and perhaps token level 0"
+        raise ValueError(f"{expected}; got {list(array.shape)}")
     return array.astype(bool)
 
 
 def without_skipped(board: Switchboard, mask: NDArray) -> PreTrainedModel:
     """A twin of a board's model without what a mask, bool ``[switches]``, skips."""
     twin = twin_of(board.model)
-    if not mask.any():
-        return twin
-    for stack in board.architecture.stacks:
-        _take_out(board, stack, mask, twin)
+    for stack in board.architecture.stacks if mask.any() else ():
+        _remove(board, stack, mask, twin)
     return twin
 
 
@@ -138,12 +130,13 @@ def path_of_layers(board: Switchboard, stack: Stack) -> str:
     return board.path_of(first).rpartition(".")[0]
 
 
-def _take_out(board: Switchboard, stack: Stack, mask: NDArray, twin: PreTrainedModel) -> None:
-    """Replace what a mask skips in one stack by stand-ins."""
-    switches = [(at, switch) for at, switch in enumerate(board.switches) if switch.stack == stack.name]
-    number = {(switch.index, switch.sublayer.kind): at for at, switch in switches}
+def _remove(board: Switchboard, stack: Stack, mask: NDArray, twin: PreTrainedModel) -> None:
+    """Replace the sublayers of a stack that a mask skips by modules that do nothing."""
+    number = {(s.index, s.sublayer.kind): at for at, s in enumerate(board.switches) if s.stack == stack.name}
     layers, original = twin_at(twin, path_of_layers(board, stack)), stack.layers_in(board.model)
-    counting = _counting(board, stack)
+    # A cache of a decoder reads its length from the first layer of each type.
+    types = getattr(board.model.config, "layer_types", None) or [None]
+    counting = {types.index(kind) for kind in set(types)} if stack.name == "decoder" else set()
     for index, layer in enumerate(original):
         skipped = [sublayer for sublayer in stack.sublayers if mask[number[index, sublayer.kind]]]
         counts = index if index in counting else None
@@ -163,29 +156,15 @@ def _take_out(board: Switchboard, stack: Stack, mask: NDArray, twin: PreTrainedM
     for sublayer in stack.sublayers:
         runs = [index for index in range(len(original)) if not mask[number[index, sublayer.kind]]]
         if sublayer.position_bias is not None and runs and runs[0] > 0:
-            _share_bias(
-                original[0].get_submodule(sublayer.position_bias), layers, f"{runs[0]}.{sublayer.position_bias}"
-            )
-
-
-def _share_bias(first: Any, layers: nn.Module, path: str) -> None:
-    """Have the first attention that runs make the position bias that all share."""
-    if first.has_relative_attention_bias:
-        attention = twin_at(layers, path)
-        attention.has_relative_attention_bias = True
-        attention._modules["relative_attention_bias"] = first.relative_attention_bias
-
-
-def _counting(board: Switchboard, stack: Stack) -> set[int]:
-    """Layers from which a cache reads its length: the first of each type in a decoder."""
-    if stack.name != "decoder":
-        return set()
-    types = getattr(board.model.config, "layer_types", None) or [None]
-    return {types.index(kind) for kind in set(types)}
+            first: Any = original[0].get_submodule(sublayer.position_bias)
+            if first.has_relative_attention_bias:  # all layers share its bias, which the first that runs has to make
+                attention = twin_at(layers, f"{runs[0]}.{sublayer.position_bias}")
+                attention.has_relative_attention_bias = True
+                attention._modules["relative_attention_bias"] = first.relative_attention_bias
 
 
 def _count(layer: int | None, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Let a layer of the cache, if there is one, store one zero per position, so that its length is right."""
+    """Store one zero per position in a layer of the cache, if there is one, so that its length is right."""
     cache = cache_among(args, kwargs)
     if layer is not None and cache is not None:
         own: Cache = getattr(cache, "self_attention_cache", cache)
@@ -194,28 +173,28 @@ def _count(layer: int | None, hidden: Tensor, args: tuple, kwargs: dict[str, Any
 
 
 class _End(nn.Module):
-    """Stands in for all layers: the pass ends there."""
+    """Replaces all layers: the pass ends there."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> NoReturn:
         raise StageReached(PassState("first", hidden_states, hidden_states))
 
 
 class _Unchanged(nn.Module):
-    """Passes its input on."""
+    """Returns its input."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states
 
 
 class _Nothing(nn.Module):
-    """Gives a zero, which the layer adds to the hidden states."""
+    """Returns a zero, which the layer adds to the hidden states."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states.new_zeros(())
 
 
 class _NoAttention(nn.Module):
-    """Stands in for an attention: passes its input on if it adds the residual itself, else gives a zero."""
+    """Replaces an attention: returns its input if it adds the residual itself, else a zero."""
 
     def __init__(self, adds_residual: bool, passes_bias: bool, counts: int | None) -> None:
         super().__init__()
@@ -228,7 +207,7 @@ class _NoAttention(nn.Module):
 
 
 class _PassedLayer(nn.Module):
-    """Stands in for a layer of which only the norms run."""
+    """Replaces a layer of which only the norms run."""
 
     def __init__(self, norms: list[nn.Module], counts: int | None) -> None:
         super().__init__()

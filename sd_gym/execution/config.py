@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sd_gym.config import CANDIDATES, ConfigError, EnvConfig, stored_config
@@ -34,62 +34,39 @@ def checked_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
             find(name)
         except ValueError as error:
             raise ConfigError(f"{origin}: config key {key!r}: {error}") from error
-    _check_measured(config, origin)
-    shares = config.tokens.shares
-    if shares[:1] != (0.0,) or list(shares) != sorted(set(shares)) or shares[-1] >= 1:
-        raise ConfigError(
-            f"{origin}: config key 'tokens.shares': expected ascending shares below 1, the first one 0.0 (no token is "
-            f"dropped), as in [0.0, 0.25, 0.5]; got {list(shares)}"
-        )
-    if not config.candidates and len(shares) == 1:
-        raise ConfigError(
-            f"{origin}: config key 'candidates': with no kind of sublayer there are only tokens to drop, and "
-            f"tokens.shares has one level, {list(shares)}; name a kind, or pass token_shares=[0.0, 0.25, 0.5]"
-        )
-    if set(config.candidates) != set(CANDIDATES) and (config.action == "multi_binary" or config.stages != ("first",)):
-        raise ConfigError(
-            f"{origin}: config key 'candidates': some kinds of sublayers alone are decided on with action "
-            f"multi_discrete or discrete, before the first layer; got action {config.action} at {list(config.stages)}"
-        )
-    if config.action == "multi_binary" and len(shares) > 1:
-        raise ConfigError(
-            f"{origin}: config key 'action': 'multi_binary' has a bit for each switch and none for the tokens, but "
-            f"there are {len(shares)} tokens.shares; use multi_discrete, or discrete with a codebook"
-        )
-    if config.stages != ("first",) and (config.action == "discrete" or config.observation not in ("pooled", "tokens")):
-        raise ConfigError(
-            f"{origin}: config key 'stages': several stages are decided with action multi_discrete or multi_binary, on "
-            f"observation pooled or tokens; got {config.action} on {config.observation}"
-        )
-    if ANSWER in config.stages[:1]:
-        raise ConfigError(
-            f"{origin}: config key 'stages': nothing is decided before the stage {ANSWER} in {list(config.stages)}; "
-            f"name an earlier one, as in [first, {ANSWER}]"
-        )
-    if ANSWER in config.stages and config.action != "multi_discrete":
-        raise ConfigError(
-            f"{origin}: config key 'stages': the stage {ANSWER} is decided with action multi_discrete; got "
-            f"{config.action}"
-        )
-    if config.reward.dense and config.reward.vector:
-        raise ConfigError(
-            f"{origin}: config key 'reward.dense': a reward.vector comes at the end; leave one of the two out"
-        )
+    for key, problem in _problems(config):
+        raise ConfigError(f"{origin}: config key {key!r}: {problem}")
     return config
 
 
-def _check_measured(config: EnvConfig, origin: str) -> None:
-    """Raise ``ConfigError`` if the task has no such metric or quality."""
-    task, metric = TASKS.find(config.task), METRICS.find(config.quality.metric)
-    if config.quality.metric not in task.metrics and not metric.own:
-        raise ConfigError(
-            f"{origin}: config key 'quality.metric': {config.task} is measured by {', '.join(task.metrics)}; got "
-            f"{config.quality.metric!r}"
-        )
-    if config.quality.kind == "metric" and (config.quality.metric == "exact_match" or not metric.of_texts):
-        raise ConfigError(
-            f"{origin}: config key 'quality.kind': 'metric' scores texts, by rouge or squad; the metric "
-            f"is {config.quality.metric!r}, for which exact_match, likelihood and, of classes, balanced are there"
-        )
-    if config.quality.kind == "balanced" and not task.weighs_classes:
-        raise ConfigError(f"{origin}: config key 'quality.kind': 'balanced' weighs classes; {config.task} has none")
+def _problems(config: EnvConfig) -> Iterator[tuple[str, str]]:
+    """Keys whose values do not fit the others, each with the reason."""
+    task, quality, metric = TASKS.find(config.task), config.quality, METRICS.find(config.quality.metric)
+    shares, stages, action, kinds = list(config.tokens.shares), list(config.stages), config.action, config.candidates
+    if quality.metric not in task.metrics and not metric.own:
+        yield "quality.metric", f"{config.task} is measured by {', '.join(task.metrics)}; got {quality.metric!r}"
+    if quality.kind == "metric" and (quality.metric == "exact_match" or not metric.of_texts):
+        remedy = f"with {quality.metric!r} use exact_match, likelihood or, for classes, balanced"
+        yield "quality.kind", f"'metric' scores texts, by rouge or squad; {remedy}"
+    if quality.kind == "balanced" and not task.weighs_classes:
+        yield "quality.kind", f"'balanced' weighs classes; {config.task} has none"
+    if shares[:1] != [0.0] or shares != sorted(set(shares)) or shares[-1] >= 1:
+        yield "tokens.shares", f"expected ascending shares below 1, as in [0.0, 0.25, 0.5], from 0.0 on; got {shares}"
+    if not kinds and len(shares) == 1:
+        remedy = "name a kind, or pass token_shares=[0.0, 0.25, 0.5]"
+        yield "candidates", f"without a kind there are only tokens to drop, and tokens.shares is {shares}; {remedy}"
+    if set(kinds) != set(CANDIDATES) and (action == "multi_binary" or stages != ["first"]):
+        needed = "some kinds of sublayers alone need action multi_discrete or discrete, before the first layer"
+        yield "candidates", f"{needed}; got action {action} at {stages}"
+    if action == "multi_binary" and len(shares) > 1:
+        remedy = f"to choose among {shares}, use multi_discrete, or discrete with a codebook"
+        yield "action", f"'multi_binary' has a bit for each switch and none for the tokens; {remedy}"
+    if stages != ["first"] and (action == "discrete" or config.observation not in ("pooled", "tokens")):
+        needed = "several stages are decided with action multi_discrete or multi_binary, on pooled or tokens"
+        yield "stages", f"{needed}; got {action} on {config.observation}"
+    if stages[:1] == [ANSWER]:
+        yield "stages", f"nothing is decided before the stage {ANSWER}; expected [first, {ANSWER}], got {stages}"
+    if ANSWER in stages and action != "multi_discrete":
+        yield "stages", f"the stage {ANSWER} is decided with action multi_discrete; got {action}"
+    if config.reward.dense and config.reward.vector:
+        yield "reward.dense", "a reward.vector comes at the end; leave one of the two out"

@@ -28,11 +28,10 @@ class Costs:
         return self.flops(rows, decisions) / self.dense_flops(rows)
 
     def reading_ratio(self, rows: Array, decisions: Array) -> Array:
-        """``flops_ratio`` of an answer of one token, since its length is not known before it is given."""
-        level, length = decisions[:, -1], self._encoded.source_length[rows]
-        kept = self._tokens.kept_length(rows, level)
-        ranking = self._ranking(length, kept)
-        return reading_ratio(self._backbone.head, self._backbone.flops, length, kept, decisions[:, :-1], ranking)
+        """``flops_ratio`` of an answer of one token, as its length is not known in advance."""
+        length, kept = self._encoded.source_length[rows], self._tokens.kept_length(rows, decisions[:, -1])
+        head, flops, ranking = self._backbone.head, self._backbone.flops, self._ranking(length, kept)
+        return reading_ratio(head, flops, length, kept, decisions[:, :-1], ranking)
 
     def dense_flops(self, rows: Array) -> Array:
         """FLOPs of the dense backbone, int64 ``[n]``."""
@@ -43,12 +42,12 @@ class Costs:
         return self._always[rows]
 
     def flops(self, rows: Array, decisions: Array) -> Array:
-        """FLOPs under decisions, int64 ``[n]``, those of going on included.
-
-        To rank tokens is part of them where any is dropped; if few are, it can cost more than it saves.
-        """
+        """FLOPs under decisions, int64 ``[n]``, with those of going on, and of ranking tokens where any is dropped."""
         masks, goes_on = parted(decisions, self._components)
-        flops = self._of_masks(rows, masks)
+        level = masks[:, -1]
+        always, switched = self._costs(rows, level) if level.any() else (self._always[rows], self._switched[rows])
+        ranking = self._ranking(self._encoded.source_length[rows], self._tokens.kept_length(rows, level))
+        flops = always + (switched * (1 - masks[:, :-1])).sum(axis=1) + ranking
         return flops + goes_on * self.going_on(rows, masks) if goes_on.any() else flops
 
     def masks(self, decisions: Array) -> Array:
@@ -59,18 +58,11 @@ class Costs:
         """FLOPs of going on after masks, int64 ``[n]``, for all rows; see ``sd_gym.going_on``."""
         return going_on_flops(self._always[rows], self._switched[rows], resumed_from(self.masks(masks), self.points))
 
-    def _of_masks(self, rows: Array, decisions: Array) -> Array:
-        level = decisions[:, -1]
-        always, switched = self._costs(rows, level) if level.any() else (self._always[rows], self._switched[rows])
-        ranking = self._ranking(self._encoded.source_length[rows], self._tokens.kept_length(rows, level))
-        return always + (switched * (1 - decisions[:, :-1])).sum(axis=1) + ranking
-
     def by_level(self) -> tuple[Array, Array]:
         """FLOPs that no switch saves, int64 ``[n, levels]``, and those of each switch, ``[n, levels, switches]``."""
-        rows = np.arange(len(self._encoded))
-        always, switched = [], []
+        rows, always, switched = np.arange(len(self._encoded)), [], []
+        nothing = np.zeros((len(rows), self._components), dtype=np.int64)
         for level in range(len(self._tokens.shares)):
-            nothing = np.zeros((len(rows), self._switched.shape[1] + 1), dtype=np.int64)
             nothing[:, -1] = level
             switched.append(self._costs(rows, nothing[:, -1])[1])
             always.append(self.flops(rows, nothing) - switched[-1].sum(axis=1))

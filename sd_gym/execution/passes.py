@@ -1,4 +1,4 @@
-"""Running a backbone on the instances of a split, in as few and as short passes as that takes."""
+"""Running a backbone on the instances of a split, in few and short passes."""
 
 from __future__ import annotations
 
@@ -27,12 +27,21 @@ PASS_TOKENS = 2**15  # padded tokens of a forward pass at most, which bounds its
 SHARED_ROWS = 256  # of passes that many masks share
 
 
+def columns(*values: Value) -> Value:
+    """The columns of several values of each row, ``[batch, values]``."""
+
+    def all_values(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.cat([value(logits, labels).reshape(len(logits), -1) for value in values], dim=1)
+
+    return all_values
+
+
 class Passes:
     """Forward passes and ``generate()`` of a backbone on rows of a split, under decisions ``[n, switches + 1]``."""
 
-    most: int | None = None  # rows of a pass; None: as many as its memory has room for
+    most: int | None = None  # rows per pass; None: as many as memory allows
     bank: MaskModels | None = None  # runs passes whose rows all share a decision; None: the switchboard runs all
-    watch: Callable[[Array, torch.Tensor], None] | None = None  # is also shown the rows and logits of each pass
+    watch: Callable[[Array, torch.Tensor], None] | None = None  # called with the rows and logits of each pass
 
     def __init__(
         self,
@@ -78,20 +87,13 @@ class Passes:
         if not self.head.judges_passes:
             likely = self.under_all(rows, masks, lambda logits, labels: likelihood(logits, labels)[:, None])
             return self.generated_under_all(rows, masks), likely[..., 0]
-        values = self.under_all(rows, masks, self._best_and(likelihood))
-        texts = [
-            self.head.to_texts(self.instances, self.encoded, rows, of_mask[:, :-1]) for of_mask in values.swapaxes(0, 1)
-        ]
-        return texts, values[..., -1]
+        values, to_texts = self.under_all(rows, masks, self._best_and(likelihood)), self.head.to_texts
+        bests = values[..., :-1].swapaxes(0, 1)
+        return [to_texts(self.instances, self.encoded, rows, best) for best in bests], values[..., -1]
 
     def _best_and(self, more: Value) -> Value:
-        """Takes logits and labels to the columns of ``Head.best`` and then those of ``more``, ``[batch, values]``."""
-
-        def both(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            columns = (self.head.best(logits, self.longest), more(logits, labels))
-            return torch.cat([values.reshape(len(logits), -1) for values in columns], dim=1)
-
-        return both
+        """The columns of ``Head.best`` and then those of ``more``."""
+        return columns(lambda logits, _: self.head.best(logits, self.longest), more)
 
     @torch.inference_mode()
     def confidence(self, rows: Array, decisions: Array) -> Array:
@@ -108,10 +110,10 @@ class Passes:
         texts, judged = np.empty(len(rows), dtype=object), np.empty((len(rows), len(self.head.judgement)))
         resume_from = seen if seen is not None and seen.stage == BETWEEN else None
         for picked, inputs in self.planned(rows, decisions, self.longest):
-            if resume_from is None:
-                generated = self.generated_batch(rows[picked], decisions[picked], inputs, judges=judges)
-            else:
+            if resume_from is not None:
                 generated = self._generated_after(resume_from, rows, decisions, picked, judges=judges)
+            else:
+                generated = self.generated_batch(rows[picked], decisions[picked], inputs, judges=judges)
             texts[picked], judged[picked] = generated
         return texts.tolist(), judged
 
@@ -130,17 +132,13 @@ class Passes:
         """The same for some of the rows after the encoder has read all of them; they keep the padding of all."""
         some, keep = torch.from_numpy(picked), self._tokens.kept(rows, decisions[:, -1])
         inputs = {name: tensor[some] for name, tensor in self.inputs(rows).items()}
-        kept = None if keep is None else keep[picked]
-        skip = decisions[picked, :-1]
-        deciding = self.backbone.board.decide(skip, kept, resume_from=seen.rows(some.to(seen.hidden.device)))
+        kept, state = None if keep is None else keep[picked], seen.rows(some.to(seen.hidden.device))
+        deciding = self.backbone.board.decide(decisions[picked, :-1], kept, resume_from=state)
         return self._generated(inputs, deciding, judges=judges)
 
     @torch.inference_mode()
     def generated_under_all(self, rows: Array, masks: Array) -> list[list[str]]:
-        """As ``generated``, under every mask: a list of texts for each.
-
-        Masks that agree on the encoder share its pass.
-        """
+        """As ``generated``, under every mask: a list of texts for each. Masks that agree on the encoder share it."""
         board = self.backbone.board
         start = board.decided_at([BETWEEN])[BETWEEN].start if BETWEEN in board.stages else 0
         groups = np.unique(masks[:, [*range(start), -1]], axis=0, return_inverse=True)[1].ravel()
@@ -164,7 +162,7 @@ class Passes:
         *,
         judges: bool,
     ) -> tuple[list[str], Array]:
-        """The texts of one ``generate()`` under a decision, by the backbone's model if no other is given."""
+        """The texts of one ``generate()`` under a decision, by default of the backbone's model, and their judgement."""
         backbone = self.backbone
         inputs = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         with deciding:
@@ -188,7 +186,7 @@ class Passes:
 
     @property
     def _end(self) -> dict[str, Any]:
-        """Where ``generate()`` ends early: at a stop of one token; a longer one is cut off its text."""
+        """The argument that ends ``generate()`` at a stop of one token; a longer stop is removed from the text."""
         if self._stop is None:
             return {}
         tokens = self.backbone.tokenizer(self._stop, add_special_tokens=False).input_ids
@@ -223,7 +221,7 @@ class Passes:
         return np.concatenate([self._under_all(part, masks, value) for part in parts])[np.argsort(order)]
 
     def _under_all(self, rows: Array, masks: Array, value: Value) -> Array:
-        """As ``under_all``, the rows in one batch."""
+        """``under_all`` on one batch."""
         inputs, values = self.inputs(rows), dict[int, Array]()  # by number of the mask
 
         def keep_value(number: int, logits: torch.Tensor) -> None:
@@ -281,9 +279,8 @@ class Passes:
 
         Decisions on switches from the stage on do not count.
         """
-        board, inputs = self.backbone.board, self.inputs(rows)
+        board, inputs, skip = self.backbone.board, self.inputs(rows), decisions[:, :-1]
         keep, mask = self._keep_of(rows, decisions, inputs), inputs["attention_mask"]
-        skip = decisions[:, :-1]
         return board.run_to(stage, lambda: self.backbone.logits(inputs), skip, keep, mask=mask, resume_from=resume_from)
 
     @torch.inference_mode()
@@ -313,27 +310,17 @@ class Passes:
         reads_input = np.array([switch.reads_input for switch in self.backbone.board.switches])
         _, decoded, _ = self.head.lengths(kept, self.encoded.target_length[rows][:, None], kept)
         length = np.where(reads_input, kept, decoded)
-        group = np.zeros(len(rows), dtype=np.int64)
+        width, plain, group = self.backbone.model.config.hidden_size, self.bank is not None, np.zeros(len(rows), int)
         if self.bank is not None and self.bank.compiles:
             group = np.unique(decisions, axis=0, return_inverse=True)[1].ravel()
-        for picked in self._cut(group, decisions, length, steps):
-            tokens = int(kept[picked].max() + self.encoded.target_length[rows[picked]].max())
-            most = max(1, PASS_TOKENS // tokens)
-            for part in np.split(picked, range(most, len(picked), most)):
-                yield part, self.inputs(rows[part])
-
-    def _cut(self, group: Array, decisions: Array, length: Array, steps: int) -> Iterator[Array]:
-        """Positions of each pass's rows, all of one group."""
-        width, plain = self.backbone.model.config.hidden_size, self.bank is not None
-        for number in range(group.max(initial=-1) + 1):
-            own = np.flatnonzero(group == number)
-            for rows in passes(decisions[own, :-1], length[own], width, steps, self.most, plain=plain):
-                yield own[rows]
+        for own in (np.flatnonzero(group == number) for number in np.unique(group)):
+            for part in passes(decisions[own, :-1], length[own], width, steps, self.most, plain=plain):
+                picked = own[part]
+                tokens = int(kept[picked].max() + self.encoded.target_length[rows[picked]].max())
+                most = max(1, PASS_TOKENS // tokens)
+                for fitting in np.split(picked, range(most, len(picked), most)):
+                    yield fitting, self.inputs(rows[fitting])
 
     def inputs(self, rows: Array) -> dict[str, torch.Tensor]:
         """The backbone's inputs, with ``labels``, of a batch of these rows."""
         return self.head.batch(self.encoded, rows, self.backbone.model.device)
-
-    def decide(self, rows: Array, decisions: Array) -> AbstractContextManager[None]:
-        """The switchboard's ``decide`` for ``generate()`` on a batch of these rows, padded to the longest of them."""
-        return self.backbone.board.decide(decisions[:, :-1], self._tokens.kept(rows, decisions[:, -1]))

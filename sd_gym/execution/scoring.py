@@ -14,14 +14,14 @@ from sd_gym.backbones.heads.answers import LEAST_LIKELIHOOD
 from sd_gym.config import QualityConfig
 from sd_gym.data.encoded import Encoded
 from sd_gym.data.instance import Instance
-from sd_gym.execution.passes import Passes
+from sd_gym.execution.passes import Passes, columns
 from sd_gym.going_on import answering
 from sd_gym.switch import PassState
 from sd_gym.tasks.metrics import METRICS, corpus_metric, text_metrics, text_quality
 
 Array = NDArray
 AT_ONCE = 1024  # rows that the dense backbone is scored on together
-KNOWN = 2**18  # qualities that are remembered at most, about 60 MB; those that were not asked for longest go first
+KNOWN = 2**18  # qualities that are remembered at most, about 60 MB; the least recently used are forgotten
 Key = tuple[int, bytes]  # a row, and its decision
 
 
@@ -37,10 +37,8 @@ class Scoring:
         self._settings, self._passes, self._head = settings, passes, passes.head
         self._instances, self._encoded = instances, encoded
         self._measure = self._head.measured_by(settings.kind)
-        self._dense: dict[str, torch.Tensor] | None = None  # the dense qualities, once they were all scored
+        self._dense: tuple[dict[Key, float], Array] | None = None  # dense qualities and likelihoods of all rows
         self.load_scores(None)
-
-    # --- what is known ------------------------------------------------------------------------------------------------
 
     def quality(self, rows: Array, decisions: Array, seen: PassState | None = None) -> tuple[Array, Array]:
         """Quality under the decisions and dense quality, each float64 ``[n]``.
@@ -51,21 +49,19 @@ class Scoring:
         decisions = self._answering(decisions)
         both = np.concatenate([decisions, np.zeros_like(decisions)])
         keys = list(zip([*rows.tolist()] * 2, map(bytes, _packed(both)), strict=True))
-        found = {key: self._scores[key] for key in keys if key in self._scores}
+        known = {key: self._scores[key] for key in keys if key in self._scores}
+        if seen is not None and not known.keys() >= set(keys[: len(rows)]):
+            known.update(zip(keys[: len(rows)], self.run(rows, decisions, seen).tolist(), strict=True))
         missing: dict[Key, int] = {}
         for position, key in enumerate(keys):
-            if key not in found:
+            if key not in known:
                 missing.setdefault(key, position)
         if missing:
-            if seen is not None and min(missing.values()) < len(rows):
-                found.update(zip(keys[: len(rows)], self.run(rows, decisions, seen).tolist(), strict=True))
-                missing = {key: position for key, position in missing.items() if key not in found}
-            wanted = np.fromiter(missing.values(), dtype=np.int64)
-            if len(wanted):
-                qualities = self.run(np.concatenate([rows, rows])[wanted], both[wanted])
-                found.update(zip(missing, qualities.tolist(), strict=True))
-        self._remember(found)
-        values = np.array([found[key] for key in keys])
+            positions = np.fromiter(missing.values(), dtype=np.int64)
+            qualities = self.run(np.concatenate([rows, rows])[positions], both[positions])
+            known.update(zip(missing, qualities.tolist(), strict=True))
+        self._remember(known)
+        values = np.array([known[key] for key in keys])
         return values[: len(rows)], values[len(rows) :]
 
     @torch.inference_mode()
@@ -87,7 +83,7 @@ class Scoring:
             return self._text_quality(rows, texts), judged
         if not head.judges_passes:
             return self.run(rows, masks, seen), passes.answers_and_judgement(rows, masks, seen)[1]
-        values = passes.in_passes(rows, masks, self._score_and_judge, seen)
+        values = passes.in_passes(rows, masks, columns(self._score, self._judge), seen)
         return self._of_score(rows, masks, values[:, 0]), values[:, 1:]
 
     @torch.inference_mode()
@@ -98,11 +94,8 @@ class Scoring:
             of_masks = [self._run_and_judge(rows, np.tile(mask, (len(rows), 1)), None) for mask in masks]
             quality, judged = zip(*of_masks, strict=True)
             return np.stack(quality, axis=1), np.stack(judged, axis=1)
-        values = self._passes.under_all(rows, masks, self._score_and_judge)
+        values = self._passes.under_all(rows, masks, columns(self._score, self._judge))
         return self._of_scores(rows, masks, values[..., 0]), values[..., 1:]
-
-    def _score_and_judge(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self._score(logits, labels)[:, None], self._head.judge(logits)], dim=1)
 
     def _answering(self, decisions: Array) -> Array:
         return answering(decisions, len(self._passes.backbone.board) + 1)
@@ -121,21 +114,21 @@ class Scoring:
             for rows in np.split(order, range(AT_ONCE, len(order), AT_ONCE)):
                 values[rows] = self.run(rows, nothing[rows])
                 on_batch()
-            known = {"rows": np.arange(len(order)), "decisions": _packed(nothing), "values": values}
-            self._dense = {name: torch.from_numpy(array) for name, array in known.items()}
-            self._dense["dense_log"] = torch.from_numpy(self._dense_log.copy())
-        self._scores = OrderedDict(_qualities(self._dense)) | self._scores
-        self._dense_log = np.where(np.isnan(self._dense_log), self._dense["dense_log"].numpy(), self._dense_log)
+            keys = zip(range(len(order)), map(bytes, _packed(nothing)), strict=True)
+            self._dense = dict(zip(keys, values.tolist(), strict=True)), self._dense_log.copy()
+        qualities, dense_log = self._dense
+        self._scores = OrderedDict(qualities) | self._scores
+        self._dense_log = np.where(np.isnan(self._dense_log), dense_log, self._dense_log)
 
-    def _remember(self, found: dict[Key, float]) -> None:
-        for key, value in found.items():
+    def _remember(self, qualities: dict[Key, float]) -> None:
+        for key, value in qualities.items():
             self._scores[key] = value
             self._scores.move_to_end(key)
         while len(self._scores) > KNOWN:
             self._scores.popitem(last=False)
 
     def scores(self) -> dict[str, torch.Tensor]:
-        """The qualities that are known, as tensors: the rows, their packed decisions, the values."""
+        """The remembered qualities, as tensors: the rows, their packed decisions, the values."""
         packed = np.frombuffer(b"".join(decision for _, decision in self._scores), np.uint8)
         width = len(packed) // max(1, len(self._scores))
         return {
@@ -146,21 +139,20 @@ class Scoring:
         }
 
     def load_scores(self, scores: dict[str, torch.Tensor] | None) -> None:
-        """Replace the known qualities by those that ``scores`` gave; ``None``: by none."""
+        """Replace the remembered qualities by those of ``scores()``; ``None``: forget all."""
         self._scores: OrderedDict[Key, float] = OrderedDict()
-        self._dense_log = np.full(len(self._encoded), np.nan)  # of the likelihood, where it is known
+        self._dense_log = np.full(len(self._encoded), np.nan)  # logarithms of dense likelihoods; NaN: not known
         if scores is not None:
-            self._remember(_qualities(scores))
+            keys = zip(scores["rows"].tolist(), map(bytes, scores["decisions"].numpy()), strict=True)
+            self._remember(dict(zip(keys, scores["values"].tolist(), strict=True)))
             self._dense_log = scores["dense_log"].numpy()
-
-    # --- what is computed ---------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def run(self, rows: Array, decisions: Array, seen: PassState | None = None) -> Array:
         """Run the backbone on rows under decisions and score it: float64 ``[n]``. Nothing is cached.
 
-        Of a likelihood: one plus the logarithm of its ratio to the dense backbone's, between 0 and 2, so that dense has
-        1, a loss of 0.01 is one percent of perplexity, and no instance weighs more than any other's loss of all.
+        Of a likelihood: one plus the logarithm of its ratio to the dense one, between 0 and 2. So dense has 1, a loss
+        of 0.01 is one percent of perplexity, and no instance loses more than 1.
 
         Rows of about the same length, or of the same decision, run together; or they resume from the state ``seen``.
         """
@@ -176,7 +168,7 @@ class Scoring:
         if self._measure.score is None:
             texts, likely = self._passes.answers_and_likelihood(rows, decisions, self._likelihood)
             return self._text_quality(rows, texts), likely
-        values = self._passes.in_passes(rows, decisions, self._score_and_likelihood)
+        values = self._passes.in_passes(rows, decisions, columns(self._score, self._likelihood))
         return self._of_score(rows, decisions, values[:, 0]), values[:, 1]
 
     @torch.inference_mode()
@@ -189,7 +181,7 @@ class Scoring:
         if self._measure.score is None:
             texts, likely = self._passes.answers_under_all(rows, masks, self._likelihood)
             return np.stack([self._text_quality(rows, answers) for answers in texts], axis=1), likely
-        values = self._passes.under_all(rows, masks, self._score_and_likelihood)
+        values = self._passes.under_all(rows, masks, columns(self._score, self._likelihood))
         return self._of_scores(rows, masks, values[..., 0]), values[..., 1]
 
     def _text_quality(self, rows: Array, texts: list[str]) -> Array:
@@ -197,16 +189,16 @@ class Scoring:
         pairs = zip(rows, texts, strict=True)
         return np.array([text_quality(metric, text, self._instances[row].references) for row, text in pairs])
 
+    def _judge(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self._head.judge(logits)
+
     def _likelihood(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return self._head.likelihood(logits, labels, self._settings.label_range)
 
     def _score(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         score = self._measure.score
-        assert score is not None  # else texts are compared, and nothing asks for the score of logits
+        assert score is not None  # without a score texts are compared
         return score(logits, labels, self._settings.label_range)
-
-    def _score_and_likelihood(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return torch.stack([self._score(logits, labels), self._likelihood(logits, labels)], dim=1)
 
     def _of_score(self, rows: Array, decisions: Array, values: Array) -> Array:
         """The quality that a score gives: a likelihood relative to dense, a balanced one weighted by class."""
@@ -216,14 +208,12 @@ class Scoring:
 
     def _of_scores(self, rows: Array, masks: Array, values: Array) -> Array:
         """The same of scores ``[n, masks]``."""
-        of_masks = zip(masks, values.T, strict=True)
-        return np.stack(
-            [self._of_score(rows, np.tile(mask, (len(rows), 1)), column) for mask, column in of_masks], axis=1
-        )
+        tiled = [np.tile(mask, (len(rows), 1)) for mask in masks]
+        return np.stack([self._of_score(rows, *pair) for pair in zip(tiled, values.T, strict=True)], axis=1)
 
     @cached_property
     def _class_weight(self) -> Array:
-        """What a right answer is worth, by instance, float64 ``[n]``: the same in all for each class."""
+        """The weight of a right answer, float64 ``[n]``: all classes have the same total weight."""
         labels = self._head.classes(self._instances)
         classes, of_class, count = np.unique(labels, return_inverse=True, return_counts=True)
         return len(self._encoded) / (len(classes) * count[of_class])
@@ -258,9 +248,3 @@ def _packed(decisions: Array) -> Array:
     """Decisions ``[n, switches + 1]`` in as few bytes as hold them, uint8 ``[n, bytes]``."""
     level = decisions[:, -1:].astype(np.uint32).view(np.uint8)
     return np.concatenate([np.packbits(decisions[:, :-1].astype(bool), axis=1), level], axis=1)
-
-
-def _qualities(scores: dict[str, torch.Tensor]) -> dict[Key, float]:
-    """What ``scores`` says of each row and decision."""
-    keys = zip(scores["rows"].tolist(), map(bytes, scores["decisions"].numpy()), strict=True)
-    return dict(zip(keys, scores["values"].tolist(), strict=True))

@@ -33,10 +33,10 @@ Array = NDArray
 
 
 class BackboneSplit:
-    """One split of a data set, a ``Split``, with everything about it that never changes.
+    """One split of a data set, a ``Split``: its instances, costs and scores, which never change.
 
-    ``backbone=None`` takes that of the config, which all envs of the process share. ``reading`` is the backbone's part
-    of the config, with the head's prompt and stop; ``tokens`` decides which tokens a token level drops.
+    ``backbone=None`` loads the one of the config, which all envs of the process share. ``reading`` is the backbone's
+    part of the config, with the head's prompt and stop; ``tokens`` decides which tokens a token level drops.
     """
 
     def __init__(self, config: EnvConfig, name: str, data: Splits, backbone: Backbone | None = None) -> None:
@@ -52,16 +52,15 @@ class BackboneSplit:
         tokenizer = self.backbone.tokenizer
         check_positions(self.reading, self.backbone.model, tokenizer, self.head)
         instances = data[name]
-        encoding = encode_cached if instances.file else encode  # texts that come from no file are kept in none
-        encoded = encoding(instances, tokenizer, self.head, self.reading, unanswerable=config.data.unanswerable)
-        self._consist_of(instances, encoded)
+        arguments, unanswerable = (tokenizer, self.head, self.reading), config.data.unanswerable
+        encoding = encode_cached if instances.file else encode  # only files have a cache
+        self._consist_of(instances, encoding(instances, *arguments, unanswerable=unanswerable))
         if config.quality.kind == "agreement":
             answered = self._answered_densely()
-            encoded = encode(answered, tokenizer, self.head, self.reading, unanswerable=config.data.unanswerable)
-            self._consist_of(answered, encoded)
+            self._consist_of(answered, encode(answered, *arguments, unanswerable=unanswerable))
 
     def _answered_densely(self) -> Instances:
-        """The instances with the dense answers as their references, whatever these are in the data."""
+        """The instances with the dense answers as their references."""
         rows, answered = np.arange(len(self)), copy(self.instances)
         texts = self.passes.answers(rows, np.zeros((len(self), len(self.backbone.board) + 1), dtype=np.int64))
         answered[:] = [
@@ -85,28 +84,23 @@ class BackboneSplit:
         self.difficulty = np.array([instance.difficulty for instance in instances])
 
     def _check_output(self) -> None:
-        """Raise ValueError if the backbone's head cannot do the task, or not in the way that is asked for."""
+        """Raise ValueError if the backbone's head cannot do the task, or not as ``backbone.answers`` says."""
         config, name, gives = self.config, self.reading.name, self.head.gives
         if gives not in self.task.gives:
-            raise ValueError(
-                f"the backbone {name!r} gives a {gives}, but {config.task} needs a "
-                f"{' or a '.join(self.task.gives)}; 'sd-gym prepare --env {config.id}' makes one that does"
-            )
+            needed = f"{config.task} needs a {' or a '.join(self.task.gives)}"
+            remedy = f"'sd-gym prepare --env {config.id}' makes one that does"
+            raise ValueError(f"the backbone {name!r} gives a {gives}, but {needed}; {remedy}")
         if (wanted := self.reading.answers) not in (None, self.head.answering):
-            raise ValueError(
-                f"config key 'backbone.answers': {wanted!r} needs a backbone whose answers are {wanted}, but {name!r} "
-                f"gives a {self.head.gives}"
-            )
+            needed = f"{wanted!r} needs a backbone whose answers are {wanted}"
+            raise ValueError(f"config key 'backbone.answers': {needed}, but {name!r} gives a {gives}")
 
     def __len__(self) -> int:
         return len(self.instances)
 
     def unseen(self, rows: Array) -> BackboneSplit:
         """These rows as a split that is tokenised, but not yet observed, ranked or scored: to time all of that."""
-        part = BackboneSplit.__new__(BackboneSplit)
-        part.config, part.name, part._data = self.config, self.name, self._data
-        part.task, part.backbone, part.head = self.task, self.backbone, self.head
-        part.reading = self.reading
+        part, shared = BackboneSplit.__new__(BackboneSplit), ("config", "name", "_data", "task", "backbone", "head")
+        vars(part).update({name: vars(self)[name] for name in (*shared, "reading")})
         part._consist_of(Instances(self.instances[row] for row in rows), self.encoded.part(rows))
         if len(self.config.tokens.shares) > 1:
             part.tokens.droppable = self.tokens.droppable[rows]  # comes with tokenising
@@ -121,31 +115,27 @@ class BackboneSplit:
     def dense_loss(self) -> Array:
         """Loss of the dense backbone on each instance, float64 ``[n]``: one forward pass over the split.
 
-        The negative logarithm of the reference's likelihood (see ``Head.likelihood``), at most 30; of
-        scores, how far the backbone is off.
+        The negative logarithm of the reference's likelihood (see ``Head.likelihood``), at most 30; of scores, the
+        absolute error.
         """
+        rows, scale, head = np.arange(len(self)), self.config.quality.label_range, self.head
         dense = np.zeros((len(self), len(self.backbone.board) + 1), dtype=np.int64)
-        scale, head = self.config.quality.label_range, self.head
-        likely = self.passes.in_passes(
-            np.arange(len(self)), dense, lambda logits, labels: head.likelihood(logits, labels, scale)
-        )
+        likely = self.passes.in_passes(rows, dense, lambda logits, labels: head.likelihood(logits, labels, scale))
         return head.measured_by("likelihood").loss(likely, scale)
 
     @property
     def levels(self) -> Array:
-        """Difficulty for reports, int64 ``[n]``: the data's own where they have one, else the dense loss's quartile."""
+        """Difficulty for reports, int64 ``[n]``: that of the data, or else the quartile of the dense loss."""
         return self.difficulty if self.difficulty.any() else quartiles(self.dense_loss)
 
     def facts(self) -> dict[str, Array]:
-        """What is known of each instance before any decision, by name, each ``[n]``.
+        """Facts about each instance that no decision changes, by name, each ``[n]``.
 
         ``source_length`` and ``target_length`` in tokens (the latter where texts are generated), ``dense_loss``, and
         the ``label`` where instances are classified, or ``answerable`` where questions are answered.
         """
         facts = {"source_length": self.encoded.source_length, "dense_loss": self.dense_loss}
-        facts |= self.head.facts(self.encoded)
-        facts |= self.task.facts(self.instances, self.head)
-        return facts
+        return facts | self.head.facts(self.encoded) | self.task.facts(self.instances, self.head)
 
     @property
     def provenance(self) -> dict[str, Any]:

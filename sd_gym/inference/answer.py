@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,25 +21,64 @@ class Answer(NamedTuple):
     skip: NDArray  # which switches it skipped, bool [switches]
     token_level: int  # at which it dropped tokens
     flops_ratio: float  # FLOPs over those of the dense backbone, the policy's own included
-    unknown_tokens: int  # tokens of the input that stand for something that the tokenizer does not know
-    went_on: bool = False  # whether the answer is the dense one, as that under the skipped switches was not accepted
+    unknown_tokens: int  # tokens of the input that the tokenizer does not know
+    went_on: bool = False  # whether the answer is the dense one, because the policy rejected the first one
 
 
 class TextModel:
-    """What answers texts: which inputs it takes, and what is right.
+    """A model that answers texts.
 
     Attributes:
         task: Name of the task.
+        metric: The metric that compares an answer with its references.
         fields: Names of an input's texts, of which the last one may be ``optional``.
         reference: Name of the right answer in a row.
         names: Name of each class, by its index.
     """
 
     task: str
+    metric: str
     fields: tuple[str, ...]
     optional: bool
     reference: str
     names: dict[int, str]
+    _has_warned = False
+
+    def __call__(self, inputs: Sequence[Input], *, dense: bool = False, batch_size: int | None = None) -> list[Answer]:
+        """Answer inputs, in their order; those of about the same length, or of the same decision, run together.
+
+        The first call with words that the tokenizer does not know warns, with the number of such inputs.
+
+        Args:
+            inputs: Texts; where an input has two (``fields``), pairs of texts; or mappings with these names.
+            dense: Whether everything runs, to compare.
+            batch_size: Largest number of inputs that run together, where memory is short; ``None``: as many as is fast.
+
+        Raises:
+            ValueError: If an input is malformed, or a text has half a character (a lone surrogate); the message has its
+                number. If the batch size is below 1.
+        """
+        answers = self.answers(inputs, dense=dense, batch_size=batch_size)
+        unknown = sum(answer.unknown_tokens > 0 for answer in answers)
+        if unknown and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(unknown_words(unknown, len(answers)), stacklevel=2)
+        return answers
+
+    def answers(self, inputs: Sequence[Input], *, dense: bool = False, batch_size: int | None = None) -> list[Answer]:
+        """The same as a call, without its warning."""
+        if isinstance(inputs, str | Mapping):
+            raise ValueError(f"expected a list of inputs, got one {type(inputs).__name__}; put it in a list")
+        texts = []
+        for number, given in enumerate(inputs):
+            try:
+                texts.append(self.checked(given))
+            except ValueError as error:
+                raise ValueError(f"input {number}: {error}") from None
+        return self._answers(texts, dense, batch_size) if texts else []
+
+    def _answers(self, texts: list[list[str]], dense: bool, batch_size: int | None) -> list[Answer]:
+        raise NotImplementedError
 
     def checked(self, given: Any) -> list[str]:
         """The texts of an input; ``ValueError`` if it is malformed, or no tokenizer can read one of its texts."""
@@ -54,18 +94,6 @@ class TextModel:
         for name, text in zip(names, texts, strict=False):
             check_text(text, name)
         return texts
-
-    def all_checked(self, inputs: Sequence[Input]) -> list[list[str]]:
-        """The texts of each input; ``ValueError`` with the number of the first that is malformed."""
-        if isinstance(inputs, str | Mapping):
-            raise ValueError(f"expected a list of inputs, got one {type(inputs).__name__}; put it in a list")
-        checked = []
-        for number, given in enumerate(inputs):
-            try:
-                checked.append(self.checked(given))
-            except ValueError as error:
-                raise ValueError(f"input {number}: {error}") from None
-        return checked
 
     def references(self, row: Mapping[str, Any]) -> list[str] | None:
         """The right answers of a row, in the form of ``answer``; ``None`` where it has none, or something else."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from threading import local
 from typing import Any, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary
@@ -17,15 +17,15 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_gym.backbones.heads import Head, flops_share, head_of
 from sd_gym.going_on import going_on_flops, resumed_from
-from sd_gym.inference.second_answers import final_output, final_texts, generate_arguments, pass_arguments
+from sd_gym.inference.second_answers import final_output, final_texts, generate_arguments, pass_arguments, setting
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.rollout import Keep, StagedRollout
 from sd_gym.switch import FlopsModel, PassState, Switchboard, first_layer_input
 
 PASS_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # of a pass that a head judges
-CACHES = ("cache", "past_key_values")  # what transformers calls them, by its version
+CACHES = ("cache", "past_key_values")  # names in different versions of transformers
 COMPUTED = ("encoder_outputs", "inputs_embeds")  # parts of the pass that a caller may have run densely
-InForce = tuple[NDArray, Keep]  # what is skipped, bool [n, switches], and the tokens that stay, if any go
+InForce = tuple[NDArray, Keep]  # which switches are skipped, bool [n, switches], and which tokens stay
 
 
 def attach(
@@ -114,16 +114,10 @@ class Attached:
         """Restore the methods."""
         places = vars(self.model)
         if any(places.get(name) is not wrapper for name, wrapper in self._wrappers.items()):
-            raise RuntimeError(
-                "forward() or generate() was replaced since: by a call in another thread, or by another tool; let it "
-                "end, or remove it first"
-            )
-        for name, replaced in self._replaced.items():
-            if replaced is None:
-                del places[name]
-            else:
-                places[name] = replaced
-        del places["_attached"], places["decisions"]
+            raise RuntimeError("another thread runs a call, or another tool replaced forward() or generate(); end that")
+        for name in (*self._wrappers, "_attached", "decisions"):
+            del places[name]
+        places.update({name: method for name, method in self._replaced.items() if method is not None})
         if self._owns_board:
             self.board.remove()
 
@@ -147,18 +141,15 @@ class Attached:
         return wraps(inner)(call)
 
     def _forward(self, given: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+        cache = _first_given(given, CACHES)
         if cache is not None and cache.get_seq_length() > 0:
             return self._continued(cache, *args, **kwargs)
         shown = self._policy_input(given, given.get("input_ids"))
         if self.policy.sees_answer:
             return self._answered(given, shown)
-
-        def run() -> Any:
-            return self._inner["forward"](*args, **kwargs)
-
+        run = partial(self._inner["forward"], *args, **kwargs)
         output, in_force = self._under_decisions(run, shown, given, in_pass=shown.is_as_given)
-        target = given.get("decoder_input_ids") if given.get("decoder_input_ids") is not None else given.get("labels")
+        target = _first_given(given, ("decoder_input_ids", "labels"))
         if len(self.board.architecture.stacks) > 1 and target is not None and target.ndim > 1:
             self._decisions.record_target(target.shape[1])
         if isinstance(filled := getattr(output, "cache", None), Cache):
@@ -188,8 +179,7 @@ class Attached:
         else:
             block = self.board.decide(*decide(self.policy.decide(self.board, shown.inputs)))
         with block:
-            output = run()
-        return output, in_force[0]
+            return run(), in_force[0]
 
     def _answered(self, given: dict[str, Any], shown: _PolicyInput) -> Any:
         """The output of a pass for a policy that looks at the answer."""
@@ -215,13 +205,9 @@ class Attached:
     def _written(self, given: dict[str, Any], shown: _PolicyInput) -> Tensor:
         """The texts of ``generate()`` for a policy that looks at them."""
         arguments, rollout = generate_arguments(self.model, given), self._rollout(shown, given)
-
-        def run(**arguments: Any) -> Any:
-            return vars(self.model)["generate"](**arguments)
-
         with rollout.deciding(shown.mask):
-            output = run(**arguments)
-        sequences, longest = final_texts(output, rollout, arguments, run, self.model)
+            output = self._generate_here(**arguments)
+        sequences, longest = final_texts(output, rollout, arguments, self._generate_here, self.model)
         self._record(shown, rollout.decisions, rollout.keep, rollout.went_on)
         before = self._head.prompt_length(shown.inputs["input_ids"])
         self._decisions.record_target(*(max(1, length - before) for length in (output.sequences.shape[1], longest)))
@@ -238,14 +224,11 @@ class Attached:
             keep = self._kept(shown, level)
             return keep, shown.kept_length(keep, length).cpu().numpy()
 
-        def judge() -> Tensor:
-            return self._inner["forward"](**inputs).logits
-
-        lengths = length.cpu().numpy()
-        return StagedRollout(self.policy, self.board, self._head, self._flops, lengths, keeps, judge, first)
+        model, lengths, run = (self.board, self._head, self._flops), length.cpu().numpy(), self._inner["forward"]
+        return StagedRollout(self.policy, *model, lengths, keeps, lambda: run(**inputs).logits, first)
 
     def _kept(self, shown: _PolicyInput, level: NDArray) -> Tensor | None:
-        """The tokens that stay at the token levels ``[n]``, where they were given; ``None``: all."""
+        """Which of the given tokens stay at the token levels ``[n]``; ``None``: all."""
         keep = self.policy.kept(self.board, shown.inputs, level)
         return keep if keep is None else shown.as_given(keep)
 
@@ -256,40 +239,37 @@ class Attached:
         self._decisions.record(skip, decisions[:, -1], (length, shown.kept_length(keep, length)), ranked)
         if went_on is not None:
             points = self._head.resume_points(self.board)
-            self._decisions.record_going_on(went_on, resumed_from(decisions, points))
+            self._decisions.went_on, self._decisions.resumed = went_on, resumed_from(decisions, points)
         return skip, keep
 
     def _continued(self, cache: Cache, *args: Any, **kwargs: Any) -> Any:
         """A step of the caller's own decoding loop, under the decisions on the prompt."""
         if cache not in self._of_cache:
-            raise ValueError(
-                "this cache was not filled by the attached model, so there are no decisions for it; begin with an "
-                "empty one, or call model.generate()"
-            )
+            raise ValueError("this cache was not filled by the attached model; begin with an empty one, or generate()")
         with self.board.decide(*self._of_cache[cache]):
             return self._inner["forward"](*args, **kwargs)
 
     def _generate(self, given: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        ids: Any = given.get("inputs") if given.get("inputs") is not None else given.get("input_ids")
+        ids = _first_given(given, ("inputs", "input_ids"))
         if given.get("attention_mask") is None and ids is not None:
             given = {**given, "attention_mask": self._inferred_mask(ids, given)}
         shown = self._policy_input(given, ids)
         if self.policy.sees_answer:
             return self._written(given, shown)
-        encodes = len(self.board.architecture.stacks) > 1
-
-        def run() -> Any:
-            return vars(self.model)["generate"](*args, **kwargs)  # the switchboard's own stands in front of it now
-
-        output, _ = self._under_decisions(run, shown, given, in_pass=shown.is_as_given and encodes)
+        in_pass = shown.is_as_given and len(self.board.architecture.stacks) > 1
+        run = partial(self._generate_here, *args, **kwargs)
+        output, _ = self._under_decisions(run, shown, given, in_pass=in_pass)
         tokens = output if isinstance(output, Tensor) else output.sequences
         self._decisions.record_target(max(1, tokens.shape[1] - self._head.prompt_length(shown.inputs["input_ids"])))
         return output
 
+    def _generate_here(self, *args: Any, **kwargs: Any) -> Any:
+        """``generate()`` as the switchboard has replaced it while a decision is in force."""
+        return vars(self.model)["generate"](*args, **kwargs)
+
     def _inferred_mask(self, ids: Tensor, given: dict[str, Any]) -> Tensor:
-        """The mask that ``generate()`` infers without one: tokens with the padding id, unless that ends texts."""
-        config = given.get("generation_config") or self.model.generation_config
-        pad, end = (given.get(name, getattr(config, name, None)) for name in ("pad_token_id", "eos_token_id"))
+        """The mask that ``generate()`` infers: 0 at tokens with the padding id, unless that id also ends texts."""
+        pad, end = (setting(self.model, given, name) for name in ("pad_token_id", "eos_token_id"))
         ends = end if isinstance(end, list) else [end]
         return torch.ones_like(ids) if pad is None or pad in ends else (ids != pad).long()
 
@@ -299,11 +279,9 @@ class Attached:
         if computed or not isinstance(ids, Tensor) or ids.ndim != 2:
             raise ValueError(
                 "an attached model decides by its input_ids, a tensor [n, length], and runs the whole pass; got "
-                f"{computed[0] if computed else 'no input_ids'}. Where a part of the pass was computed elsewhere "
-                f"({', '.join(COMPUTED)}), put decisions in force with Switchboard.decide"
+                f"{computed[0] if computed else 'no input_ids'}. Use Switchboard.decide with {', '.join(COMPUTED)}"
             )
-        mask = given.get("attention_mask")
-        mask = torch.ones_like(ids) if mask is None else mask
+        mask = torch.ones_like(ids) if given.get("attention_mask") is None else given["attention_mask"]
         if mask.shape != ids.shape:
             raise ValueError(f"expected an attention_mask of shape {list(ids.shape)}, got {list(mask.shape)}")
         inputs, types = {"input_ids": ids, "attention_mask": mask}, given.get("token_type_ids")
@@ -317,17 +295,22 @@ class Attached:
         return _PolicyInput({name: value.gather(1, order) for name, value in inputs.items()}, order, False, mask)
 
 
+def _first_given(given: dict[str, Any], names: tuple[str, ...]) -> Any:
+    """The first of these arguments that is given."""
+    return next((given[name] for name in names if given.get(name) is not None), None)
+
+
 class _PolicyInput(NamedTuple):
     """The input that a policy decides on."""
 
     inputs: dict[str, Tensor]  # of the model, padded at the right
-    order: Tensor | None  # where each of their tokens is in what was given, [n, length]; None: in the same place
-    is_as_given: bool  # whether the model's own pass embeds them just so
-    mask: Tensor  # the attention mask as it was given
+    order: Tensor | None  # position of each token in the given inputs, [n, length]; None: the same
+    is_as_given: bool  # whether the model's own pass embeds exactly these inputs
+    mask: Tensor  # the given attention mask
     is_unpadded: bool = False
 
     def as_given(self, of_tokens: Tensor) -> Tensor:
-        """Values ``[n, length]`` of the tokens, where these were given."""
+        """Values ``[n, length]`` of the tokens, at their given positions."""
         return of_tokens if self.order is None else torch.empty_like(of_tokens).scatter_(1, self.order, of_tokens)
 
     def kept_length(self, keep: Keep, length: Tensor) -> Tensor:
@@ -342,6 +325,7 @@ class Decisions(local):
         skip: Which row skipped which switch, bool ``[n, switches]``; ``None`` before the first call.
         token_level: An index of the policy's token shares per row, int64 ``[n]``.
         went_on: Which row went on densely after its answer, bool ``[n]``.
+        resumed: The switches from which these rows went on, int64 ``[n]``.
     """
 
     def __init__(self, head: Head, flops: FlopsModel) -> None:
@@ -349,48 +333,43 @@ class Decisions(local):
         self.skip: NDArray | None = None
         self.token_level: NDArray | None = None
         self.went_on: NDArray | None = None
+        self.resumed = np.zeros(0, dtype=np.int64)
         self._lengths: tuple[Tensor, Tensor] | None = None
-        self._target: int | None = None
-        self._target_again: int | None = None
+        self._targets: tuple[int | None, int | None] = None, None
         self._ranked = False
-        self._resumed = np.zeros(0, dtype=np.int64)
 
     def record(self, skip: NDArray, token_level: NDArray, lengths: tuple[Tensor, Tensor], ranked: bool) -> None:
-        """Remember decisions on inputs of so many tokens, of which so many stay (each ``[n]``), maybe after ranking."""
-        self.skip, self.token_level = skip, token_level
-        self._lengths, self._target, self._target_again, self._ranked = lengths, None, None, ranked
-        self.went_on = np.zeros(len(skip), dtype=np.bool_)
-
-    def record_going_on(self, went_on: NDArray, resumed: NDArray) -> None:
-        """Remember which rows went on, bool ``[n]``, and from which switch, int ``[n]``."""
-        self.went_on, self._resumed = went_on, resumed
+        """Store decisions; ``lengths``: of the inputs and of the tokens that stay, each ``[n]``."""
+        self.skip, self.token_level, self.went_on = skip, token_level, np.zeros(len(skip), dtype=np.bool_)
+        self._lengths, self._targets, self._ranked = lengths, (None, None), ranked
 
     def record_target(self, length: int, again: int | None = None) -> None:
-        """Remember how many tokens the call generated, or read as a target, and those of rows that went on."""
-        self._target, self._target_again = length, again
+        """Store how many tokens were generated, or read as a target, and how many when rows went on."""
+        self._targets = length, again or length
 
     @property
     def flops_ratio(self) -> NDArray:
         """FLOPs of the last call, without the policy's own, over those of a dense one, float64 ``[n]``.
 
-        A row of padding alone has 1.0: there is nothing to save. ``ValueError`` if there was no call.
+        1.0 for a row of padding alone. Raises ``ValueError`` if there was no call.
         """
         if self.skip is None or self.went_on is None or self._lengths is None:
             raise ValueError("this thread has not called the model yet")
         source, kept = (value.cpu().numpy() for value in self._lengths)
-        always, switched = self._costs(source, kept, self._target)
-        dense_always, dense = self._costs(source, source, self._target)
+        target, target_again = self._targets
+        always, switched = self._costs(source, kept, target)
+        dense_always, dense = self._costs(source, source, target)
         ran = always + (switched * ~self.skip).sum(axis=1)
         if self._ranked:  # the first attention ran on all tokens to rank them, for those that dropped any
             ran = ran + np.where(kept < source, self._flops.costs(source, source)[1][:, 0], 0)
         whole = dense_always + dense.sum(axis=1)
         if self.went_on.any():
-            again_always, again = self._costs(source, source, self._target_again or self._target)
-            ran = ran + self.went_on * going_on_flops(again_always, again, self._resumed)
+            again_always, again = self._costs(source, source, target_again)
+            ran = ran + self.went_on * going_on_flops(again_always, again, self.resumed)
             whole = np.where(self.went_on, again_always + again.sum(axis=1), whole)
         return flops_share(ran, whole)
 
     def _costs(self, source: NDArray, kept: NDArray, target: int | None) -> tuple[NDArray, NDArray]:
-        if target is None:  # one pass over the input
-            return self._flops.costs(source, source, kept)
-        return self._flops.costs(*self._head.lengths(source, np.full_like(source, target), kept))
+        one_pass = source, source, kept
+        lengths = one_pass if target is None else self._head.lengths(source, np.full_like(source, target), kept)
+        return self._flops.costs(*lengths)

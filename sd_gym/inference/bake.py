@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from sd_gym.execution.bank import checked_mask, path_of_layers, without_skipped
@@ -15,7 +14,7 @@ from sd_gym.policy.artefact import switchboard_of
 from sd_gym.switch import Switchboard
 from sd_gym.switch.twin import twin_at
 
-# Names of the number of layers in configs of transformers: of a single stack, and of each of two.
+# How configs of transformers name the number of layers of a single stack, and of each of two.
 COUNTS = {
     "lone": ("num_hidden_layers",),
     "encoder": ("encoder_layers", "num_layers"),
@@ -50,15 +49,17 @@ def bake(model: PreTrainedModel, mask: ArrayLike) -> PreTrainedModel:
     """
     with switchboard_of(model) as board:
         skipped = checked_mask(mask, board)
-        kept = _kept(board, skipped)
-        config, weights = _config(board, kept), _weights(board, skipped, kept)
+        kept, twin = _kept(board, skipped), without_skipped(board, skipped)
+        config = _config(board, kept)
+        for stack in board.architecture.stacks:
+            layers = twin_at(twin, path_of_layers(board, stack))
+            layers._modules = {str(new): layers._modules[str(old)] for new, old in enumerate(kept[stack.name])}
+        weights = twin.state_dict()
     smaller = type(model)._from_config(config, attn_implementation=model.config._attn_implementation, dtype=model.dtype)
-    expected = smaller.state_dict()
-    if weights.keys() != expected.keys() or any(weights[name].shape != expected[name].shape for name in expected):
-        raise ValueError(
-            f"the weights of this {type(model).__name__} do not fit a plain one of fewer layers (adapters, "
-            "quantisation, or a config with other names); merge adapters, and bake before quantising"
-        )
+    shapes = [{name: weight.shape for name, weight in of.items()} for of in (weights, smaller.state_dict())]
+    if shapes[0] != shapes[1]:
+        reason = f"the weights of this {type(model).__name__} do not fit a plain one of fewer layers"
+        raise ValueError(f"{reason}; merge adapters, and bake before quantising")
     smaller.load_state_dict(weights)
     if getattr(model, "generation_config", None) is not None:
         smaller.generation_config = deepcopy(model.generation_config)
@@ -68,28 +69,21 @@ def bake(model: PreTrainedModel, mask: ArrayLike) -> PreTrainedModel:
 
 def _kept(board: Switchboard, mask: np.ndarray) -> dict[str, list[int]]:
     """The layers of each stack that stay, by its name."""
-    kept = {}
+    kept, config = {}, board.model.config
     for stack in board.architecture.stacks:
-        layers: dict[int, list[bool]] = {}
-        for switch, skips in zip(board.switches, mask, strict=True):
-            if switch.stack == stack.name:
-                layers.setdefault(switch.index, []).append(bool(skips))
-        halves = [index for index, skips in layers.items() if any(skips) and not all(skips)]
-        if halves:
-            raise ValueError(
-                f"the mask skips a part of {stack.name} layers {halves} only; whole layers can be baked, so skip all "
-                "of their switches, or none"
-            )
-        kept[stack.name] = [index for index, skips in layers.items() if not any(skips)]
-        if len(kept[stack.name]) == len(layers):
+        own = [switch.stack == stack.name for switch in board.switches]
+        skips = mask[own].reshape(-1, len(stack.sublayers))  # [layers, sublayers]
+        if len(halves := np.flatnonzero(skips.any(axis=1) & ~skips.all(axis=1))):
+            where = f"{stack.name} layers {halves.tolist()}"
+            raise ValueError(f"the mask skips a part of {where} only; skip all of their switches, or none")
+        kept[stack.name] = np.flatnonzero(~skips.any(axis=1)).tolist()
+        if not skips.any():
             continue
         if not (stack.norms == () or all(sublayer.adds_residual for sublayer in stack.sublayers)):
-            raise ValueError(
-                f"layers of a {board.model.config.model_type} cannot be taken out: a norm after each residual sum "
-                "runs even where all is skipped"
-            )
-        if getattr(board.model.config, "scale_attn_by_inverse_layer_idx", False):
-            raise ValueError("layers of this model cannot be taken out: its attentions are scaled by their number")
+            reason = "a norm after each residual sum runs even where all is skipped"
+            raise ValueError(f"layers of a {config.model_type} cannot be removed: {reason}")
+        if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+            raise ValueError("layers of this model cannot be removed: its attentions are scaled by their number")
         if not kept[stack.name]:
             raise ValueError(f"the mask skips all layers of the {stack.name}; leave at least one")
     return kept
@@ -102,10 +96,7 @@ def _config(board: Switchboard, kept: dict[str, list[int]]) -> Any:
         counts = COUNTS["lone" if lone else stack]
         count = next((name for name in counts if hasattr(config, name)), None)
         if count is None:
-            raise ValueError(
-                f"the config of a {config.model_type} says by none of the names {', '.join(counts)} how many layers "
-                f"its {stack} has"
-            )
+            raise ValueError(f"expected {' or '.join(counts)} in the config, the number of layers of its {stack}")
         for name in OF_EACH_LAYER if lone else ():
             of_each = getattr(config, name, None)
             if isinstance(of_each, list) and len(of_each) == getattr(config, count):
@@ -113,17 +104,6 @@ def _config(board: Switchboard, kept: dict[str, list[int]]) -> Any:
         setattr(config, count, len(layers))
     last = len(list(kept.values())[-1])
     if config.get_text_config(decoder=True).num_hidden_layers < last:
-        raise ValueError(
-            f"transformers gives the cache of a {config.model_type} as many layers as its encoder has, so its decoder "
-            f"({last} layers) needs at least as many there; skip layers of the decoder, too"
-        )
+        reason = f"its decoder ({last} layers) needs at least as many layers in the encoder, for its cache"
+        raise ValueError(f"a {config.model_type} cannot be baked so: {reason}; skip layers of the decoder, too")
     return config
-
-
-def _weights(board: Switchboard, mask: np.ndarray, kept: dict[str, list[int]]) -> dict[str, Tensor]:
-    """The weights that stay, under their new names."""
-    model = without_skipped(board, mask)
-    for stack in board.architecture.stacks:
-        layers = twin_at(model, path_of_layers(board, stack))
-        layers._modules = {str(new): layers._modules[str(old)] for new, old in enumerate(kept[stack.name])}
-    return model.state_dict()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sd_gym.data.instance import Instance
-from sd_gym.execution.bank import path_of_layers, without_skipped
+from sd_gym.execution.bank import FirstLayerInput, path_of_layers, without_skipped
 from sd_gym.files import as_json, sha256, write_json, write_text
 from sd_gym.folders import contents, locked
 from sd_gym.going_on import resumed_from
@@ -46,11 +46,12 @@ from sd_gym.switch import Switchboard
 from sd_gym.switch.twin import twin_at
 from sd_gym.version import __version__
 
-INLINE = 1024  # bytes of a weight that stays in its graph
-ALIGNED = 4096  # where weights begin in their file, so that it can be mapped into memory
-INSTEAD = "use it by sd_gym.load or sd_gym.attach"  # what to do with a policy that is not exported
-EMBEDDINGS = "embeddings", "embeddings_project"  # modules of an encoder in front of its layers
-TOLERANCE = 1e-3  # of logits, between a graph and the model that it was made of
+INLINE = 1024  # smaller weights, in bytes, stay in their graphs
+ALIGNED = 4096  # weights begin at multiples of this in their file, so that it can be mapped into memory
+INSTEAD = "use it with sd_gym.load or sd_gym.attach"  # instead of an export
+EMBEDDINGS = "embeddings", "embeddings_project"  # modules of an encoder before its layers
+INPUTS = "input_ids", "attention_mask", "token_type_ids"  # of an encoder, in the order of a graph's inputs
+TOLERANCE = 1e-3  # largest difference of logits between a graph and its model
 
 
 def export(
@@ -61,15 +62,15 @@ def export(
     int8: bool = False,
     backbone: str | None = None,
 ) -> dict[str, Any]:
-    """Write a policy as ONNX graphs, which ``sd_gym.onnx.load`` answers texts with, without torch.
+    """Write a policy as ONNX graphs, so that ``sd_gym.onnx.load`` answers texts without torch.
 
     Args:
-        policy: A policy, the folder of a run or of ``save_pretrained``, or an id of the Hugging Face hub. All of its
+        policy: A policy, the folder of a run or of ``save_pretrained``, or an id of the Hugging Face hub. All its
             operating points are written.
-        folder: Where to: a graph that decides, one for each mask, their weights, the tokenizer, a manifest, a card. If
-            the policy looks at the answer, also a graph that judges it, and one per layer from which rows go on.
-        masks: The most masks that it may decide among. A policy of more is refused: ``sd-gym reduce`` reduces it.
-        int8: Whether the masks' matrix products are of 8-bit integers. Decisions stay in float32.
+        folder: A new folder: a graph that decides, one per mask, their weights, the tokenizer, a manifest, a card. If
+            the policy judges the answer, also a graph for that, and one per layer from which rows go on.
+        masks: Largest number of masks that the policy may decide among; ``sd-gym reduce`` reduces a policy of more.
+        int8: Whether the masks' matrix products use 8-bit integers. Decisions stay in float32.
         backbone: Where the backbone is, if not where it was in training.
 
     Returns:
@@ -85,10 +86,8 @@ def export(
     folder, policy = Path(folder), policy if isinstance(policy, SkipPolicy) else SkipPolicy.from_pretrained(policy)
     _check_policy(policy)
     if not few_masks(policy, masks):
-        raise _refused(
-            f"it decides among more than {masks} masks, for each of which a graph is written",
-            f"sd-gym reduce RUN --codebook {masks} --output REDUCED makes it decide among few; export that",
-        )
+        remedy = f"sd-gym reduce RUN --codebook {masks} --output REDUCED makes it decide among few; export that"
+        raise _refused(f"it decides among more than {masks} masks, and each needs a graph", remedy)
     model = SkippingModel(policy, backbone, dtype="float32")
     _check_model(model)
     with locked(folder):
@@ -98,7 +97,7 @@ def export(
         temporary.mkdir()
         try:
             manifest = _Writer(temporary, policy, model, int8).written()
-            for file in sorted(temporary.iterdir(), key=lambda file: file.name == MANIFEST):  # which comes last
+            for file in sorted(temporary.iterdir(), key=lambda file: file.name == MANIFEST):  # the manifest is last
                 file.replace(folder / file.name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -130,12 +129,12 @@ def _check_model(model: SkippingModel) -> None:
     if not model.tokenizer.is_fast:
         raise _refused(f"{type(model.tokenizer).__name__} is no fast tokenizer", INSTEAD)
     texts, instance = _probe(model)
-    if [instance.source, *([] if instance.source_pair is None else [instance.source_pair])] != texts:
+    if [text for text in (instance.source, instance.source_pair) if text is not None] != texts:
         raise _refused(f"the task {model._config.task} changes its texts before they are read", INSTEAD)
 
 
 def _probe(model: SkippingModel) -> tuple[list[str], Instance]:
-    """Texts for all fields of a task, and the instance that it makes of them."""
+    """A text for each field of a task, and the instance that it makes of them."""
     texts = [f"text {number}" for number in range(len(model.fields))]
     return texts, model._instance(0, texts)
 
@@ -154,20 +153,19 @@ class _Writer:
         levels = np.zeros((len(self._masks), 1), dtype=np.int64)
         points = self._head.resume_points(self._board)
         self._resumed = resumed_from(np.concatenate([self._masks, levels], axis=1), points).tolist()
-        types = "token_type_ids" in model.tokenizer.model_input_names
-        ids = torch.full((2, 7), 1)
-        self._inputs = {"input_ids": ids, "attention_mask": ids.clone()}
-        self._inputs |= {"token_type_ids": torch.zeros_like(ids)} if types else {}
+        self._inputs = {name: torch.ones(2, 7, dtype=torch.int64) for name in INPUTS}
         self._inputs["attention_mask"][1, 5:] = 0
+        self._inputs["token_type_ids"][:] = 0
+        if "token_type_ids" not in model.tokenizer.model_input_names:
+            del self._inputs["token_type_ids"]
 
     def written(self) -> dict[str, Any]:
         """Write all; the manifest."""
         graphs: dict[str, Any] = {DECIDE: _Decider(self._board, self._policy, self._choices)}
-        looks = self._policy.sees_answer
-        if looks:
+        if self._policy.sees_answer:
             graphs[ANSWER] = _AnswerDecider(self._policy, graphs[DECIDE].size, len(self._head.judgement))
         for number, (mask, first) in enumerate(zip(self._masks, self._resumed, strict=True)):
-            resumed = 0 < first < len(self._board) and looks
+            resumed = 0 < first < len(self._board) and self._policy.sees_answer
             graphs[mask_file(number)] = _Masked(self._board, mask, first if resumed else None)
             if resumed:
                 graphs[rest_file(first)] = _Rest(self._board, first)
@@ -183,8 +181,8 @@ class _Writer:
         write_text(self._folder / TOKENIZER, tokenizer.to_str())
         manifest = self._described()
         write_text(self._folder / "README.md", _card(manifest))
-        names = [*graphs, WEIGHTS, TOKENIZER, "README.md"]
-        manifest["files"] = {name: sha256(self._folder / name) for name in names}
+        hashed = (*graphs, WEIGHTS, TOKENIZER, "README.md")
+        manifest["files"] = {name: sha256(self._folder / name) for name in hashed}
         manifest["files"][MANIFEST] = own_hash(manifest)
         write_json(self._folder / MANIFEST, manifest)
         if not self._int8:
@@ -200,7 +198,7 @@ class _Writer:
         axes |= {name: {0: "batch"} for name in module.outputs}
         names = {"input_names": [name for name, _ in given], "output_names": list(module.outputs)}
         with TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # tracing warns of each shape that Python reads, and of itself
+            warnings.simplefilter("ignore")  # tracing warns about each shape that Python reads, and about itself
             file, options = Path(folder, "traced.onnx"), {"dynamic_axes": axes, "opset_version": 17, **names}
             # The newer exporter (dynamo) takes ten times as long, and its graphs run no faster.
             torch.onnx.export(module.eval(), tuple(value for _, value in given), file, dynamo=False, **options)
@@ -208,29 +206,24 @@ class _Writer:
         return _in_int8(graph) if in_int8 else graph
 
     def _described(self) -> dict[str, Any]:
-        policy, model, backbone = self._policy, self._model, self._model._backbone
-        config, tokenizer, card = model._config, model.tokenizer, self._policy.card
+        policy, model = self._policy, self._model
+        config, tokenizer, card = model._config, model.tokenizer, policy.card
         _, instance = _probe(model)
-        limit = min(config.backbone.max_source_length, tokenizer.model_max_length)
-        always, switched = backbone.flops.costs(np.arange(3))  # a parabola of the tokens
+        always, switched = model._backbone.flops.costs(np.arange(3))  # a parabola in the number of tokens
         bend = (switched[2] - 2 * switched[1] + switched[0]) // 2
         special = (None, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
         values = {
             "format": 2,
             "sd_gym": __version__,
             "head": self._head.name,
-            "names": [model.names[index] for index in sorted(model.names)],
-            "task": model.task,
-            "metric": model.metric,
-            "fields": list(model.fields),
-            "optional": model.optional,
-            "reference": model.reference,
+            "names": [name for _, name in sorted(model.names.items())],
+            **{key: getattr(model, key) for key in ("task", "metric", "fields", "optional", "reference")},
             "unanswerable": config.data.unanswerable,
             "longest_answer": config.backbone.max_target_length,
             "padding_token": tokenizer.pad_token_id,
             "unknown_token": None if tokenizer.unk_token_id in special else tokenizer.unk_token_id,
             "cut": {
-                "length": limit,
+                "length": min(config.backbone.max_source_length, tokenizer.model_max_length),
                 "strategy": "only_second" if instance.source_pair and instance.protected else "longest_first",
                 "direction": tokenizer.truncation_side,
             },
@@ -258,7 +251,7 @@ class _Writer:
         return json.loads(as_json(values))
 
     def _compare(self, graphs: dict[str, nn.Module]) -> None:
-        """Raise RuntimeError if a graph gives something else than its model, on shapes that it was not traced with."""
+        """Raise RuntimeError if a graph and its model disagree, on shapes that it was not traced with."""
         model, random = OnnxModel(self._folder), np.random.default_rng(0)
         longest = self._model._config.backbone.max_source_length
         for rows, length in ((1, 1), (3, min(11, longest)), (1, min(24, longest))):
@@ -267,16 +260,13 @@ class _Writer:
             batch["attention_mask"][1:, length // 2 :] = 0
             dense = model.run(0, batch)[0]
             for number in range(len(self._masks)):
-                came, *hidden = model.run(number, batch)
+                logits, *hidden = model.run(number, batch)
                 with torch.inference_mode():
-                    wanted = graphs[mask_file(number)](*map(torch.from_numpy, batch.values()))
-                wanted = (wanted[0] if hidden else wanted).numpy()
-                went_on = model.run_rest(number, batch, hidden)
-                for values, expected in ((came, wanted), (went_on, dense)):
-                    if not np.allclose(values, expected, atol=TOLERANCE, rtol=TOLERANCE):
-                        raise RuntimeError(
-                            f"the graph of mask {number} gives other logits than its model; nothing was kept"
-                        )
+                    expected = graphs[mask_file(number)](*map(torch.from_numpy, batch.values()))
+                expected = (expected[0] if hidden else expected).numpy()
+                pairs = (logits, expected), (model.run_rest(number, batch, hidden), dense)
+                if not all(np.allclose(*pair, atol=TOLERANCE, rtol=TOLERANCE) for pair in pairs):
+                    raise RuntimeError(f"the graph of mask {number} and its model disagree; nothing was kept")
 
 
 class _Graph(nn.Module):
@@ -290,10 +280,7 @@ class _Graph(nn.Module):
 
 
 class _Masked(_Graph):
-    """The logits of a model under a mask.
-
-    Also the hidden states in front of the layer that has switch ``first``, if one is given.
-    """
+    """The logits of a model under a mask, and the hidden states before the layer with switch ``first``, if given."""
 
     def __init__(self, board: Switchboard, mask: NDArray, first: int | None) -> None:
         super().__init__()
@@ -307,22 +294,19 @@ class _Masked(_Graph):
     def _keep(self, layer: nn.Module, args: tuple) -> None:
         self._hidden = [args[0]]
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, ...]:
-        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        logits = _logits(self.model(input_ids=input_ids, attention_mask=attention_mask, **types))
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        logits = _logits(self.model(**dict(zip(INPUTS, inputs, strict=False))))
         return (logits, *self._hidden) if self._hidden else logits
 
 
 class _Rest(_Graph):
-    """The dense logits, from the hidden states in front of the layer that has switch ``first``."""
+    """The dense logits, from the hidden states before the layer with switch ``first``."""
 
     outputs = ("logits",)
 
     def __init__(self, board: Switchboard, first: int) -> None:
         super().__init__()
-        self.model, self.before = without_skipped(board, np.zeros(len(board), bool)), _StandIn()
+        self.model, self.before = without_skipped(board, np.zeros(len(board), bool)), _GivenHidden()
         parts = twin_at(self.model, self.model.base_model_prefix)._modules
         parts.update({name: self.before for name in EMBEDDINGS if name in parts})
         layers = _layers(board, self.model)
@@ -338,20 +322,19 @@ class _Rest(_Graph):
 
 
 def _logits(output: Any) -> Tensor:
-    """Logits; of starts and ends together, where answers are extracted."""
+    """Logits; those of starts and ends stacked, if answers are extracted."""
     return torch.stack([output.start_logits, output.end_logits], dim=1) if "start_logits" in output else output.logits
 
 
 class _Decider(_Graph):
-    """The score of each choice for each input, by what enters the first layer; and that, if the answer is judged."""
+    """The score of each choice for each input; if the answer is judged, also the features that this needs."""
 
     def __init__(self, board: Switchboard, policy: SkipPolicy, choices: NDArray) -> None:
         super().__init__()
-        self.model, self.layers = without_skipped(board, np.zeros(len(board), bool)), _StandIn()
-        _layers(board, self.model)._modules = {"0": self.layers}
+        self.first_input = FirstLayerInput(board)
         network, self.longest = learned_network(policy), policy.longest
         self.encoder = deepcopy(network.token_encoder) if isinstance(network.token_encoder, TokenEncoder) else None
-        self.of_tokens = [torch.from_numpy(one) for one in policy.of_tokens or (policy.mean, policy.deviation)]
+        self.of_tokens = [torch.from_numpy(values) for values in policy.of_tokens or (policy.mean, policy.deviation)]
         self.size = 2 * board.model.config.hidden_size + 2
         self.network, self.answers = _Network(policy, 0, self.size), policy.sees_answer
         padded = np.pad(choices, ((0, 0), (0, int(self.answers))), constant_values=-1)
@@ -362,12 +345,8 @@ class _Decider(_Graph):
     def inputs(self, of_model: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
         return [("share", torch.zeros(2)), *of_model.items()]
 
-    def forward(
-        self, share: Tensor, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        self.model(input_ids=input_ids, attention_mask=attention_mask, **types)
-        hidden = self.layers.seen
+    def forward(self, share: Tensor, *inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        hidden, attention_mask = self.first_input(**dict(zip(INPUTS, inputs, strict=False))), inputs[1]
         pooled = pooled_features(hidden, attention_mask).float()
         read = pooled[:, :0]
         if self.encoder is not None:
@@ -380,7 +359,7 @@ class _Decider(_Graph):
 
 
 class _AnswerDecider(_Graph):
-    """By how much the policy prefers going on to accepting an answer, in log-odds."""
+    """The policy's preference for going on over accepting the answer, in log-odds."""
 
     outputs = ("preference",)
 
@@ -402,7 +381,7 @@ class _AnswerDecider(_Graph):
 
 
 class _Network(nn.Module):
-    """The logits of a policy at one of its stages, of what it sees there, which is not standardised."""
+    """The logits of a policy at one of its stages, from features that are not standardised."""
 
     def __init__(self, policy: SkipPolicy, number: int, pooled: int) -> None:
         super().__init__()
@@ -413,19 +392,16 @@ class _Network(nn.Module):
         if self.network.per_stage:
             self.network.body, self.network.per_stage = self.network.body.of_stage[number], False
         of_stage = number if policy.is_staged else slice(None)
-        self.mean, self.deviation = (torch.from_numpy(one[of_stage]) for one in (policy.mean, policy.deviation))
-        self.judged = 0
-        self.stage: Tensor | None = None
-        if policy.is_staged:
-            self.stage = torch.eye(len(self.network.stages))[number]
-            self.judged = len(self.mean) - pooled
+        self.mean, self.deviation = (torch.from_numpy(values[of_stage]) for values in (policy.mean, policy.deviation))
+        self.stage = torch.eye(len(self.network.stages))[number] if policy.is_staged else None
+        self.judged = len(self.mean) - pooled if policy.is_staged else 0
 
     def forward(self, pooled: Tensor, read: Tensor, share: Tensor, judged: Tensor) -> Tensor:
         observed = read
         if self.sees_pooled:
             observed = standardised(torch.cat([pooled, judged], dim=1), self.mean, self.deviation)
         if self.stage is not None:
-            stage = torch.zeros_like(share)[:, None] + self.stage  # a length would be that of the traced example
+            stage = torch.zeros_like(share)[:, None] + self.stage  # expand() would fix the traced number of rows
             observed = torch.cat([stage, share[:, None], observed], dim=1)
         if self.projection is not None:
             mean, components = (torch.from_numpy(values).double() for values in self.projection[:2])
@@ -436,17 +412,13 @@ class _Network(nn.Module):
         return self.network(observed)
 
 
-class _StandIn(nn.Module):
-    """Stands in for layers or embeddings: gives what is ``given``, or else keeps what enters it and passes it on."""
+class _GivenHidden(nn.Module):
+    """Replaces embeddings by hidden states that are ``given``."""
 
-    seen: Any  # Tensor
-    given: Tensor | None = None
+    given: Tensor
 
-    def forward(self, hidden_states: Tensor | None = None, *_: Any, **__: Any) -> Tensor | None:
-        if self.given is not None:
-            return self.given
-        self.seen = hidden_states
-        return hidden_states
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return self.given
 
 
 def _layers(board: Switchboard, twin: nn.Module) -> nn.Module:
@@ -455,55 +427,49 @@ def _layers(board: Switchboard, twin: nn.Module) -> nn.Module:
 
 
 class _Weights:
-    """One file of weights, each of which is written once, however many graphs have it."""
+    """One file with the weights of all graphs; equal weights are written once."""
 
     def __init__(self, file: Any) -> None:
-        self._file, self._places = file, dict[bytes, int]()
+        self._file, self._offsets = file, dict[bytes, int]()
 
     def write(self, graph: Any, path: Path) -> None:
         """Write a graph, and those of its weights that are new."""
-        import onnx
+        from onnx.external_data_helper import set_external_data
 
         for tensor in graph.graph.initializer:
-            content = onnx.numpy_helper.to_array(tensor).tobytes()
+            content = tensor.raw_data
             if len(content) >= INLINE:
-                place = {"location": WEIGHTS, "offset": self._place_of(content), "length": len(content)}
-                kept = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-                kept.data_location = onnx.TensorProto.EXTERNAL
-                kept.external_data.extend(
-                    onnx.StringStringEntryProto(key=key, value=str(value)) for key, value in place.items()
-                )
-                tensor.CopyFrom(kept)
+                set_external_data(tensor, WEIGHTS, self._offset_of(content), len(content))
+                tensor.ClearField("raw_data")
         self._file.flush()
         path.write_bytes(graph.SerializeToString())
 
-    def _place_of(self, content: bytes) -> int:
+    def _offset_of(self, content: bytes) -> int:
         key = hashlib.sha256(content).digest()
-        if key not in self._places:
+        if key not in self._offsets:
             self._file.write(b"\0" * (-self._file.tell() % ALIGNED))
-            self._places[key] = self._file.tell()
+            self._offsets[key] = self._file.tell()
             self._file.write(content)
-        return self._places[key]
+        return self._offsets[key]
 
 
 def _in_int8(graph: Any) -> Any:
-    """A graph whose matrix products with weights are of 8-bit integers."""
+    """A graph whose matrix products with weights use 8-bit integers."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with TemporaryDirectory() as folder:
-        written = Path(folder, "int8.onnx")
-        options = {"weight_type": QuantType.QInt8, "op_types_to_quantize": ["MatMul", "Gemm"]}
+        file = Path(folder, "int8.onnx")
         logging.disable(logging.WARNING)  # it recommends another tool
         try:
-            quantize_dynamic(graph, written, **options)
+            quantize_dynamic(graph, file, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
         finally:
             logging.disable(logging.NOTSET)
-        return onnx.load(written)
+        return onnx.load(file)
 
 
 def _card(manifest: dict[str, Any]) -> str:
-    """Markdown: what it is, and how it is used."""
+    """The README of an export, in Markdown."""
     result, backbone = manifest["result"], manifest["backbone"]
     kind = "8-bit integers" if manifest["int8"] else "float32"
     return f"""---
@@ -513,13 +479,13 @@ tags: [sd_gym, onnx, skipping]
 
 # A skipping policy for {backbone["name"]}, as ONNX graphs
 
-`{DECIDE}` chooses one of {len(manifest["masks"])} masks for each input, `mask-N.onnx` answers under it, in {kind}. All
-graphs have their weights in `{WEIGHTS}`; `{MANIFEST}` has the hash of every file.
+`{DECIDE}` chooses one of {len(manifest["masks"])} masks for each input, `mask-N.onnx` answers under it, in {kind}. The
+weights of all graphs are in `{WEIGHTS}`; `{MANIFEST}` has the hash of every file.
 
 On the {result["split"]} split, before it was exported: quality {result["quality"]:.4f}, dense
 {result["quality_ref"]:.4f}, {result["flops_ratio_with_policy"]:.1%} of the FLOPs; verdict: {result["verdict"]}.
-`sd-gym evaluate THIS_FOLDER` judges these graphs. Of its {len(manifest["operating_points"])} operating points
-`max_loss=` or `max_flops=` choose another one.
+`sd-gym evaluate THIS_FOLDER` evaluates these graphs. `max_loss=` or `max_flops=` choose among the
+{len(manifest["operating_points"])} operating points.
 
 ```python
 import sd_gym

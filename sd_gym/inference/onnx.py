@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from tokenizers import Encoding, Tokenizer
 from sd_gym.errors import DataError
 from sd_gym.files import read_json, sha256
 from sd_gym.going_on import going_on_flops
-from sd_gym.inference.answer import Answer, Input, TextModel
+from sd_gym.inference.answer import Answer, TextModel
 from sd_gym.operating_points import OperatingPoint, margin_for
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 MANIFEST, TOKENIZER, WEIGHTS = "sd_gym_onnx.json", "tokenizer.json", "weights.bin"
 DECIDE, ANSWER = "decide.onnx", "answer.onnx"  # graphs that decide before the first layer, and on the answer
 DENSE = 0  # number of the mask that skips nothing
-DECIDED = 256  # inputs that are decided on at once
-BATCH = 32  # inputs of one mask that run together, if no other number is given
-PASS = 16  # tokens of padding that take as long as a pass does besides its tokens
+DECIDED = 256  # inputs per run of the graph that decides
+BATCH = 32  # default number of inputs of one mask that run together
+PASS = 16  # tokens of padding that take as long as the fixed part of a pass
 NOWHERE = np.float32(-1e9)  # logit of a position where no answer may begin or end
-LEAST, MOST = np.float32(1e-13), np.float32(30)  # of a probability, and of log-odds, as the heads judge
+LEAST, MOST = np.float32(1e-13), np.float32(30)  # least probability, highest log-odds, as in the heads
 Batch = dict[str, NDArray]
 
 
@@ -45,13 +45,12 @@ def load(
 
     Args:
         folder: What was exported.
-        max_loss: How much quality may be lost at most, in the task's unit: it chooses among the policy's operating
-            points (``sd_gym.operating_points.margin_for``), as in ``sd_gym.load``.
-        max_flops: The share of the dense FLOPs to run at most.
-        providers: Of ONNX Runtime, the first one that can run an operator runs it.
-        session_options: Of ONNX Runtime, such as the number of threads; one object serves all graphs. Each graph that
-            has run keeps its own packed copy of its weights. With the entry ``session.disable_prepacking`` all share
-            one copy, and small batches take longer.
+        max_loss: See ``sd_gym.operating_points.margin_for``: it chooses among the policy's operating points.
+        max_flops: See there.
+        providers: Execution providers of ONNX Runtime, the preferred one first.
+        session_options: Options of ONNX Runtime for all graphs, such as the number of threads. Each graph that has run
+            keeps its own packed copy of its weights. With the entry ``session.disable_prepacking`` all share one copy,
+            and small batches take longer.
 
     Raises:
         FileNotFoundError: If the folder or one of its files is missing.
@@ -78,47 +77,37 @@ def rest_file(first: int) -> str:
 
 
 def own_hash(manifest: dict[str, Any]) -> str:
-    """The hash of a manifest, but for this one, which stands among those of its files."""
+    """The hash of a manifest without the entry for this hash."""
     files = {name: hashed for name, hashed in manifest["files"].items() if name != MANIFEST}
     return hashlib.sha256(json.dumps({**manifest, "files": files}, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What an exported folder says of itself; every file is compared with its hash.
-
-    FileNotFoundError if a file is missing, ValueError if one was changed.
-    """
+    """The manifest of an exported folder; FileNotFoundError if a file is missing, ValueError if one was changed."""
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"no {MANIFEST} in {folder}; expected a folder that sd-gym export wrote")
     manifest = read_json(folder / MANIFEST)
     files = manifest.get("files")
-    if not isinstance(files, dict) or files.get(MANIFEST) != own_hash(manifest):
-        raise ValueError(_changed(folder / MANIFEST))
-    for name, hashed in files.items():
-        if name != MANIFEST and not (folder / name).is_file():
-            raise FileNotFoundError(f"no {name} in {folder}; copy the folder again, with all its files")
-        if name != MANIFEST and sha256(folder / name) != hashed:
-            raise ValueError(_changed(folder / name))
+    changed = [MANIFEST]
+    if isinstance(files, dict) and files.get(MANIFEST) == own_hash(manifest):
+        others = {name: hashed for name, hashed in files.items() if name != MANIFEST}
+        if missing := [name for name in others if not (folder / name).is_file()]:
+            raise FileNotFoundError(f"no {missing[0]} in {folder}; copy the folder again, with all its files")
+        changed = [name for name, hashed in others.items() if sha256(folder / name) != hashed]
+    if changed:
+        remedy = "it was changed or damaged; copy the folder again, or export anew"
+        raise ValueError(f"{folder / changed[0]} is not the file that was exported: {remedy}")
     return manifest
-
-
-def _changed(file: Path) -> str:
-    return f"{file} is not the file that was exported: it was changed or damaged; copy the folder again, or export anew"
-
-
-class Decided(NamedTuple):
-    """What was decided before the first layer."""
-
-    number: NDArray  # of each row's mask, int64 [n]
-    seen: NDArray  # what the policy sees again when it judges the answer, float32 [n, features]; without that, empty
 
 
 class OnnxModel(TextModel):
     """An exported policy; arguments are those of ``load``.
 
     Attributes:
-        manifest: What it is: ``env``, ``masks``, ``operating_points`` and more.
+        manifest: The content of the manifest: ``env``, ``masks``, ``operating_points`` and more.
         masks: The masks that it decides among, bool ``[masks, switches]``; the first one is dense.
+        looks_at_answer: Whether it judges the answers.
+        fingerprints: SHA-256 of the policy at its operating point, and of the backbone.
     """
 
     def __init__(
@@ -130,46 +119,32 @@ class OnnxModel(TextModel):
         providers: Sequence[str] = ("CPUExecutionProvider",),
         session_options: onnxruntime.SessionOptions | None = None,
     ) -> None:
-        self.folder, self.manifest = folder, read_manifest(folder)
+        self.folder = folder
+        self.manifest = manifest = read_manifest(folder)
         self._providers, self._options = list(providers), session_options
-        points = [OperatingPoint(**point) for point in self.manifest["operating_points"]]
+        points = [OperatingPoint(**point) for point in manifest["operating_points"]]
         self._margin = np.float32(margin_for(points, max_loss=max_loss, max_flops=max_flops))
-        self.masks, choices = np.array(self.manifest["masks"], dtype=bool), self.manifest["choices"]
+        self.masks, choices = np.array(manifest["masks"], dtype=bool), manifest["choices"]
         self._mask_of_choice, self._cautious = np.array(choices["mask"]), np.array(choices["cautious"], np.float32)
-        self._resumed_from = np.array(self.manifest["resumed_from"])
-        self.looks_at_answer: bool = self.manifest["looks_at_answer"]
-        self.task, self.reference, self.optional = (self.manifest[key] for key in ("task", "reference", "optional"))
-        self.fields, self.names = tuple(self.manifest["fields"]), dict(enumerate(self.manifest["names"]))
+        self._resumed_from = np.array(manifest["resumed_from"])
+        self.looks_at_answer: bool = manifest["looks_at_answer"]
+        self.task, self.metric, self.reference = (manifest[key] for key in ("task", "metric", "reference"))
+        self.fields, self.names = tuple(manifest["fields"]), dict(enumerate(manifest["names"]))
+        self.optional, hashes = manifest["optional"], manifest["files"]
+        self.fingerprints = {"policy": f"{hashes[MANIFEST]}, margin {self._margin}", "backbone": hashes[WEIGHTS]}
         self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
         self._tokenizer.no_padding()
-        cut = self.manifest["cut"]
+        cut = manifest["cut"]
         self._tokenizer.enable_truncation(cut["length"], strategy=cut["strategy"], direction=cut["direction"])
         self._session = lru_cache(None)(self._opened)  # graphs are read when they are first run
 
-    def __call__(self, inputs: Sequence[Input], *, dense: bool = False, batch_size: int | None = None) -> list[Answer]:
-        """Answer inputs, in their order; those with the same mask run together.
-
-        Args:
-            inputs: As of ``sd_gym.load(policy)``: texts, pairs of texts, or mappings with the names of ``fields``.
-            dense: Whether everything runs, to compare.
-            batch_size: Inputs that run together at most; ``None``: 32.
-
-        Raises:
-            ValueError: If an input is malformed; the message has its number. If the batch size is below 1.
-        """
-        return self.answers(inputs, dense=dense, batch_size=batch_size)
-
-    def answers(self, inputs: Sequence[Input], *, dense: bool = False, batch_size: int | None = None) -> list[Answer]:
-        """The same as a call."""
-        texts = self.all_checked(inputs)
+    def _answers(self, texts: list[list[str]], dense: bool, batch_size: int | None) -> list[Answer]:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
-        if not texts:
-            return []
         rows = self._encoded(texts)
         length = np.array([len(row) for row in rows])
-        number, seen, went_on = np.full(len(rows), DENSE), None, np.zeros(len(rows), dtype=bool)
-        own = np.zeros(len(rows))
+        number, own, went_on = np.full(len(rows), DENSE), np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
+        seen: NDArray | None = None
         if not dense:
             parts = list(_parts(np.arange(len(rows)), length, DECIDED))
             order = np.argsort(np.concatenate(parts))
@@ -185,33 +160,29 @@ class OnnxModel(TextModel):
         ratio = self._flops_ratio(number, length, went_on) + own / self._dense(length)
         unknown = self.manifest["unknown_token"]
         unknowns = [0 if unknown is None else row.ids.count(unknown) for row in rows]
-        columns = (
-            answers,
-            self.masks[number],
-            np.zeros_like(number).tolist(),
-            ratio.tolist(),
-            unknowns,
-            went_on.tolist(),
-        )
+        columns = answers, self.masks[number], [0] * len(rows), ratio.tolist(), unknowns, went_on.tolist()
         return [Answer(*values) for values in zip(*columns, strict=True)]
 
-    def decide(self, batch: Batch) -> Decided:
-        """What the policy decides before the first layer, for the model's inputs ``[n, length]``."""
-        share = np.zeros(len(batch["input_ids"]))  # of the FLOPs, if all is skipped
-        if self.looks_at_answer:
-            always = self._costs(batch["attention_mask"].sum(axis=1))[0]
-            share = always / self._dense(batch["attention_mask"].sum(axis=1))
+    def decide(self, batch: Batch) -> tuple[NDArray, NDArray]:
+        """Decide before the first layer, on the model's inputs ``[n, length]``.
+
+        Returns:
+            The number of each row's mask, int64 ``[n]``; and what the policy needs to judge the answer, float32
+            ``[n, features]``: no features if it does not.
+        """
+        length = batch["attention_mask"].sum(axis=1)
+        share = self._costs(length)[0] / self._dense(length)  # of the FLOPs, if all is skipped
         scores, *seen = self._run(DECIDE, batch | {"share": share.astype(np.float32)})
         choice = (scores + self._margin * self._cautious).argmax(axis=1)
-        return Decided(self._mask_of_choice[choice], seen[0] if seen else scores[:, :0])
+        return self._mask_of_choice[choice], seen[0] if seen else scores[:, :0]
 
     def run_policy(self, number: int, batch: Batch, seen: NDArray | None) -> tuple[NDArray, NDArray]:
         """Logits of a batch that shares a mask, and which rows went on after the answer, bool ``[n]``.
 
         Args:
-            number: Of the mask.
+            number: Number of the mask.
             batch: The model's inputs; where an answer is a span, with ``context_mask``: where it may begin and end.
-            seen: As ``decide`` gives it; ``None``: nobody looks at the answer.
+            seen: From ``decide``; ``None``: the answer is not judged.
         """
         values, *hidden = self.run(number, batch)
         went_on = np.zeros(len(values), dtype=bool)
@@ -220,8 +191,8 @@ class OnnxModel(TextModel):
             shown = {"seen": seen, "judged": self._judged(values), "share": share.astype(np.float32)}
             went_on = self._run(ANSWER, shown)[0] + self._margin > 0
             if went_on.any() and number != DENSE:
-                part = {name: given[went_on] for name, given in batch.items()}
-                values[went_on] = self.run_rest(number, part, [one[went_on] for one in hidden])
+                part = {name: value[went_on] for name, value in batch.items()}
+                values[went_on] = self.run_rest(number, part, [state[went_on] for state in hidden])
         return values, went_on
 
     def run(self, number: int, batch: Batch) -> list[NDArray]:
@@ -233,7 +204,7 @@ class OnnxModel(TextModel):
         return [self._in_context(values, batch), *hidden]
 
     def run_rest(self, number: int, batch: Batch, hidden: list[NDArray]) -> NDArray:
-        """Dense logits: they go on from the hidden states that ``run`` gave under a mask, if it gave any."""
+        """Dense logits, from the ``hidden`` states of ``run`` under a mask on, or from scratch if there are none."""
         if not hidden:
             return self.run(DENSE, batch)[0]
         graph = rest_file(self._resumed_from[number])
@@ -260,17 +231,6 @@ class OnnxModel(TextModel):
         switched = np.array(flops["per_query"]) * tokens + np.array(flops["per_pair"]) * tokens**2
         return flops["per_sequence"] + flops["per_token"] * length, switched
 
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """SHA-256 of what answers depend on."""
-        files = self.manifest["files"]
-        return {"policy": f"{files[MANIFEST]}, margin {self._margin}", "backbone": files[WEIGHTS]}
-
-    @property
-    def metric(self) -> str:
-        """The metric by which an answer is compared with its references."""
-        return self.manifest["metric"]
-
     def _opened(self, name: str) -> Any:
         try:
             import onnxruntime
@@ -280,11 +240,12 @@ class OnnxModel(TextModel):
 
     def _encoded(self, texts: list[list[str]]) -> list[Encoding]:
         """Tokens of the inputs, cut as in the env: of a question and its context only the context."""
-        paired, cut = any(len(one) == 2 for one in texts), self.manifest["cut"]
+        cut = self.manifest["cut"]
         if cut["strategy"] == "only_second":
-            self._check_questions([one[0] for one in texts], cut["length"])
-        given = [(one[0], one[1] if len(one) == 2 else "") if paired else one[0] for one in texts]
-        return self._tokenizer.encode_batch(given)
+            self._check_questions([fields[0] for fields in texts], cut["length"])
+        if all(len(fields) == 1 for fields in texts):
+            return self._tokenizer.encode_batch([fields[0] for fields in texts])
+        return self._tokenizer.encode_batch([(first, second[0] if second else "") for first, *second in texts])
 
     def _check_questions(self, questions: list[str], limit: int) -> None:
         whole = Tokenizer.from_str(self._tokenizer.to_str())
@@ -303,20 +264,18 @@ class OnnxModel(TextModel):
             batch["attention_mask"][at, : len(row)] = 1
             batch["token_type_ids"][at, : len(row)] = row.type_ids
         if self.manifest["head"] == "span":
-            batch["context_mask"] = np.zeros(shape, dtype=bool)
-            for at, row in enumerate(rows):
-                batch["context_mask"][at, : len(row)] = [number == 1 for number in row.sequence_ids]
+            # The second text is the context. Type ids cannot tell it: some tokenizers give 0 to all tokens.
+            inside = [[number == 1 for number in row.sequence_ids] + [False] * (shape[1] - len(row)) for row in rows]
+            batch["context_mask"] = np.array(inside)
             batch["context_mask"][:, 0] = self.manifest["unanswerable"]
         return batch
 
     def _run(self, graph: str, batch: Batch) -> list[NDArray]:
         """The outputs of a graph on those of the inputs that it reads; token types are zeros if there are none."""
         session = self._session(graph)
-        given = {
-            one.name: batch[one.name] if one.name in batch else np.zeros_like(batch["input_ids"])
-            for one in session.get_inputs()
-        }
-        return session.run(None, given)
+        names = [value.name for value in session.get_inputs()]
+        types = {"token_type_ids": np.zeros_like(batch["input_ids"])} if "token_type_ids" in names else {}
+        return session.run(None, {name: (types | batch)[name] for name in names})
 
     def _in_context(self, values: NDArray, batch: Batch) -> NDArray:
         """Logits, of which those of spans are in the context alone."""
@@ -324,7 +283,7 @@ class OnnxModel(TextModel):
         return values if inside is None else np.where(inside[:, None], values, NOWHERE)
 
     def _judged(self, values: NDArray) -> NDArray:
-        """What a head says of its answers, float32 ``[n, values]``, as ``Head.judge`` does."""
+        """The judgement of answers, float32 ``[n, values]``, as of ``Head.judge``."""
         if values.ndim == 2:
             return _judged_choice(_log_softmax(values))
         log_prob, rows = _log_softmax(values), np.arange(len(values))
@@ -342,8 +301,8 @@ class OnnxModel(TextModel):
             return [f"{value:.2f}" for value in values[:, 0]]
         spans = best_spans(values, self.manifest["longest_answer"])
         return [
-            own[1][row.offsets[first][0] : row.offsets[last][1]].strip() if first else ""
-            for own, row, (first, last) in zip(texts, rows, spans.tolist(), strict=True)
+            context[row.offsets[first][0] : row.offsets[last][1]].strip() if first else ""
+            for (_, context), row, (first, last) in zip(texts, rows, spans.tolist(), strict=True)
         ]
 
 
@@ -376,7 +335,7 @@ def best_spans(logits: NDArray, max_length: int) -> NDArray:
 
 
 def _parts(rows: NDArray, length: NDArray, size: int) -> Iterator[NDArray]:
-    """Rows in parts of at most so many, of about the same length: where a pass costs less than padding, a part ends."""
+    """Rows in parts of at most ``size``, of about the same length: a part ends where a pass costs less than padding."""
     rows, start = rows[np.argsort(length[rows], kind="stable")], 0
     grows = np.diff(length[rows], append=0).tolist()
     for end, more in enumerate(grows, start=1):

@@ -1,4 +1,4 @@
-"""The answers of an incomplete run over a file, with what made them and how far they go."""
+"""The answers of an incomplete run over a file, and the state that is needed to resume it."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class Line(NamedTuple):
 
 
 class State(BaseModel):
-    """What made the answers, by the names used in errors, and how far they go."""
+    """What made the answers, by the names that errors use, and how many there are."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     made_by: dict[str, str | dict[str, str]]
-    line: NonNegativeInt = 0  # of the input, the last one that is answered
-    rows: str = ""  # hash of the rows up to there
-    size: NonNegativeInt = 0  # bytes of the answers up to there
-    written: str = ""  # hash of them
+    line: NonNegativeInt = 0  # last line of the input that is answered
+    rows: str = ""  # hash of the rows up to that line
+    size: NonNegativeInt = 0  # bytes of the answers
+    written: str = ""  # hash of the answers
 
 
 class Part:
@@ -53,8 +53,8 @@ class Part:
 
         Raises:
             FolderInUseError: If another process is writing to it.
-            FileExistsError: If the output exists, or a part that is not to be resumed, or that was not written here.
-            ValueError: If the part was made by something else, or from other rows.
+            FileExistsError: If the output exists, or a part that is not to be resumed, or that is not of such a run.
+            ValueError: If the part was made by another policy, or from other rows.
         """
         self._check_own()
         with locked(self._folder):
@@ -66,9 +66,7 @@ class Part:
             elif resume:
                 self._go_on(rows)
             else:
-                raise FileExistsError(
-                    f"{self._folder} was left by a run that was cut off; go on with --resume, or delete it"
-                )
+                raise FileExistsError(f"{self._folder} is of a run that was cut off; go on with --resume, or delete it")
             try:
                 yield
             except BaseException:
@@ -109,8 +107,7 @@ class Part:
             raise self._foreign()
 
     def _foreign(self) -> FileExistsError:
-        remedy = "nothing was changed. Move it away, or choose another --output"
-        return FileExistsError(f"{self._folder} was not written by sd-gym run; {remedy}")
+        return FileExistsError(f"{self._folder} was not written by sd-gym run; move it, or choose another --output")
 
     def _go_on(self, rows: Iterator[Line]) -> None:
         """Resume after the last whole chunk; anything that was written after it is removed."""
@@ -120,10 +117,8 @@ class Part:
             raise self._foreign() from error
         other = [name for name, value in self._state.made_by.items() if known.made_by.get(name) != value]
         if other:
-            raise ValueError(
-                f"{self._folder} was begun with another {' and another '.join(other)}; resume it with the same, or "
-                "delete it"
-            )
+            known_as = " and another ".join(other)
+            raise ValueError(f"{self._folder} was begun with another {known_as}; resume with the same, or delete it")
         with self._file.open("rb") as file:
             for block in iter(lambda: file.read(min(BLOCK, known.size - file.tell())), b""):
                 self._written.update(block)
@@ -134,10 +129,8 @@ class Part:
             self._count([line])
             last = line.number
         if self._rows.hexdigest() != known.rows:
-            raise ValueError(
-                f"{self._folder} has answers up to line {known.line}, to other rows than the first {known.line} lines "
-                "of this input; resume with the same input, or delete the part"
-            )
+            reason = f"has answers up to line {known.line}, to other rows than the first {known.line} lines"
+            raise ValueError(f"{self._folder} {reason} of this input; resume with the same input, or delete it")
         os.truncate(self._file, known.size)
         self._state = known
 

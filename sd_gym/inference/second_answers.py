@@ -18,29 +18,22 @@ Call = Callable[..., Any]
 
 
 def pass_arguments(head: Head, given: dict[str, Any], *, caches: bool) -> dict[str, Any]:
-    """The arguments of a forward pass whose answer may be replaced; ``ValueError`` if more than logits are requested.
-
-    ``caches``: whether the model fills a cache by default.
-    """
+    """The arguments of a pass whose answer may be replaced; ``caches``: whether the model fills a cache by default."""
     if not head.judges_passes:
         raise ValueError("this policy judges texts that were generated, not a pass; call model.generate()")
     asked = [name for name in NO_ANSWERS if given.get(name) is not None and given[name] is not False]
     if asked:
-        raise ValueError(
-            f"this policy may replace an answer by the dense one, so a call gives logits alone; leave out {asked[0]}"
-        )
+        raise ValueError(f"this policy may replace answers, so a call gives logits alone; leave out {asked[0]}")
     return {**given, "return_dict": True} | ({"use_cache": False} if caches else {})
 
 
 def generate_arguments(model: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a ``generate()`` whose texts may be replaced; ``ValueError`` if more is requested."""
+    """The arguments of a ``generate()`` whose texts may be replaced."""
     once = {"streamer": None, "num_return_sequences": 1, "return_dict_in_generate": False}
     for name, expected in once.items():
-        if (value := _setting(model, given, name)) not in (None, expected):
-            raise ValueError(
-                "this policy may replace a text after it was generated, so generate() gives the tokens of one text per "
-                f"input, after all are complete; expected {name}={expected}, got {value}"
-            )
+        if (value := setting(model, given, name)) not in (None, expected):
+            reason = "this policy may replace texts, so generate() gives one text per input, after all are complete"
+            raise ValueError(f"{reason}; expected {name}={expected}, got {value}")
     return {**given, "return_dict_in_generate": True, "output_scores": True}
 
 
@@ -59,9 +52,9 @@ def final_texts(
     output: Any, rollout: StagedRollout, arguments: dict[str, Any], run: Call, model: PreTrainedModel
 ) -> tuple[Tensor, int]:
     """The sequences of ``generate()``, replaced in the rows that go on, and the longest length of these."""
-    rollout.answered(judged_text(model, output, _setting(model, arguments, "eos_token_id")))
+    rollout.answered(judged_text(model, output, setting(model, arguments, "eos_token_id")))
     sequences, longest = output.sequences, 0
-    pad, end = (_setting(model, arguments, name) for name in ("pad_token_id", "eos_token_id"))
+    pad, end = (setting(model, arguments, name) for name in ("pad_token_id", "eos_token_id"))
     padding = pad if pad is not None else end[0] if isinstance(end, list) else end
     for picked, block in rollout.going_on():
         with block:
@@ -83,7 +76,7 @@ def rows_of(arguments: dict[str, Any], picked: Tensor, n: int) -> dict[str, Any]
     }
 
 
-def _setting(model: PreTrainedModel, given: dict[str, Any], name: str) -> Any:
-    """A setting of ``generate()``: given, or of the configuration."""
+def setting(model: PreTrainedModel, given: dict[str, Any], name: str) -> Any:
+    """An argument of ``generate()``, or the model's default for it."""
     config = given.get("generation_config") or model.generation_config
     return given.get(name, getattr(config, name, None))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from copy import deepcopy
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,23 +13,22 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from sd_gym.backbones.heads import Head
 from sd_gym.backbones.load import load_own_backbone
 from sd_gym.config import dotted
 from sd_gym.data.instance import Instance
-from sd_gym.execution.bank import MODELS, Bank, Float32Input
+from sd_gym.execution.bank import MODELS, Bank, FirstLayerInput
 from sd_gym.execution.config import checked_config
 from sd_gym.execution.passes import Passes
 from sd_gym.execution.split import BackboneSplit
-from sd_gym.inference.answer import Answer, Input, TextModel, unknown_words
+from sd_gym.inference.answer import Answer, TextModel
 from sd_gym.inference.attach import attach
 from sd_gym.inference.choices import decided_masks
 from sd_gym.inference.second_answers import rows_of
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.rollout import Keep, StagedRollout
-from sd_gym.switch import Switchboard
 from sd_gym.tasks.data import Instances
 from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.metrics import METRICS
@@ -40,15 +39,15 @@ NOT_NEEDED = ("data", "reward", "action", "codebook")  # of the config, to answe
 
 
 class StagedPasses(Passes):
-    """Passes of a split that decide from stage to stage, so that nothing runs twice; they are cut by length alone.
+    """Passes of a split in which a policy decides stage by stage; rows are grouped by length alone.
 
     Attributes:
-        masks: What the policy has decided, int64 ``[n, switches + 1]``; zeros at first.
+        masks: The policy's decisions, int64 ``[n, switches + 1]``; zeros at first.
         went_on: Which rows went on after their answer, bool ``[n]``.
         first_texts: The texts before that, if texts are generated.
     """
 
-    def __init__(self, split: BackboneSplit, policy: SkipPolicy, first_input: Float32Input | None = None) -> None:
+    def __init__(self, split: BackboneSplit, policy: SkipPolicy, first_input: nn.Module | None = None) -> None:
         vars(self).update(vars(split.passes))
         self._policy, self._first_input = policy, first_input
         self.masks = np.zeros((len(split), len(self.backbone.board) + 1), dtype=np.int64)
@@ -56,7 +55,7 @@ class StagedPasses(Passes):
         self.first_texts = np.full(len(split), "", dtype=object)
 
     def _pass(self, rows: NDArray, decisions: NDArray, inputs: dict[str, Tensor]) -> Tensor:
-        given = dict(inputs)  # which changes where tokens are dropped
+        given = dict(inputs)  # dropping tokens changes it
         rollout = self._rollout(rows, given, lambda keep: self.head.kept(given, keep))
         with rollout.deciding(inputs["attention_mask"]):
             logits = self.backbone.logits(given)
@@ -71,7 +70,7 @@ class StagedPasses(Passes):
     def generated_batch(
         self, rows: NDArray, decisions: NDArray, inputs: dict[str, Tensor], *, judges: bool
     ) -> tuple[list[str], NDArray]:
-        """The texts that are given, and the judgement of the first ones, if the policy looks at that."""
+        """The final texts, and the judgement of the first ones, if the policy sees that."""
         rollout = self._rollout(rows, inputs, lambda keep: keep)
         deciding = rollout.deciding(inputs["attention_mask"])
         first, judged = self._generated(inputs, deciding, judges=self._policy.sees_answer)
@@ -85,21 +84,19 @@ class StagedPasses(Passes):
         return texts.tolist(), judged
 
     def _rollout(self, rows: NDArray, inputs: dict[str, Tensor], in_pass: Callable[[NDArray], Keep]) -> StagedRollout:
-        """Decides in a pass on these rows; ``in_pass`` makes of the input's tokens that stay those of the pass."""
+        """Decides in a pass on these rows; ``in_pass`` maps the input's tokens that stay to those of the pass."""
         board, length = self.backbone.board, self.encoded.source_length[rows]
 
         def keeps(level: NDArray) -> tuple[Keep, NDArray]:
             keep = self._tokens.kept(rows, level)
             return None if keep is None else in_pass(keep), self._tokens.kept_length(rows, level)
 
-        def judge() -> Tensor:
-            return self.backbone.logits(inputs)
-
         first = None
         if self._first_input is not None:
             shown = self.encoded.inputs(rows, self.backbone.model.device)
-            first = self._first_input(shown), shown["attention_mask"]
-        return StagedRollout(self._policy, board, self.head, self.backbone.flops, length, keeps, judge, first)
+            first = self._first_input(**shown), shown["attention_mask"]
+        model, judge = (board, self.head, self.backbone.flops), partial(self.backbone.logits, inputs)
+        return StagedRollout(self._policy, *model, length, keeps, judge, first)
 
     def _note(self, rows: NDArray, rollout: StagedRollout) -> None:
         self.masks[rows], self.went_on[rows] = rollout.decisions, rollout.went_on
@@ -112,6 +109,9 @@ class SkippingModel(TextModel):
         policy: The policy.
         model: The Hugging Face model, with the policy attached.
         tokenizer: Its tokenizer.
+        board: The switchboard of the model.
+        gives: The kind of its answers: ``label``, ``score``, ``span`` or ``text``.
+        longest: Largest number of tokens of a generated answer.
     """
 
     def __init__(
@@ -128,15 +128,14 @@ class SkippingModel(TextModel):
             policy.check_reachable()
         env = policy.card["env"]
         values = dotted({key: value for key, value in env.items() if key not in NOT_NEEDED}, "the policy")
-        values |= {"data.dataset": "none", "backbone.device": device}
-        values |= {"data.unanswerable": env["data"]["unanswerable"]}
-        if env["quality"]["kind"] == "agreement":  # for which a split runs everything densely first
+        values |= {"data.dataset": "none", "data.unanswerable": env["data"]["unanswerable"], "backbone.device": device}
+        if env["quality"]["kind"] == "agreement":  # a split of that kind runs everything densely first
             values["quality.kind"] = "exact_match"
         values |= {"backbone.name": backbone} if backbone else {}
-        self.policy, self._warned = policy, False
+        self.policy = policy
         self._config = checked_config(values, "the policy")
         self._backbone = load_own_backbone(self._config.backbone.name, device)
-        self._float32_input = None if dtype is None else Float32Input(self._backbone.board)
+        self._float32_input = None if dtype is None else deepcopy(FirstLayerInput(self._backbone.board)).float()
         if compile:
             _check_compiles(policy, self._backbone.head)
         self._bank = Bank(self._backbone.board, compiles=compile)
@@ -144,41 +143,16 @@ class SkippingModel(TextModel):
         self.model = attach(self._backbone.model, policy, self.tokenizer, check_weights=check_weights)
         if dtype is not None:  # transformers hides the signature
             self.model.to(_checked_dtype(dtype))  # pyright: ignore[reportArgumentType]
+        self._own_flops = policy.network.flops, policy.network.flops_per_token  # counting takes 20 ms
+        self.board, self.gives = self._backbone.board, self._backbone.head.gives
+        self.longest = self._config.backbone.max_target_length
         self.task, self._task = self._config.task, TASKS.find(self._config.task)
-        self.fields, self.reference, self.optional = (
-            self._task.inputs,
-            self._task.reference,
-            self._task.optional is not None,
-        )
+        self.fields, self.reference = self._task.inputs, self._task.reference
+        self.optional, metric = self._task.optional is not None, self._config.quality.metric
+        self.metric = metric if METRICS.find(metric).of_texts else "exact_match"
         self.names = {int(number): str(name) for number, name in (self.model.config.id2label or {}).items()}
 
-    def __call__(self, inputs: Sequence[Input], *, dense: bool = False, batch_size: int | None = None) -> list[Answer]:
-        """Answer inputs, in their order; they run in passes of about the same length, or of the same decision.
-
-        One warning has the number of inputs with words that the tokenizer does not know.
-
-        Args:
-            inputs: Texts; where an input has two (``fields``), pairs of texts; or mappings with these names.
-            dense: Whether everything runs, to compare.
-            batch_size: Inputs that run together at most, where memory is short. ``None``: as many as is quickest, of at
-                most 32,768 tokens.
-
-        Raises:
-            ValueError: If an input is malformed, or a text has half a character (a lone surrogate); the message has its
-                number. If the batch size is below 1.
-        """
-        answers = self.answers(inputs, dense=dense, batch_size=batch_size)
-        unknown = sum(answer.unknown_tokens > 0 for answer in answers)
-        if unknown and not self._warned:
-            self._warned = True
-            warnings.warn(unknown_words(unknown, len(answers)), stacklevel=2)
-        return answers
-
-    def answers(self, inputs: Sequence[Input], *, dense: bool = False, batch_size: int | None = None) -> list[Answer]:
-        """The same as a call, without its warning."""
-        texts = self.all_checked(inputs)
-        if not texts:
-            return []
+    def _answers(self, texts: list[list[str]], dense: bool, batch_size: int | None) -> list[Answer]:
         split = self.split(texts)
         split.passes.most = batch_size
         return self.answered(split, None if dense else self.decided(split))
@@ -190,17 +164,17 @@ class SkippingModel(TextModel):
         return split
 
     def decided(self, split: BackboneSplit) -> NDArray:
-        """What the policy decides on each input, int64 ``[n, switches + 1]``; zeros if it decides in the pass."""
+        """The policy's decisions, int64 ``[n, switches + 1]``; zeros if it decides in the pass."""
         decisions = np.zeros((len(split), len(self.board) + 1), dtype=np.int64)
-        by_length = np.argsort(split.encoded.source_length, kind="stable")  # little padding is looked at
+        by_length = np.argsort(split.encoded.source_length, kind="stable")  # for little padding
         for part in [] if self.policy.is_staged else np.split(by_length, range(BATCH, len(split), BATCH)):
             decisions[part] = self._decided(split.encoded.inputs(part, self.model.device))
         return decisions
 
     def answered(self, split: BackboneSplit, decided: NDArray | None) -> list[Answer]:
-        """The answers to a split's inputs, under what was ``decided`` on them; ``None``: everything runs."""
+        """The answers to a split's inputs under decisions ``[n, switches + 1]``; ``None``: everything runs."""
         rows = np.arange(len(split))
-        decisions = np.zeros((len(split), len(split.backbone.board) + 1), np.int64) if decided is None else decided
+        decisions = np.zeros((len(split), len(self.board) + 1), np.int64) if decided is None else decided
         went_on = np.zeros(len(split), dtype=np.bool_)
         if self.policy.is_staged and decided is not None:
             passes = StagedPasses(split, self.policy, self._float32_input)
@@ -220,13 +194,13 @@ class SkippingModel(TextModel):
         ]
 
     def _decided(self, inputs: dict[str, Tensor]) -> NDArray:
-        """Decisions before the first layer, int64 ``[n, switches + 1]``."""
         if self._float32_input is None:
             return self.policy.decide(self.board, inputs)
-        return self.policy.decide_on(self._float32_input(inputs), inputs["attention_mask"])
+        with torch.inference_mode():
+            return self.policy.decide_on(self._float32_input(**inputs), inputs["attention_mask"])
 
     def saying(self, split: BackboneSplit, answers: list[str]) -> BackboneSplit:
-        """The split with answers as its targets, where these have lengths that are known only now."""
+        """The split with these answers as its targets, if the length of answers varies."""
         answered = split.head.answered(split.instances, answers)
         return split if answered is split.instances else self._split(answered)
 
@@ -234,18 +208,13 @@ class SkippingModel(TextModel):
         """FLOPs of the policy itself on each input, ``[n]``."""
         tokens = np.minimum(split.encoded.source_length, self.policy.longest)
         judged = sum(name != "first" for name in self.policy.stages_of_pass) if split.backbone.can_exit else 0
-        per_input, per_token = self._network_flops
+        per_input, per_token = self._own_flops
         return per_input + per_token * tokens + judged * split.costs.head_flops(np.arange(len(split)))
 
-    @cached_property
-    def _network_flops(self) -> tuple[int, int]:
-        """FLOPs of deciding on an input, and on each of its tokens; to count them takes 20 ms."""
-        return self.policy.network.flops, self.policy.network.flops_per_token
-
     def _unknown_tokens(self, split: BackboneSplit) -> NDArray:
-        """How many tokens of each input the tokenizer does not know, ``[n]``: none, where it spells all in bytes."""
-        unknown = self.tokenizer.unk_token_id
-        if unknown in (None, self.tokenizer.eos_token_id, self.tokenizer.bos_token_id, self.tokenizer.pad_token_id):
+        """How many tokens of each input the tokenizer does not know, ``[n]``; 0 for tokenizers of bytes."""
+        tokenizer, unknown = self.tokenizer, self.tokenizer.unk_token_id
+        if unknown in (None, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
             return np.zeros(len(split), dtype=np.int64)
         return np.equal(split.encoded.input_ids.numpy(), unknown).sum(axis=1)
 
@@ -259,28 +228,8 @@ class SkippingModel(TextModel):
                 digest.update(file.read_bytes())
         return {"policy": digest.hexdigest(), "backbone": self._backbone.weights}
 
-    @property
-    def board(self) -> Switchboard:
-        """The switchboard of the model."""
-        return self._backbone.board
-
-    @property
-    def gives(self) -> str:
-        """What its answers are: ``label``, ``score``, ``span`` or ``text``."""
-        return self._backbone.head.gives
-
-    @property
-    def longest(self) -> int:
-        """Tokens of a generated answer at most."""
-        return self._config.backbone.max_target_length
-
-    @property
-    def metric(self) -> str:
-        """The metric by which an answer is compared with its references."""
-        return self._config.quality.metric if METRICS.find(self._config.quality.metric).of_texts else "exact_match"
-
     def _split(self, instances: Sequence[Instance]) -> BackboneSplit:
-        data: Any = {"inputs": Instances(instances)}  # of a data set's splits only this one is asked for
+        data: Any = {"inputs": Instances(instances)}  # in place of Splits, of which only this one is read
         split = BackboneSplit(self._config, "inputs", data, self._backbone)
         if self.policy.rarity is not None:
             split.rarity = self.policy.rarity
@@ -316,7 +265,7 @@ def load(
         compile: Whether ``torch.compile`` compiles the model of each mask, when it is first run (tens of seconds): once
             for single inputs, once for batches, of any length. For a policy of few masks that generates no texts.
         dtype: What the backbone computes in: ``float32``, ``bfloat16`` or ``float16``; ``None``: what it is stored in.
-            Before the first layer the policy decides as in float32, on embeddings of that type. To judge the answers,
+            Before the first layer the policy decides in float32, on a copy of the embeddings. To judge the answers,
             save the backbone in ``dtype``, and pass that folder as ``backbone=`` to ``sd_gym.evaluate``.
 
     Raises:
@@ -346,12 +295,8 @@ def _check_compiles(policy: SkipPolicy, head: Head) -> None:
     """Raise ``ValueError`` if a policy has too many masks to compile a model for each, or generates."""
     masks = decided_masks(policy)
     if policy.is_staged or masks is None or len(masks) > MODELS or masks[:, -1].any():
-        raise ValueError(
-            f"compile=True compiles a model for each of at most {MODELS} masks that drop no tokens, and this policy "
-            "decides otherwise; sd-gym reduce makes one of few masks"
-        )
+        expected = f"compile=True is for a choice of at most {MODELS} masks that drop no tokens"
+        raise ValueError(f"{expected}, and this policy decides otherwise; sd-gym reduce makes one of few masks")
     if head.gives == "text":
-        raise ValueError(
-            "compile=True is for backbones that classify, score or extract; for generate(), compile the models of "
-            'sd_gym.bank(model, masks), with cache_implementation="static"'
-        )
+        remedy = 'compile the models of sd_gym.bank(model, masks), with cache_implementation="static"'
+        raise ValueError(f"compile=True is for backbones that classify, score or extract; for generate(), {remedy}")

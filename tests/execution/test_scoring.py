@@ -37,7 +37,10 @@ def test_exact_match_of_one_forward_pass_is_exact_match_of_generating(env_id):
     decisions = random_decisions(core, 20, 0.2, seed=1)
     inputs = split.passes.inputs(rows)
     inputs.pop("labels")
-    with torch.inference_mode(), split.passes.decide(rows, decisions):
+    with (
+        torch.inference_mode(),
+        split.backbone.board.decide(decisions[:, :-1], split.tokens.kept(rows, decisions[:, -1])),
+    ):
         tokens = backbone.model.generate(**inputs, max_new_tokens=32, do_sample=False)
     texts = backbone.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     generated = [float(text == split.instances[row].target) for row, text in zip(rows, texts, strict=True)]

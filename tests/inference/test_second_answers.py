@@ -247,5 +247,5 @@ def test_calls_that_ask_for_more_than_an_answer_are_refused(tiny_tokenizer):
         ("return_dict_in_generate", True),
         ("streamer", TextStreamer(tiny_tokenizer)),
     ):
-        with pytest.raises(ValueError, match=f"one text for each input, when all are there; expected {name}="):
+        with pytest.raises(ValueError, match=f"one text per input, after all are complete; expected {name}="):
             model.generate(**prompts, max_new_tokens=3, **{name: value})
