@@ -37,7 +37,7 @@ from sd_gym.data.instance import Instance
 from sd_gym.envs.config import make_config
 from sd_gym.envs.shared import shared_core
 from sd_gym.inference.answer import Answer
-from sd_gym.inference.onnx import Decided, OnnxModel
+from sd_gym.inference.onnx import OnnxModel
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.tasks.metrics import text_quality
 
@@ -58,10 +58,10 @@ class Static(OnnxModel):
 
     number = 0
 
-    def decide(self, batch: dict[str, np.ndarray]) -> Decided:
+    def decide(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """The same mask for all."""
-        decided = super().decide(batch)
-        return decided._replace(number=np.full_like(decided.number, self.number))
+        number, seen = super().decide(batch)
+        return np.full_like(number, self.number), seen
 
     def run_policy(self, number: int, batch: dict, seen: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Nobody looks at the answer."""

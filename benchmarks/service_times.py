@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="length of a request")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model = AutoModelForSequenceClassification.from_pretrained(args.backbone).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(args.backbone, trust_remote_code=False).eval()
     masks = [list(point.mask) for point in serving_config(args.env, {}).points]
     for mask, model_of_mask in zip(masks, sd_gym.bank(model, masks), strict=True):
         per_request, per_group = fitted(least_seconds(model_of_mask, args.tokens))

@@ -147,7 +147,7 @@ def test_hidden_labels_and_missing_columns_are_refused(tmp_path):
         load_split(source, "classification", "test")
     with pytest.raises(DataError, match=r"no column 'review' \(for text\); the columns are sentence, label, idx"):
         load_split(DataConfig(dataset=data, subset="sst2", columns={"text": "review"}), "classification", "train")
-    with pytest.raises(FileNotFoundError, match="does not give the split 'train'"):
+    with pytest.raises(FileNotFoundError, match="copy of a hub data set with the split 'train'"):
         load_split(DataConfig(dataset=data, subset="no-such-subset"), "classification", "train")
     with pytest.raises(DataError, match="expected a split such as"):
         load_split(DataConfig(dataset=data, subset="sst2", splits={"train": "train[::2]"}), "classification", "train")

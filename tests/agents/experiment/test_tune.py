@@ -60,7 +60,7 @@ def test_a_search_that_was_killed_goes_on_and_its_best_settings_can_be_set(revie
     assert tune(CUSTOM, "a2c", tmp_path / "study", **arguments) == tmp_path / "study" / BEST  # all is done
     with pytest.raises(ValueError, match="holds another study"):
         tune(CUSTOM, "a2c", tmp_path / "study", **{**arguments, "steps": 65})
-    with pytest.raises(FileExistsError, match="no folder of a study"):
+    with pytest.raises(FileExistsError, match="not a folder of a study"):
         tune(CUSTOM, "a2c", reviews.parent, **arguments)
 
 
