@@ -190,7 +190,7 @@ def tune(
             ray=ray,
             imports=imported,
             on_trial=on_trial,
-            **terminal.settings_of(set_),
+            **terminal.settings_of(set_, call=search),
         )
     terminal.print_line(file.read_text(encoding="utf-8"))
     best = " ".join(f"--set {key}={value}" for key, value in read_yaml(file).items())

@@ -103,7 +103,7 @@ def tabulate(
             ray=ray,
             imports=imported,
             on_progress=on_progress,
-            **terminal.settings_of(set_),
+            **terminal.settings_of(set_, call=write_table),
         )
     counts = ", ".join(f"{split['instances']} of {name}" for name, split in description["splits"].items())
     kind = f"{description['masks']} decisions ({description['chosen']})" if description["masks"] else "all decisions"

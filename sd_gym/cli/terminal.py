@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from inspect import signature
 from typing import Annotated, Any
 
 import typer
@@ -99,8 +100,11 @@ def warnings_as_lines() -> Iterator[None]:
                 say(str(warning.message), "yellow")
 
 
-def settings_of(pairs: list[str], option: str = "--set") -> dict[str, Any]:
-    """``key=value`` pairs of an option as a dictionary of YAML values; a ``ValueError`` names the option."""
+def settings_of(pairs: list[str], option: str = "--set", call: Callable[..., Any] | None = None) -> dict[str, Any]:
+    """``key=value`` pairs of an option as a dictionary of YAML values; a ``ValueError`` names the option.
+
+    They are passed on to ``call``, whose own arguments are options of the command.
+    """
     from sd_gym.envs.config import parse_yaml
 
     settings = {}
@@ -108,6 +112,8 @@ def settings_of(pairs: list[str], option: str = "--set") -> dict[str, Any]:
         key, separator, value = pair.partition("=")
         if not separator or not key:
             raise ValueError(f"{option}: expected key=value, got {short(pair)}")
+        if call is not None and key in signature(call).parameters:
+            raise ValueError(f"{option} {short(pair)}: {key} is not a setting; use the option --{key}")
         settings[key] = parse_yaml(value, f"{option} {short(pair)}")
     return settings
 

@@ -138,3 +138,17 @@ def test_errors_say_what_to_do_and_exit_with_2(arguments, message, tmp_path, mon
     assert result.exit_code == 2
     assert message in " ".join((result.output + result.stderr).split())
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["tune", "SD/Table-v0", "--set", "seeds=3"],
+        ["tabulate", "SD/Table-v0", "--set", "jobs=3", "--output", "never"],
+    ],
+)
+def test_an_option_is_not_a_setting(command):
+    key = command[3].partition("=")[0]
+    done = run(*command)
+    assert done.exit_code == 2
+    assert f"{key} is not a setting; use the option --{key}" in " ".join(done.output.split())
