@@ -1,6 +1,7 @@
 """Runs for a report, by env and agent, with the figures of its sentences and tables."""
 
 import csv
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -138,11 +139,19 @@ class EnvRuns:
 
 
 def collect(folders: Iterable[str | Path]) -> list[EnvRuns]:
-    """Read runs and sort them; raises and warns as ``sd_gym.compare``, and ``ValueError`` for a serving env."""
+    """Read runs and sort them; raises and warns as ``sd_gym.compare``. Runs of serving envs are ignored, with a warning.
+
+    Raises:
+        ValueError: If there are no other runs.
+    """
     envs: dict[tuple[str, str, str, str], dict[str, list[Run]]] = {}
-    for run in finished_runs(folders):
-        if run.is_serving:
-            raise ValueError(f"{run.folder} is of a serving env, which a report does not show; use sd-gym compare")
+    runs = finished_runs(folders)
+    if serving := [str(run.folder) for run in runs if run.is_serving]:
+        message = f"a report shows no runs of serving envs ({', '.join(serving)}); use sd-gym compare"
+        if len(serving) == len(runs):
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=2)
+    for run in (run for run in runs if not run.is_serving):
         envs.setdefault(_key(run), {}).setdefault(agent_label(run.config), []).append(run)
     ids, collected = [key[0] for key in envs], []
     for (env, data, epsilon, backbone), agents in sorted(envs.items()):
