@@ -139,10 +139,9 @@ class EnvRuns:
 
 
 def collect(folders: Iterable[str | Path]) -> list[EnvRuns]:
-    """Read runs and sort them; raises and warns as ``sd_gym.compare``. Runs of serving envs are ignored, with a warning.
+    """Read runs and sort them; raises and warns as ``sd_gym.compare``.
 
-    Raises:
-        ValueError: If there are no other runs.
+    Runs of serving envs are left out, with a warning; ``ValueError`` if there are no others.
     """
     envs: dict[tuple[str, str, str, str], dict[str, list[Run]]] = {}
     runs = finished_runs(folders)

@@ -84,9 +84,9 @@ def test_a_run_is_selected_compared_and_its_dial_loaded(tmp_path, monkeypatch):
     assert 0 <= dial.choose(500, 0.9, 600.0) < len(dial.config.points)
     with pytest.raises(ValueError, match="use sd-gym compare"):
         collect([tmp_path / "fixed"])
-    sd_gym.train("SD/Classification-TREC-Table-v1", "hull", tmp_path / "hull", steps=1)
+    sd_gym.train("SD/QuestionAnswering-QAMR-Table-v0", "dense", tmp_path / "dense", steps=1)
     with pytest.warns(UserWarning, match="no runs of serving envs"):
-        assert len(collect([tmp_path / "fixed", tmp_path / "hull"])) == 1
+        assert len(collect([tmp_path / "fixed", tmp_path / "dense"])) == 1
     with pytest.raises(FileExistsError, match="finished run"):
         sd_gym.train(TREC, "fixed", tmp_path / "fixed", steps=1, requests=200)
 
