@@ -9,7 +9,6 @@ file, where the arguments are ``args``.
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from ray import serve  # pyright: ignore[reportMissingImports]  (an extra)
 
 from sd_gym.serving.app import Settings
 from sd_gym.serving.batcher import Limits
@@ -43,7 +42,12 @@ class Arguments(BaseModel):
 
 
 def app(arguments: Arguments) -> Any:
-    """The application of Ray Serve; errors are those of ``service``, raised in the replica."""
+    """The application of Ray Serve; errors are those of ``service``, raised in the replica.
+
+    Raises:
+        ModuleNotFoundError: If Ray Serve is not installed: ``pip install 'sd-gym[ray]'``.
+    """
+    from ray import serve  # pyright: ignore[reportMissingImports]  (an extra)
 
     def build() -> Any:
         chosen = arguments.model_dump(include={"backbone", "max_loss", "max_flops", "threads"})
