@@ -54,16 +54,26 @@ def in_any_order(
 
 
 def in_order(
-    ray: Any, make: Callable[[], Callable[[Any], Any]], inputs: Iterable[Any], *, gpus: int = 0
+    ray: Any,
+    make: Callable[[], Callable[[Any], Any]],
+    inputs: Iterable[Any],
+    imports: Sequence[str] = (),
+    *,
+    on_gpu: bool = False,
 ) -> Iterator[tuple[Any, Any]]:
     """Each input with its outcome, in their order; two inputs per core are read ahead.
 
     Each process of the cluster calls ``make`` once, for the function that it applies.
+
+    Raises:
+        ValueError: If it is to run on GPUs and the cluster has none, for which tasks would wait for ever.
     """
+    if on_gpu and not ray.cluster_resources().get("GPU"):
+        raise ValueError("the Ray cluster has no GPU; leave out --device, or add a machine with GPUs")
     key, ahead = uuid4().hex, 2 * cores(ray)
     pending: deque[tuple[Any, Any]] = deque()
     for value in inputs:
-        pending.append((value, submit(ray, _apply, key, make, value, gpus=gpus)))
+        pending.append((value, submit(ray, _apply, key, make, value, imports=imports, gpus=int(on_gpu))))
         if len(pending) == ahead:
             value, outcome = pending.popleft()
             yield value, ray.get(outcome)

@@ -147,10 +147,10 @@ def run(
 
     Example: `sd-gym run runs/reviews --input reviews.jsonl --output labels.jsonl --column text=review`
     """
-    terminal.import_all(imports)
+    imported = terminal.import_all(imports)
     with terminal.errors_as_lines(), terminal.warnings_as_lines(), terminal.progress_bar() as progress:
         bar = progress.add_task("loading", total=None, figures="")
-        from sd_gym.inference.bulk import count_rows, run_file
+        from sd_gym.inference.bulk import OnCluster, count_rows, run_file
         from sd_gym.inference.onnx import MANIFEST, OnnxModel
         from sd_gym.inference.texts import load
 
@@ -177,9 +177,7 @@ def run(
             compare=comparing,
             columns={str(field): str(column) for field, column in terminal.settings_of(columns, "--column").items()},
             batch_size=batch_size,
-            ray=ray,
-            make=make,
-            gpus=int(device.startswith("cuda")),
+            on_cluster=None if ray is None else OnCluster(ray, make, imported, device.startswith("cuda")),
             on_chunk=on_chunk,
         )
     table = Table(box=SIMPLE_HEAD, show_header=False)

@@ -6,13 +6,13 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import chain, islice
 from operator import iadd
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,6 +62,15 @@ class Bulk:
         return figures
 
 
+class OnCluster(NamedTuple):
+    """How a Ray cluster answers: each of its processes loads the model once."""
+
+    address: str  # as for ``sd_gym.train_all``
+    make: Callable[[], Any]  # loads the model
+    imports: Sequence[str] = ()  # modules and files that are imported first
+    on_gpu: bool = False  # whether each process needs a GPU
+
+
 def run_file(
     model: SkippingModel,
     source: Path | None,
@@ -72,9 +81,7 @@ def run_file(
     columns: dict[str, str] | None = None,
     batch_size: int | None = None,
     chunk: int = CHUNK,
-    ray: str | None = None,
-    make: Callable[[], Any] | None = None,
-    gpus: int = 0,
+    on_cluster: OnCluster | None = None,
     on_chunk: Callable[[int, Bulk], None] | None = None,
 ) -> Bulk:
     """Answer each row of a file; the output has a JSON object per row, in the same order.
@@ -93,9 +100,7 @@ def run_file(
         columns: The column of each field that is called differently.
         batch_size: See ``SkippingModel``.
         chunk: Rows that are grouped into passes together.
-        ray: Address of a Ray cluster, whose processes answer the chunks instead; see ``sd_gym.train_all``.
-        make: Loads the model in each of them; needed with ``ray``.
-        gpus: How many GPUs each of them needs.
+        on_cluster: A Ray cluster that answers the chunks instead.
         on_chunk: Called after each chunk with the number of its last line and the outcome so far.
 
     Raises:
@@ -114,11 +119,12 @@ def run_file(
     bulk, part = Bulk(), Part(output, {**made_by, "--column": columns, "version of sd_gym": __version__})
     with part.held(rows, resume=resume):
         chunks = iter(lambda: list(islice(rows, chunk)), [])
-        if ray is None or make is None:
+        if on_cluster is None:
             answered = ((lines, _answered(model, lines, compare, batch_size)) for lines in chunks)
         else:
+            address, make, imports, on_gpu = on_cluster
             load = partial(_answering, make, compare, batch_size)
-            answered = cluster.in_order(cluster.connect(ray), load, chunks, gpus=gpus)
+            answered = cluster.in_order(cluster.connect(address), load, chunks, imports, on_gpu=on_gpu)
         for lines, (answers, outcome) in answered:
             part.add(lines, answers)
             bulk += outcome

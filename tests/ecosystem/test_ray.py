@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import sd_gym
 from sd_gym.cli import app
-from sd_gym.inference.bulk import run_file
+from sd_gym.inference.bulk import OnCluster, run_file
 from tests.ecosystem import ID, SMALL
 
 PINS = ["ray==2.60.0"]
@@ -102,7 +102,7 @@ def test_a_run_over_a_file_survives_a_dead_machine(two_machines, tmp_path):
         if len(chunks) == 1:
             kill()
 
-    there = {"chunk": 64, "ray": address, "make": load, "on_chunk": on_chunk}
+    there = {"chunk": 64, "on_cluster": OnCluster(address, load), "on_chunk": on_chunk}
     outcome = run_file(load(), texts, tmp_path / "there.jsonl", **there)
     run_file(load(), texts, tmp_path / "here.jsonl", chunk=64)
     assert outcome.rows == 640

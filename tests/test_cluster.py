@@ -1,0 +1,17 @@
+"""Work on a Ray cluster; with a real one see tests/ecosystem/test_ray.py."""
+
+import pytest
+
+from sd_gym import cluster
+
+
+class NoGpu:
+    """Stands for ``ray`` on a cluster of one core."""
+
+    def cluster_resources(self):
+        return {"CPU": 1.0}
+
+
+def test_a_cluster_without_a_gpu_is_refused_instead_of_waited_for():
+    with pytest.raises(ValueError, match="the Ray cluster has no GPU"):
+        next(cluster.in_order(NoGpu(), lambda: str, [1], on_gpu=True))
