@@ -5,8 +5,8 @@
 
 All answer the same texts, from text to answer, tokenising and deciding included, and take turns. Rows "1" are single
 texts. Rows "8" and "32" are a queue of 64 texts, of which at most so many run together, grouped by mask. The last are a
-file, which begins with the env's test rows. "time" is the median over dense in eager, "own dense" over dense of the
-same engine. Promise kept = FLOPs / own dense; 1 is all of it. "agree" is the share of answers that equal those of dense
+file, which begins with the env's test rows. "time" is over that of dense in eager, "own dense" over dense of the same
+engine. Promise kept = FLOPs / own dense; 1 is all of it. "agree" is the share of answers that equal those of dense
 in eager. "quality" is the difference to it on the test rows, with its paired bootstrap interval. Last, ONNX is compared
 with sd_gym.load on the texts of the file and as many random ones.
 """
@@ -41,7 +41,7 @@ from sd_gym.inference.onnx import OnnxModel
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.tasks.metrics import text_quality
 
-WARM_UP, QUEUE, COLUMNS = 2, 64, ("FLOPs", "time", "own dense", "kept", "agree", "quality")
+WARM_UP, QUEUE, QUEUES, COLUMNS = 1, 64, 4, ("FLOPs", "time", "own dense", "kept", "agree", "quality")
 Texts = list[Any]
 
 
@@ -126,35 +126,40 @@ class Sample(NamedTuple):
 
 
 def add_rows(table: Table, ways: list[Way], sample: Sample, size: int | None, rounds: int) -> None:
-    """Measure texts in batches of a size, all ways in turn; ``None``: the file, which also has a quality."""
-    random, count = np.random.default_rng(0), len(sample.instances) if size is None else 1 if size == 1 else QUEUE
-    times, flops, agree = ({way.name: list[float]() for way in ways} for _ in range(3))
-    quality = dict[str, np.ndarray]()
+    """Measure texts in batches of a size, all ways in turn; ``None``: the file, which also has a quality.
+
+    Each text (size 1) or queue is answered in every round. Its time is the median over rounds, and the mean of these is
+    shown, as it is for FLOPs. A median over texts would be the time of the most frequent mask.
+    """
+    rows = np.random.default_rng(0).permutation(len(sample.instances))[: QUEUE * QUEUES]
+    parts: Any = rows[:QUEUE, None] if size == 1 else np.array_split(rows, QUEUES)
+    if size is None:
+        parts = [range(len(sample.instances))]
+    asked = [[text_of(sample.instances[row]) for row in part] for part in parts]
+    seconds = {way.name: np.zeros((rounds, len(asked))) for way in ways}
+    answers = {way.name: list[Answer]() for way in ways}
     for number in range(-WARM_UP if size else 0, rounds):
-        rows = random.permutation(len(sample.instances))[:count] if size else range(count)
-        texts, expected = [text_of(sample.instances[row]) for row in rows], list[str]()
-        for way in ways:
-            started = time.perf_counter()
-            answers = way.answers(texts, size)
-            seconds = time.perf_counter() - started
-            expected = expected or [one.answer for one in answers]
-            if number >= 0:
-                times[way.name].append(seconds)
-                flops[way.name] += [one.flops_ratio for one in answers]
-                agree[way.name] += [float(one.answer == other) for one, other in zip(answers, expected, strict=True)]
-            if size is None:
-                quality[way.name] = sample.quality(answers)
-    middle, eager = {name: statistics.median(seconds) for name, seconds in times.items()}, ways[0].name
+        for at, texts in enumerate(asked):
+            for way in ways:
+                started = time.perf_counter()
+                given = way.answers(texts, size)
+                if number >= 0:
+                    seconds[way.name][number, at] = time.perf_counter() - started
+                if number == rounds - 1:
+                    answers[way.name] += given
+    middle, eager = {name: np.median(values, axis=0).mean() for name, values in seconds.items()}, ways[0].name
+    expected = [one.answer for one in answers[eager]]
     for way in ways:
-        share = statistics.fmean(flops[way.name])
+        share = statistics.fmean(one.flops_ratio for one in answers[way.name])
         over, own = (middle[way.name] / middle[dense] for dense in (eager, way.dense))
-        agreed = statistics.fmean(agree[way.name])
+        pairs = zip(answers[way.name], expected, strict=True)
+        agreed = statistics.fmean(one.answer == other for one, other in pairs)
         shown = [f"{share:.1%}", f"{over:.1%}", f"{own:.1%}", f"{share / own:.2f}", f"{agreed:.1%}"]
         if size is None:
-            difference = quality[way.name] - quality[eager]
+            difference = sample.quality(answers[way.name]) - sample.quality(answers[eager])
             low, high = bootstrap_interval(difference)
             shown.append(f"{100 * difference.mean():+.2f} ({100 * low:+.2f} to {100 * high:+.2f})")
-        table.add_row(str(size or count), way.name, f"{1000 * middle[way.name] / count:.2f} ms", *shown)
+        table.add_row(str(size or len(asked[0])), way.name, f"{1000 * middle[way.name] / len(asked[0]):.2f} ms", *shown)
     table.add_section()
 
 
@@ -201,7 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run of few masks, of an encoder that classifies, scores or extracts")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=60, help="timed single texts; a tenth as many queues")
+    parser.add_argument("--rounds", type=int, default=5, help="times that each text or queue is answered")
     parser.add_argument("--texts", type=int, default=2000, help="texts of the file, which is answered twice")
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=shutil.which("c++") is not None)
@@ -226,7 +231,7 @@ def main() -> None:
                 table.add_column(column, justify="left" if column == "who answers" else "right")
             every = [*ways, *in_onnx(folders, texts, threads)]
             for size in arguments.batch_sizes:
-                add_rows(table, every, sample, size, arguments.rounds if size == 1 else -(-arguments.rounds // 10))
+                add_rows(table, every, sample, size, arguments.rounds)
             add_rows(table, every, sample, None, 2)
             console.print(table)
         console.print(equality(policy, folders["ONNX"], [*texts, *random_texts(texts)]))
