@@ -116,6 +116,14 @@ class Experiment:
             how = ["--algos", ",".join(agents), "--no-controls", "--seeds", self.arguments.seeds]
             how += ["--steps", self.arguments.steps, "--output", self.folder / look.replace(" ", "-")]
             sd_gym("compare", "SD/Table-v0", *how, *options)
+        self._exit_early()
+
+    def _exit_early(self) -> None:
+        """Early exit reads the head after each layer, which no table has. It runs an encoder."""
+        folder = self.folder / "one-stage" / "Custom" / "early-exit-0"
+        if self.data.backbone == "minilm" and not (folder / "result.json").exists():
+            how = ["--algo", "early-exit", "--output", folder, "--set", f"backbone={self.folder / 'backbone'}"]
+            sd_gym("train", ENV, *how, "--set", f"epsilon={self.arguments.epsilon}", *self.settings)
 
     def _prepare(self) -> None:
         data, folder = self.data, self.folder / "backbone"
@@ -187,7 +195,8 @@ def main() -> None:
             one.run()
     rows = [["-", "dense", *(one.dense() for one in experiments)]]
     for look, (_, agents) in LOOKS.items():
-        rows += [[look, agent, *(one.cell(look, agent) for one in experiments)] for agent in agents]
+        shown = ["early-exit", *agents] if look == "one stage" else agents
+        rows += [[look, agent, *(one.cell(look, agent) for one in experiments)] for agent in shown]
     print(markdown(["stages", "agent", *arguments.sets], rows))
 
 
