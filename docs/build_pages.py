@@ -106,6 +106,14 @@ def pages() -> dict[str, str]:
     made["reference/keys.md"] = f"# Keys of an env\n\n```yaml\n{(CONFIG_FOLDER / 'base.yaml').read_text()}```\n"
     command = get_command(app)
     commands = get_docs_for_click(obj=command, ctx=command.make_context("sd-gym", ["envs"]), name="sd-gym")
+    for name, one in command.commands.items():  # in full, where Typer shortens
+        line = (one.help or "").partition("\n\n")[0].replace("\n", " ")
+        commands = re.sub(
+            rf"^\* `{name}`: .*$",
+            lambda _, name=name, line=line: f"* [`{name}`](#sd-gym-{name}): {line}",
+            commands,
+            flags=re.MULTILINE,
+        )
     made["reference/command_line.md"] = commands.replace("# `sd-gym`", "# Command line", 1)
     for file in sorted((ROOT / "examples").glob("*.py")):
         other = file.with_suffix(".yaml")

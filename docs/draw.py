@@ -16,6 +16,7 @@ import numpy as np
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from sd_gym.envs.table_files import table_folder
@@ -130,7 +131,7 @@ def draw_switching(colours: dict[str, str]) -> None:
 
 def draw_front(colours: dict[str, str]) -> None:
     """Loss against FLOPs on two tables of real data: the curves of the tables, the agents of docs/results.md."""
-    figure, both = plt.subplots(1, 2, figsize=(8, 3.9), sharey=True)
+    figure, both = plt.subplots(1, 2, figsize=(6.8, 4.6), sharey=True)
     for axes, (name, folder) in zip(both, TABLES.items(), strict=True):
         curves = json.loads((table_folder(f"tables/{folder}") / "references.json").read_text())["curves"]
         for kind, label in (("hull", "hull, in hindsight"), ("full_information", "full information, in hindsight")):
@@ -141,10 +142,9 @@ def draw_front(colours: dict[str, str]) -> None:
             shown = {"color": COLOURS[agent], "edgecolors": colours["text"], "s": 70, "zorder": 3}
             axes.scatter(flops, loss, marker=AGENTS[agent], label=f"{agent}, selected", **shown)
         _dress(axes, name, colours)
-    both[0].set_ylabel("quality lost, points")
-    handles, labels = both[0].get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=3, loc="lower center", frameon=False, labelcolor=colours["text"], fontsize=10)
-    figure.subplots_adjust(bottom=0.36, wspace=0.08)
+    both[0].set_ylabel("quality lost, points", fontsize=13)
+    _legend(figure, both[0], colours, 2)
+    figure.subplots_adjust(bottom=0.43, wspace=0.08)
 
 
 def _selected(table: str) -> dict[str, tuple[float, float]]:
@@ -158,11 +158,18 @@ def _selected(table: str) -> dict[str, tuple[float, float]]:
 
 
 def _dress(axes: Axes, name: str, colours: dict[str, str]) -> None:
-    axes.set_title(name, color=colours["text"])
-    axes.set_xlabel("FLOPs, % of dense")
+    axes.set_title(name, color=colours["text"], fontsize=13)
+    axes.set_xlabel("FLOPs, % of dense", fontsize=13)
     axes.set(xlim=(25, 102), ylim=(-0.6, 3))
     axes.axhline(0, color=colours["skip"], linewidth=1)
     _colour(axes, colours)
+
+
+def _legend(figure: Figure, axes: Axes, colours: dict[str, str], columns: int, names: list[str] | None = None) -> None:
+    """The legend of one part, below the picture; if names are given, only these."""
+    entries = [entry for entry in zip(*axes.get_legend_handles_labels(), strict=True) if entry[1] in (names or entry)]
+    how = {"ncols": columns, "loc": "lower center", "frameon": False, "labelcolor": colours["text"], "fontsize": 12}
+    figure.legend(*zip(*entries, strict=True), **how)
 
 
 def _colour(axes: Axes, colours: dict[str, str]) -> None:
@@ -190,10 +197,7 @@ def draw_curves(colours: dict[str, str], learner: str | None = None) -> None:
         axes.set_xlabel("decisions", fontsize=13)
         axes.set(xlim=(0, 21_000), xticks=[0, 10_000, 20_000], xticklabels=["0", "10,000", "20,000"])
         _colour(axes, colours)
-    handles, labels = both[0].get_legend_handles_labels()
-    shown = [place for place, name in enumerate(labels) if learner in (None, name)]
-    how = {"ncols": 3, "loc": "lower center", "frameon": False, "labelcolor": colours["text"], "fontsize": 13}
-    figure.legend([handles[place] for place in shown], [labels[place] for place in shown], **how)
+    _legend(figure, both[0], colours, 3, drawn if learner is None else [learner])
     figure.subplots_adjust(bottom=0.36 if learner is None else 0.28, wspace=0.3)
 
 
@@ -225,7 +229,7 @@ def read_curves(folder: Path) -> None:
 def draw_latency(colours: dict[str, str]) -> None:
     """p99 latency of a server by its load, for each way to serve."""
     measured = json.loads((DOCS / "latency.json").read_text())
-    _, axes = plt.subplots(figsize=(6.4, 4.2))
+    figure, axes = plt.subplots(figsize=(6.4, 4.8))
     for number, (name, arm) in enumerate(measured["arms"].items()):
         probes = sorted((probe[0], 1000 * probe[3]) for probe in arm["probes"] if np.isfinite(probe[3]))
         colour = [colours["text"], *LEARNERS.values()][number]
@@ -235,8 +239,9 @@ def draw_latency(colours: dict[str, str]) -> None:
     axes.text(axes.get_xlim()[1], limit * 1.06, "limit", ha="right", color=colours["text"], fontsize=13)
     axes.set_xlabel("requests a second", fontsize=13)
     axes.set_ylabel("p99 latency, ms", fontsize=13)
-    axes.set(yscale="log")
-    axes.legend(frameon=False, labelcolor=colours["text"], fontsize=12)
+    axes.set(yscale="log", yticks=[100, 200, 500, 1000], yticklabels=["100", "200", "500", "1,000"])
+    _legend(figure, axes, colours, 2)
+    figure.subplots_adjust(bottom=0.36)
     _colour(axes, colours)
 
 
