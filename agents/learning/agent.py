@@ -201,7 +201,7 @@ class Agent(BaseAgent[SettingsT]):
         return [self.policy(), *([] if self.start is None else [self.start])]
 
     def operating_points(self) -> list[Version]:
-        """The versions of all policies to select from; with an answer stage, each with several thresholds of sureness."""
+        """Versions of all policies to select from; with an answer stage, each at several thresholds of sureness."""
         core, points = self.env.core, list[Version]()
         for policy in self.selectable_policies():
             variants = [policy.with_sureness(margin) for margin in SURENESS] if core.has_answer_stage else [policy]

@@ -1,4 +1,4 @@
-"""Calls of an attached model whose policy looks at the answer: their arguments, and outputs with dense rows."""
+"""Calls of an attached model with an answer stage: their arguments, and outputs in which rows that go on are dense."""
 
 from __future__ import annotations
 
