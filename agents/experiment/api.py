@@ -68,7 +68,7 @@ def train(
         output: Run folder; ``None``: ``default_folder``.
         steps: Decisions to learn from.
         seed: Seed of the agent and of the drawn instances.
-        confidence: Confidence of the guarantee that the selected policy loses less than the env's ``epsilon``, one-sided.
+        confidence: One-sided confidence of the guarantee that the selected policy loses less than ``epsilon``.
         resume: Whether to go on with an interrupted run.
         imports: Modules and files that register what the run needs; errors name them if they are missing later.
         on_progress: Called after each rollout with (steps so far, figures to show).
@@ -180,8 +180,8 @@ def evaluate(
         confidence: Confidence of the guarantee; see ``train``.
         policy_flops: FLOPs of one decision; ``None``: the policy's attribute ``flops`` if it has one, else they are not
             counted (``policy_flops_counted`` in the result).
-        name: Name of the policy for ``compare``: results with one name are runs of one agent. ``None``: the agent's name for
-            a run's folder; else the name of ``output``, and the result stands alone.
+        name: Name of the policy for ``compare``: results with one name are runs of one agent. ``None``: the agent's
+            name for a run's folder; else the name of ``output``, and the result stands alone.
         settings: Overrides of the env's config, as for ``gym.make``.
 
     Returns:
