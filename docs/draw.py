@@ -191,7 +191,9 @@ def draw_curves(colours: dict[str, str], learner: str | None = None) -> None:
             how = {"color": colours["faint"] if is_grey else LEARNERS[name]}
             marker = "D" if len(curve["decisions"]) == 1 else ""
             axes.plot(curve["decisions"], seeds.mean(axis=0), marker=marker, label=name, linewidth=2, **how)
-            if learner == name:
+            if learner == name and marker:
+                axes.vlines(curve["decisions"], seeds.min(axis=0), seeds.max(axis=0), linewidth=2, **how)
+            elif learner == name:
                 axes.fill_between(curve["decisions"], seeds.min(axis=0), seeds.max(axis=0), alpha=0.25, **how)
         axes.set_title(title, color=colours["text"], fontsize=13)
         axes.set_xlabel("decisions", fontsize=13)
