@@ -92,8 +92,8 @@ class PPOLexSettings(PPOSettings):
 class PPOLexAgent(PPOAgent[PPOLexSettings]):
     """PPO that learns to save while the quality is kept, and to restore it while it is not.
 
-    Constraint-rectified policy optimisation (CRPO, Xu, Liang and Lan 2021, algorithm 1), with a second value head for the
-    loss. The env's own reward is not used.
+    Constraint-rectified policy optimisation (CRPO, Xu, Liang and Lan 2021, algorithm 1), with a second value head for
+    the loss. The env's own reward is not used.
     """
 
     Settings = PPOLexSettings
