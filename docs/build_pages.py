@@ -8,7 +8,8 @@ import importlib
 import inspect
 import json
 import re
-from io import BytesIO
+from collections.abc import Sequence
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from typing import Any
 import griffe
 import gymnasium as gym
 import numpy as np
+from draw import THEMES, curves_picture
 from mkdocs.structure.files import File, Files
-from PIL import Image
 from sd_gym.agents.registry import AGENTS, agent_class
 from typer.cli import get_docs_for_click
 from typer.main import get_command
@@ -25,6 +26,7 @@ from typer.main import get_command
 import sd_gym
 from sd_gym.cli import app
 from sd_gym.envs.listing import Head, head
+from sd_gym.envs.render import LETTERS
 from sd_gym.envs.table_files import table_folder
 from sd_gym.registration import CONFIG_FOLDER, SERVING, config_of, shipped_tables
 
@@ -53,6 +55,15 @@ MODULES += ["sd_gym.switch", "sd_gym.inference.texts", "sd_gym.inference.onnx", 
 MODULES += ["sd_gym.serving.server", "sd_gym.serving.batcher", "sd_gym.serving.dial"]
 
 
+CURVE = """
+## Learning curve
+
+On `SD/Classification-TREC-Table-v1`, the most probable decisions on the validation split: mean over three seeds, and
+their range. The other learners are grey ([all of them, and the command](../agents.md#learning-curves)).
+
+"""
+
+
 class Examples(griffe.Extension):
     """Docstrings say ``Example:`` for a doctest; griffe wants ``Examples:``."""
 
@@ -74,7 +85,8 @@ def on_config(config: Any) -> None:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Turn links into the repository into links of the site."""
+    """Turn links into the repository into links of the site, and file names in their texts into titles."""
+    markdown = re.sub(r"\[(?:\.\./|docs/)?(\w+)\.md\]\(", lambda link: f"[{_title(link[1])}](", markdown)
     up = "../" * page.file.src_uri.count("/")
     for sheet, name in SHEETS.items():
         markdown = re.sub(rf"\]\((\.\./)?{sheet}\.md", f"]({up}{name}.md", markdown)
@@ -94,6 +106,14 @@ def pages() -> dict[str, str]:
     made["reference/keys.md"] = f"# Keys of an env\n\n```yaml\n{(CONFIG_FOLDER / 'base.yaml').read_text()}```\n"
     command = get_command(app)
     commands = get_docs_for_click(obj=command, ctx=command.make_context("sd-gym", ["envs"]), name="sd-gym")
+    for name, one in command.commands.items():  # in full, where Typer shortens
+        line = (one.help or "").partition("\n\n")[0].replace("\n", " ")
+        commands = re.sub(
+            rf"^\* `{name}`: .*$",
+            lambda _, name=name, line=line: f"* [`{name}`](#sd-gym-{name}): {line}",
+            commands,
+            flags=re.MULTILINE,
+        )
     made["reference/command_line.md"] = commands.replace("# `sd-gym`", "# Command line", 1)
     for file in sorted((ROOT / "examples").glob("*.py")):
         other = file.with_suffix(".yaml")
@@ -103,18 +123,19 @@ def pages() -> dict[str, str]:
 
 
 def pictures() -> dict[str, bytes]:
-    """A random decision in each Mini env of one stage, as PNG by path."""
-    made = {}
-    for name in sd_gym.registered_ids():
-        if name.endswith("-Mini-v0"):
-            env = gym.make(name, render_mode="rgb_array", token_shares=[0.0, 0.25, 0.5], **FEW)
-            env.action_space.seed(2)
-            env.reset(seed=0)
-            env.step(env.action_space.sample())
-            file = BytesIO()
-            Image.fromarray(env.render()).save(file, "png")
-            made[_picture_path(name)] = file.getvalue()
-    return made
+    """The learning curve of each learner, as SVG by path."""
+    return {
+        f"algorithms/{name}_{theme}.svg": curves_picture(colours, name)
+        for name in AGENTS.names()
+        if not agent_class(name).is_control
+        for theme, colours in THEMES.items()
+    }
+
+
+def _title(page: str) -> str:
+    """The heading of a page that is written by hand."""
+    file = ROOT / f"{page}.md" if page in SHEETS else ROOT / "docs" / f"{page}.md"
+    return file.read_text().partition("\n")[0].removeprefix("# ")
 
 
 def _expanded(nav: Any) -> Any:
@@ -132,9 +153,7 @@ def _expanded(nav: Any) -> Any:
 def _nav_of(folder: str) -> list[Any]:
     if folder == "environments/":
         names = _by_family()
-        return [
-            {family: [{n.removeprefix("SD/"): _env_path(n)} for n in own]} for family, own in groupby(names, _family)
-        ]
+        return [{family: [{_short(n): _env_path(n)} for n in own]} for family, own in groupby(names, _family)]
     if folder == "algorithms/":
         kinds = {"Learn": [], "Controls": []}
         for name in AGENTS.names():
@@ -154,12 +173,13 @@ def _family(name: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name.split("/")[1].split("-")[0])
 
 
+def _short(name: str) -> str:
+    """An id without its family."""
+    return name.removeprefix("SD/").partition("-")[2] if name != "SD/Table-v0" else "Table-v0"
+
+
 def _env_path(name: str) -> str:
     return f"environments/{name.removeprefix('SD/')}.md"
-
-
-def _picture_path(name: str) -> str:
-    return f"environments/{name.removeprefix('SD/').split('-')[0]}.png"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -181,41 +201,128 @@ def _made(name: str) -> Any:
 
 INDEX = """# Environments
 
-All ids begin with `SD/`. `sd-gym envs ENV` prints the head of a page.
+All ids begin with `SD/`. `sd-gym envs ENV` prints the head of a page. The horizon is the number of decisions in an
+episode. With a horizon of 1 an env is a contextual bandit.
+"""
+HEADROOM = """
+## Headroom
 
-The last four columns are about the test rows of the tables in the package (`references.json`). They are the mean
-quality of the dense backbone, and the FLOPs at the env's epsilon of three references: the best coin between masks
-(hull), the learner that knows all outcomes, and the oracle. From hull to oracle is the headroom of a policy.
+FLOPs of three references on the test rows, at the env's epsilon: the best coin between masks
+([hull](../concepts.md)), the learner that knows all outcomes of the policy rows, and the oracle. Between hull and
+oracle is what a policy can gain. The other envs take their backbone from elsewhere.
 """
 
 
 def _index(heads: dict[str, Head]) -> str:
     """The page that lists all envs."""
-    header = ["env", "backbone", "stages", "switches", "dense quality", "hull", "full information", "oracle"]
-    text = INDEX
+    text, headroom = INDEX, []
     for family, names in groupby(_by_family(), _family):
         rows = []
         for name in names:
             facts, env = heads[name].facts, _made(name)
-            switches = str(env.core.n_switches if hasattr(env, "core") else BART.get(facts["backbone"], "-"))
-            stages = facts.get("stages", "of the table")
-            number = str(len(stages.split(", ")))
-            stages = {"every_layer": "every layer", "of the table": "-"}.get(stages, number)
-            link = f"[{name.removeprefix('SD/')}]({_env_path(name).split('/')[1]})"
-            rows.append([link, facts["backbone"], stages, switches, *_references(name, env)])
-        if all(row[4:] == ["-"] * 4 for row in rows):
-            header, rows = header[:4], [row[:4] for row in rows]
-        text += f"\n## {family}\n\n{_table(header, rows)}"
-    return text
+            page = _env_path(name).split("/")[1]
+            data = facts["data set"].split(",")[0]
+            link = f"[{_short(name)}]({page})"
+            rows.append([link, data, facts["backbone"], _horizon(facts), _switches(facts, env)])
+            link = f"[{name.removeprefix('SD/')}]({page})"
+            if "-Table-" in name and name not in SERVING:
+                headroom.append([link, *_references(name, env)])
+            elif facts["backbone"] == "mini":
+                headroom.append([link, f"{_mini_quality(facts['task']):.1%}", "-", "-", "-"])
+        text += f"\n## {family}\n\n{_table(['env', 'data', 'backbone', 'horizon', 'switches'], rows)}"
+    return text + HEADROOM + "\n" + _table(["env", "dense quality", "hull", "full information", "oracle"], headroom)
+
+
+def _horizon(facts: dict[str, str]) -> str:
+    """Decisions of an episode."""
+    if facts["task"] == "serving":
+        return "one per group"
+    stages = facts["stages"]
+    return {"every_layer": "one per layer", "of the table": "of the table"}.get(stages, str(len(stages.split(", "))))
+
+
+def _switches(facts: dict[str, str], env: Any) -> str:
+    if hasattr(env, "core"):
+        return str(env.core.n_switches)
+    of_yours = "of the table" if facts.get("stages", "of the table") == "of the table" else "of the model"
+    return str(BART.get(facts["backbone"], of_yours))
+
+
+def _mini_quality(task: str) -> float:
+    """Of the dense bundled backbone: the mean over the levels of difficulty."""
+    levels = json.loads((ROOT / "sd_gym/backbones/mini/quality.json").read_text())[task]
+    return float(np.mean(list(levels.values())))
 
 
 def _references(name: str, env: Any) -> list[str]:
-    if name not in shipped_tables():
-        return ["-"] * 4
+    """Dense quality, and the FLOPs of the references at epsilon."""
     split = env.core.split("test")
     dense = split.scoring.of_masks(np.arange(len(split)))[:, 0].mean()
     known = json.loads((table_folder(shipped_tables()[name]) / "references.json").read_text())
     return [f"{dense:.1%}", *(f"{known[key][-1]:.1%}" for key in ("hull", "full_information", "oracle"))]
+
+
+def _decided(name: str) -> str:
+    """A random decision of an env that can be made here, as HTML."""
+    env, is_table = gym.make(name, **({} if name in shipped_tables() else FEW)), name in shipped_tables()
+    env.action_space.seed(2)
+    _, info = env.reset(seed=0)
+    over = False
+    while not over:
+        mask = info.get("action_mask") if is_table else None
+        _, reward, over, _, info = env.step(env.action_space.sample(mask))
+    core = env.unwrapped.core
+    names = core.description["backbone"]["switches"] if is_table else core.backbone.board.names
+    share, kept = info["flops_ratio"], "kept" if info["is_success"] else "lost"
+    return (
+        f'<figure class="decision"><div class="switches">{_cells(names, info["decision"])}</div>'
+        f'<div class="flops"><div style="width: {share:.1%}"></div></div>'
+        f"<figcaption>A random decision in {name}. Blue ran, grey was skipped: a is attention, c cross-attention, f "
+        f"feed-forward. {share:.1%} of the FLOPs, quality {info['quality']:g} (dense: {info['quality_ref']:g}), "
+        f"{kept}; reward {reward:+.2f}.</figcaption></figure>\n"
+    )
+
+
+def _cells(names: list[str], decision: Sequence[int]) -> str:
+    """A cell per switch, by stack and layer."""
+    text = ""
+    cells = zip((name.split(".") for name in names), decision, strict=False)  # without the token level
+    for stack, layers in groupby(cells, lambda cell: cell[0][0]):
+        text += f"<div>{stack}</div><div>"
+        for _, layer in groupby(layers, lambda cell: cell[0][1]):
+            tags = ((LETTERS[name[2]], "s" if skip else "b") for name, skip in layer)
+            text += f"<span>{''.join(f'<{tag}>{letter}</{tag}>' for letter, tag in tags)}</span>"
+        text += "</div>"
+    return text
+
+
+def _queue(name: str) -> str:
+    """The first groups of a serving env, with a bolder point the longer the queue, as HTML."""
+    env = gym.make(name)
+    observation, _ = env.reset(seed=0)
+    bars = ""
+    for _ in range(160):
+        point = min(int(4 * observation[0]), env.action_space.n - 1)
+        bars += f'<i class="point{point}" style="height: {min(100, 50 * observation[0]):.0f}%"></i>'
+        observation, *_ = env.step(point)
+    return (
+        f'<figure class="decision"><div class="queue">{bars}</div><figcaption>The first 160 groups of {name}. Height: '
+        "waiting requests. Colour: the chosen operating point, grey for dense, then darker for bolder. Here a rule "
+        "chooses by the length of the queue.</figcaption></figure>\n"
+    )
+
+
+@lru_cache
+def _decision(name: str) -> str:
+    """The picture of a decision: of the env, or of the Mini env with the same task and stages."""
+    if name == "SD/Table-v0":
+        return ""
+    if name in SERVING:
+        return _queue(name)
+    if name in shipped_tables() or "-Mini-" in name:
+        return _decided(name)
+    staged = "Staged-" if "-Staged-" in name else ""
+    return _decision(f"{name.split('-')[0]}-Mini-{staged}v0")
 
 
 def _space(space: gym.Space) -> str:
@@ -253,11 +360,10 @@ def _env_page(name: str, found: Head) -> str:
         sections["Observation Space"] = f"`{_space(env.observation_space)}`\n\n{sections['Observation Space']}"
     if found.versions:
         sections["Version History"] = "\n".join(f"- {line}" for line in found.versions)
-    picture = f"\n![A random decision: dropped tokens, what ran, FLOPs, quality]({_picture_path(name).split('/')[1]})\n"
-    about = re.sub(r"docs/(\w+)\.md", r"[\1](../\1.md)", found.about)
+    about = re.sub(r"docs/(\w+)\.md", r"[\1.md](../\1.md)", found.about)
     text = f"# {name}\n\n{about}\n\n{_table(['', ''], [[fact, value] for fact, value in values.items()])}\n"
     text += f'```python\nimport gymnasium as gym\nimport sd_gym\n\nenv = gym.make("{name}"{arguments})\n```\n'
-    text += picture if "-Mini-" in name and "Table" not in name else ""
+    text += f"\n{_decision(name)}"
     for title in SECTIONS.split(", "):
         text += f"\n## {title}\n\n{sections[title]}\n"
     short = name.removeprefix("SD/").split("-Table-")[0].removeprefix("Classification-")
@@ -291,9 +397,14 @@ def _algorithm_page(name: str) -> str:
     rows = [[f"`{key}`", f"`{field.default}`", _plain(" ".join(notes.get(key, "").split()))] for key, field in fields]
     text = f"# {name}\n\n{_plain(inspect.getdoc(cls) or '')}\n\n{_plain(module.partition(chr(10))[2])}\n\n"
     env = WHERE.get(name, "SD/Classification-TREC-Table-v1")
-    text += f"```bash\nsd-gym train {env} --algo {name}\n```\n\n## Settings\n\n"
-    text += "Set one with `--set name=value`, or as a keyword of `sd_gym.train`.\n\n"
-    return text + _table(["setting", "default", "meaning"], rows) + _results(lambda cells: name in cells[1:3])
+    text += f"```bash\nsd-gym train {env} --algo {name}\n```\n"
+    if not cls.is_control:
+        text += CURVE + "".join(f"![{name}]({name}_{theme}.svg#gh-{theme}-mode-only)\n" for theme in THEMES)
+    text += _results(lambda cells: name in cells[1:3])
+    if not rows:
+        return text
+    text += "\n## Settings\n\nSet one with `--set name=value`, or as a keyword of `sd_gym.train`.\n\n"
+    return text + _table(["setting", "default", "meaning"], rows)
 
 
 def _reference_page(name: str) -> str:

@@ -1,22 +1,30 @@
-"""Draws the pictures of the pages, light and dark: ``python docs/draw.py``."""
+"""Draws the pictures of the pages, light and dark: ``python docs/draw.py``.
+
+Learning curves are of docs/curves.json. ``python docs/draw.py runs/curves`` writes it anew from the runs in a folder of
+``sd-gym compare``. The latency is of docs/latency.json, the ``serving.json`` of benchmarks/serving.py.
+"""
 
 import json
 import re
+import sys
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from sd_gym.envs.table_files import table_folder
 
 DOCS = Path(__file__).parent
 THEMES = {
-    "light": {"text": "#1f2933", "run": "#0072b2", "skip": "#d5dbe1", "on_run": "#ffffff"},
-    "dark": {"text": "#e6e9ee", "run": "#56b4e9", "skip": "#4a5160", "on_run": "#10151c"},
+    "light": {"text": "#1f2933", "run": "#0072b2", "skip": "#d5dbe1", "faint": "#b4bcc5", "on_run": "#ffffff"},
+    "dark": {"text": "#e6e9ee", "run": "#56b4e9", "skip": "#4a5160", "faint": "#666e7c", "on_run": "#10151c"},
 }
 NAMES = ["attention", "feed-forward", "attention", "feed-forward"]
 RUN = [[1, 1, 1, 0], [0, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 0]]  # rows of the batch by sublayer
@@ -27,6 +35,15 @@ INPUTS = [
 KEY = [(0, "a", "run", "attention"), (3.4, "f", "run", "feed-forward"), (7.4, "-", "skip", "skipped, not run")]
 TABLES = {"TREC": "classification-trec", "AGNews": "classification-agnews"}
 AGENTS = {"hull": "s", "full-information": "*", "imitation": "o", "ppo": "^", "a2c": "D"}
+LEARNERS = {
+    "ppo": "#0072b2",
+    "a2c": "#e69f00",
+    "ppo_lagrangian": "#009e73",
+    "ppo_lex": "#56b4e9",
+    "reinforce": "#d55e00",
+    "imitation": "#cc79a7",
+}
+CURVES = {"reward": "validation/reward", "flops": "validation/flops_ratio"}
 COLOURS = {"hull": "#d55e00", "full-information": "#009e73", "imitation": "#cc79a7", "ppo": "#0072b2", "a2c": "#e69f00"}
 
 
@@ -114,7 +131,7 @@ def draw_switching(colours: dict[str, str]) -> None:
 
 def draw_front(colours: dict[str, str]) -> None:
     """Loss against FLOPs on two tables of real data: the curves of the tables, the agents of docs/results.md."""
-    figure, both = plt.subplots(1, 2, figsize=(8, 3.9), sharey=True)
+    figure, both = plt.subplots(1, 2, figsize=(6.8, 4.6), sharey=True)
     for axes, (name, folder) in zip(both, TABLES.items(), strict=True):
         curves = json.loads((table_folder(f"tables/{folder}") / "references.json").read_text())["curves"]
         for kind, label in (("hull", "hull, in hindsight"), ("full_information", "full information, in hindsight")):
@@ -125,10 +142,9 @@ def draw_front(colours: dict[str, str]) -> None:
             shown = {"color": COLOURS[agent], "edgecolors": colours["text"], "s": 70, "zorder": 3}
             axes.scatter(flops, loss, marker=AGENTS[agent], label=f"{agent}, selected", **shown)
         _dress(axes, name, colours)
-    both[0].set_ylabel("quality lost, points")
-    handles, labels = both[0].get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=3, loc="lower center", frameon=False, labelcolor=colours["text"], fontsize=10)
-    figure.subplots_adjust(bottom=0.36, wspace=0.08)
+    both[0].set_ylabel("quality lost, points", fontsize=13)
+    _legend(figure, both[0], colours, 2)
+    figure.subplots_adjust(bottom=0.43, wspace=0.08)
 
 
 def _selected(table: str) -> dict[str, tuple[float, float]]:
@@ -142,19 +158,99 @@ def _selected(table: str) -> dict[str, tuple[float, float]]:
 
 
 def _dress(axes: Axes, name: str, colours: dict[str, str]) -> None:
-    axes.set_title(name, color=colours["text"])
-    axes.set_xlabel("FLOPs, % of dense")
+    axes.set_title(name, color=colours["text"], fontsize=13)
+    axes.set_xlabel("FLOPs, % of dense", fontsize=13)
     axes.set(xlim=(25, 102), ylim=(-0.6, 3))
     axes.axhline(0, color=colours["skip"], linewidth=1)
-    axes.tick_params(colors=colours["text"])
+    _colour(axes, colours)
+
+
+def _legend(figure: Figure, axes: Axes, colours: dict[str, str], columns: int, names: list[str] | None = None) -> None:
+    """The legend of one part, below the picture; if names are given, only these."""
+    entries = [entry for entry in zip(*axes.get_legend_handles_labels(), strict=True) if entry[1] in (names or entry)]
+    how = {"ncols": columns, "loc": "lower center", "frameon": False, "labelcolor": colours["text"], "fontsize": 12}
+    figure.legend(*zip(*entries, strict=True), **how)
+
+
+def _colour(axes: Axes, colours: dict[str, str]) -> None:
+    axes.tick_params(which="both", colors=colours["text"], labelsize=12)
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set_color(colours["text"])
     for spine in axes.spines.values():
         spine.set_color(colours["skip"])
 
 
+def draw_curves(colours: dict[str, str], learner: str | None = None) -> None:
+    """Reward and FLOPs of the learners over decisions; if one is named, the others are grey."""
+    figure, both = plt.subplots(1, 2, figsize=(6.8, 4.1))
+    drawn = sorted(LEARNERS, key=lambda name: name == learner)  # the named one is on top
+    for axes, (key, title) in zip(both, {"reward": "reward", "flops": "FLOPs, % of dense"}.items(), strict=True):
+        for name in drawn:
+            curve, is_grey = json.loads((DOCS / "curves.json").read_text())[name], learner not in (None, name)
+            seeds = np.array(curve[key]) * (100 if key == "flops" else 1)
+            how = {"color": colours["faint"] if is_grey else LEARNERS[name]}
+            marker = "D" if len(curve["decisions"]) == 1 else ""
+            axes.plot(curve["decisions"], seeds.mean(axis=0), marker=marker, label=name, linewidth=2, **how)
+            if learner == name and marker:
+                axes.vlines(curve["decisions"], seeds.min(axis=0), seeds.max(axis=0), linewidth=2, **how)
+            elif learner == name:
+                axes.fill_between(curve["decisions"], seeds.min(axis=0), seeds.max(axis=0), alpha=0.25, **how)
+        axes.set_title(title, color=colours["text"], fontsize=13)
+        axes.set_xlabel("decisions", fontsize=13)
+        axes.set(xlim=(0, 21_000), xticks=[0, 10_000, 20_000], xticklabels=["0", "10,000", "20,000"])
+        _colour(axes, colours)
+    _legend(figure, both[0], colours, 3, drawn if learner is None else [learner])
+    figure.subplots_adjust(bottom=0.36 if learner is None else 0.28, wspace=0.3)
+
+
+def curves_picture(colours: dict[str, str], learner: str) -> bytes:
+    """The learning curve of one learner among the others, as SVG."""
+    file = BytesIO()
+    with plt.rc_context({"svg.fonttype": "none"}):
+        draw_curves(colours, learner)
+        plt.savefig(file, bbox_inches="tight", transparent=True, metadata={"Date": None})
+    plt.close()
+    return file.getvalue()
+
+
+def read_curves(folder: Path) -> None:
+    """Write docs/curves.json from the TensorBoard events of runs, ``FOLDER/ENV/LEARNER-SEED``."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves = {}
+    for name in LEARNERS:
+        runs = [EventAccumulator(str(run)).Reload() for run in sorted(folder.glob(f"*/{name}-[0-9]"))]
+        steps = [event.step for event in runs[0].Scalars(CURVES["reward"])]
+        curves[name] = {"decisions": steps} | {
+            key: [[round(event.value, 4) for event in run.Scalars(tag)] for run in runs] for key, tag in CURVES.items()
+        }
+    lines = [f'"{name}": {json.dumps(curve)}' for name, curve in curves.items()]
+    (DOCS / "curves.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def draw_latency(colours: dict[str, str]) -> None:
+    """p99 latency of a server by its load, for each way to serve."""
+    measured = json.loads((DOCS / "latency.json").read_text())
+    figure, axes = plt.subplots(figsize=(6.4, 4.8))
+    for number, (name, arm) in enumerate(measured["arms"].items()):
+        probes = sorted((probe[0], 1000 * probe[3]) for probe in arm["probes"] if np.isfinite(probe[3]))
+        colour = [colours["text"], *LEARNERS.values()][number]
+        axes.plot(*zip(*probes, strict=True), "o-", label=name, markersize=4, color=colour)
+    limit = 1000 * measured["limit"]
+    axes.axhline(limit, color=colours["faint"], linestyle="--", linewidth=1)
+    axes.text(axes.get_xlim()[1], limit * 1.06, "limit", ha="right", color=colours["text"], fontsize=13)
+    axes.set_xlabel("requests a second", fontsize=13)
+    axes.set_ylabel("p99 latency, ms", fontsize=13)
+    axes.set(yscale="log", yticks=[100, 200, 500, 1000], yticklabels=["100", "200", "500", "1,000"])
+    _legend(figure, axes, colours, 2)
+    figure.subplots_adjust(bottom=0.36)
+    _colour(axes, colours)
+
+
 def main() -> None:
     """Write all pictures."""
+    if len(sys.argv) > 1:
+        read_curves(Path(sys.argv[1]))
     plt.rcParams["svg.fonttype"] = "path"
     plt.rcParams["svg.hashsalt"] = "sd_gym"
     for theme, colours in THEMES.items():
@@ -163,6 +259,8 @@ def main() -> None:
             ("concepts", draw_concepts),
             ("switching", draw_switching),
             ("front", draw_front),
+            ("curves", draw_curves),
+            ("latency", draw_latency),
         ):
             draw(colours)
             plt.savefig(DOCS / f"{name}_{theme}.svg", bbox_inches="tight", transparent=True, metadata={"Date": None})

@@ -97,7 +97,7 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...], imports: lis
 
 
 def _prepare(folder: str, imports: list[str]) -> None:
-    """Make a process ready: in the folder that relative paths start from, with one thread, with the user's modules."""
+    """Prepare a process: the folder that relative paths start from, one thread, and the user's modules."""
     import torch
 
     os.chdir(folder)

@@ -45,7 +45,7 @@ class Registry(Generic[Thing]):
         return [*self._built_in, *self._own]
 
     def find(self, name: str) -> Thing:
-        """The thing with a name; raises ``UnknownNameError`` if there is no such name."""
+        """What is registered under a name; raises ``UnknownNameError`` if there is no such name."""
         if name in self._own:
             return self._own[name]
         if name not in self._built_in:

@@ -147,7 +147,7 @@ def test_the_python_page_runs_as_it_stands(env_id):
     text = (ROOT / "docs" / "python.md").read_text()
     assert len(text.splitlines()) <= 80
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 2
     program = "\n".join(blocks).replace("SD/Classification-Mini-v0", env_id).replace("20_000", "300")
     names = {}
     exec(compile(program, "docs/python.md", "exec"), names)

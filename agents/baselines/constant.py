@@ -21,7 +21,11 @@ CERTAIN = 0.99
 
 
 class RateSettings(AgentSettings):
-    """Settings of the controls that skip at random."""
+    """Settings of the controls that skip at random.
+
+    Attributes:
+        rate: Probability of skipping each switch.
+    """
 
     rate: float = Field(0.2, gt=0, lt=1)
 

@@ -48,7 +48,7 @@ class StaticAgent(Agent[StaticSettings]):
         self.masks: list[NDArray] = [np.zeros_like(self.env.core.nvec)]
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
-        """Search; ``total_steps`` plays no part."""
+        """Search; ``total_steps`` is not used."""
         core = self.env.core
         split, rows = core.split("train"), policy_rows(core)
         if self.settings.path is not None:

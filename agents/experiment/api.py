@@ -67,8 +67,8 @@ def train(
         algo: An agent's name.
         output: Run folder; ``None``: ``default_folder``.
         steps: Decisions to learn from.
-        seed: Of the agent and of the instances drawn.
-        confidence: Of the guarantee that the selected policy loses less than the env's ``epsilon``, one-sided.
+        seed: Seed of the agent and of the drawn instances.
+        confidence: One-sided confidence of the guarantee that the selected policy loses less than ``epsilon``.
         resume: Whether to go on with an interrupted run.
         imports: Modules and files that register what the run needs; errors name them if they are missing later.
         on_progress: Called after each rollout with (steps so far, figures to show).
@@ -177,11 +177,11 @@ def evaluate(
             ``last_policy`` has the results of the policy as given. Points are the versions of a run's policy or of a
             ``DecisionPolicy``, or the policies of a list; a callable is one point. No point may depend on the
             validation or test split, else the guarantee is void.
-        confidence: Of the guarantee; see ``train``.
+        confidence: Confidence of the guarantee; see ``train``.
         policy_flops: FLOPs of one decision; ``None``: the policy's attribute ``flops`` if it has one, else they are not
             counted (``policy_flops_counted`` in the result).
-        name: Of the policy, for ``compare``: results of one name are runs of one agent. ``None``: the agent's name for
-            a run's folder; else the name of ``output``, and the result stands alone.
+        name: Name of the policy for ``compare``: results with one name are runs of one agent. ``None``: the agent's
+            name for a run's folder; else the name of ``output``, and the result stands alone.
         settings: Overrides of the env's config, as for ``gym.make``.
 
     Returns:

@@ -224,7 +224,7 @@ def _load_checkpoint(checkpoint: Path, agent: Agent, selection: Selection) -> in
 def reduce(run: str | Path, codebook: int, output: str | Path) -> dict[str, Any]:
     """Make a run's policy choose among a few masks, select its operating point, and evaluate it: ``sd-gym reduce``.
 
-    Inputs then share decisions more often, and those that do run faster together.
+    More inputs then share a decision, and those run together, which is faster.
 
     Args:
         run: The run.

@@ -155,7 +155,7 @@ class Selection:
         return guarantee(rows, epsilon, self.confidence, self.selected is None)
 
     def _estimated(self, points: Sequence[Version]) -> list[list[_Estimate]]:
-        """The points by policy, up to the first version that is hopeless on policy rows."""
+        """The points of each policy, up to the first one that is hopeless on policy rows."""
         core, epsilon, few = self.core, self.core.config.reward.epsilon, policy_rows(self.core, FEW_ROWS)
         rows = few if core.is_staged else policy_rows(core)
         paths = []

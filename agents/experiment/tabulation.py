@@ -63,9 +63,9 @@ def tabulate(
             (a list of masks, or the folder of a run of ``static`` or of a table). The dense mask is always added.
             ``None``: all if there are at most 4,096, else ``random:64``. With several stages, the parts of the masks at
             each stage are combined with those at the others (``None``: ``path``).
-        instances: Of each split, at most; ``None``: all.
-        seed: Of ``random:N``.
-        pca: Principal components of the training split to reduce observations to (float16), for a small table;
+        instances: Largest number per split; ``None``: all.
+        seed: Seed of ``random:N``.
+        pca: Number of principal components that observations are reduced to (float16), for a small table;
             ``None``: they are not reduced.
         share: Whether to leave out the data's own ids (instances are numbered), facts in words, and paths. No table has
             texts.

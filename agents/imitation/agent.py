@@ -2,12 +2,12 @@
 
 A greedy search orders the candidates: a path of static masks from dense to nothing. All training instances run under
 all masks of this path. A network learns how likely each instance is to lose its quality under each mask (its *risk*).
-Each step down the path saves FLOPs and adds risk. It pays while the savings exceed the risk times a multiplier. The
-policy learns these exchange rates, so a margin on its logits is the logarithm of another multiplier: another operating
-point. (TR-BERT, Ye et al. 2021, and Dr.LLM also start from searched decisions. Their target is the outcome of each
-instance under a decision; here it is the risk.)
+Each step down the path saves FLOPs and adds risk. It pays if the savings exceed the risk times a multiplier. The policy
+learns the ratio of risk and savings of each step. A margin on its logits stands for another multiplier, and so gives
+another operating point. (TR-BERT, Ye et al. 2021, and Dr.LLM also start from searched decisions. Their target is the
+outcome of each instance under a decision; here it is the risk.)
 
-With several stages each decides on its part of the path: ``sd_gym.agents.imitation.backward_induction``.
+With several stages each stage decides on its part of the path: ``sd_gym.agents.imitation.backward_induction``.
 """
 
 import math
@@ -58,10 +58,10 @@ class ImitationSettings(LearnerSettings):
         path: Folder of a run of ``static`` or ``imitation`` whose masks are the path; ``None``: search a path on the
             training split.
         per: What a step of a searched path skips: a ``sublayer``, or a whole ``layer``.
-        instances: Training instances that run under the masks of the path, at most.
+        instances: Largest number of training instances that run under the masks of the path.
         epochs: Passes over them, for the risk and for the policy; the best epoch on a held-out tenth is used.
-        batch_size: Of the supervised learning.
-        weight_decay: Of AdamW.
+        batch_size: Instances per minibatch.
+        weight_decay: Weight decay of AdamW.
     """
 
     space: ClassVar = {

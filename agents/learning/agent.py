@@ -46,7 +46,7 @@ class AgentSettings(StrictModel):
     """Settings of an agent, set by name. Each agent has its own subclass.
 
     Attributes:
-        num_envs: Instances of one step, scored by one batched run of the backbone.
+        num_envs: Instances per step, scored by one batched run of the backbone.
         space: What ``sd-gym tune`` searches, by setting: a list of choices, or the bounds of a positive number whose
             logarithm is drawn evenly. Defaults lie within.
     """
@@ -60,17 +60,17 @@ class LearnerSettings(AgentSettings):
     """Settings of all agents that learn.
 
     Attributes:
-        learning_rate: Of Adam, at first. It falls linearly to 0 at the last decision, as selection has to make a policy
-            that still changes over-cautious. With a ``start`` the default is lower.
+        learning_rate: Learning rate of Adam at the start. It falls linearly to 0, because a policy that still changes
+            is selected too cautiously. With a ``start`` the default is lower.
         entropy: Weight of the entropy bonus.
-        initial_skip_rate: How often each switch is skipped at first. At even odds a decision is most informative about
-            all switches; near the dense backbone learning takes several times as long.
-        start: Folder of a run to go on from (a warm start), such as one of ``static`` or ``imitation``. It replaces
+        initial_skip_rate: How often each switch is skipped at first. Decisions at even odds tell most about all
+            switches; near the dense backbone learning takes several times as long.
+        start: Folder of the run to start from (a warm start), such as one of ``static`` or ``imitation``. It replaces
             ``initial_skip_rate``. The default ``learning_rate`` is then 2e-4 for PPO, 5e-5 for A2C and REINFORCE, and
             1e-3 for blind agents.
         network: Name of a policy network of your own (``sd_gym.register_network``); ``None``: two hidden layers.
-        channels: Of the encoder of observed tokens; ``None``: 48, or as many as cost 1% of the dense FLOPs, or those of
-            the ``start``.
+        channels: Channels of the token encoder. ``None``: those of the ``start``, or else 48, or as many as cost 1% of
+            the dense FLOPs.
     """
 
     space: ClassVar = {"learning_rate": (2e-4, 1e-2), "initial_skip_rate": [0.1, 0.3, 0.5]}
@@ -201,7 +201,7 @@ class Agent(BaseAgent[SettingsT]):
         return [self.policy(), *([] if self.start is None else [self.start])]
 
     def operating_points(self) -> list[Version]:
-        """Versions of all policies to select from; with an answer stage also of their sureness."""
+        """Versions of all policies to select from; with an answer stage, each at several thresholds of sureness."""
         core, points = self.env.core, list[Version]()
         for policy in self.selectable_policies():
             variants = [policy.with_sureness(margin) for margin in SURENESS] if core.has_answer_stage else [policy]

@@ -66,7 +66,7 @@ class StageHead(nn.Module):
         self.register_buffer("places", torch.from_numpy(places), persistent=False)
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
-        """``[n, stages + width]``, of ``StageConditioned``, to ``[n, choices]``."""
+        """Logits ``[n, choices]`` of the features ``[n, stages + width]`` that ``StageConditioned`` returns."""
         stages = len(self.places)
         logits = self.head(latent[:, stages:])
         certain = logits.new_tensor([0.0, NEVER]).expand(len(logits), 2)

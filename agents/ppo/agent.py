@@ -12,8 +12,13 @@ from stable_baselines3.common.vec_env import VecEnv
 class PPOSettings(SB3Settings):
     """Settings of PPO; ``n_steps`` and ``batch_size`` count decisions, each with all its stages.
 
-    A rollout is small, for many updates. It is one minibatch: advantages are normalised per minibatch, and in a small
-    one a rare lost instance weighs less than its reward.
+    A rollout is small, for many updates, and is one minibatch.
+
+    Attributes:
+        batch_size: Decisions per minibatch. Advantages are normalised per minibatch, so in a small one a rare lost
+            instance weighs too little.
+        n_epochs: Passes over each rollout.
+        clip_range: How far the ratio of new to old probability may move from 1 before its gradient stops.
     """
 
     space: ClassVar = LearnerSettings.space | {
@@ -34,7 +39,7 @@ PPOSettingsT = TypeVar("PPOSettingsT", bound=PPOSettings)
 
 
 class PPOAgent(SB3Agent[PPOSettingsT]):
-    """Proximal policy optimisation (Schulman et al. 2017, equation 7)."""
+    """Proximal policy optimisation of Stable-Baselines3 on the env's reward (Schulman et al. 2017, equation 7)."""
 
     Settings = PPOSettings
     refining_rate = 2e-4

@@ -80,8 +80,8 @@ class PPOLexSettings(PPOSettings):
     """Settings of PPO and of its constraint.
 
     Attributes:
-        limit: Loss that sampled decisions may have at first, in epsilons of the env; it falls linearly to 0. They lose
-            more than the most probable decisions, which are evaluated.
+        limit: Loss that sampled decisions may have at first, in multiples of epsilon; it falls linearly to 0. Sampled
+            decisions lose more than the most probable ones, which are evaluated.
     """
 
     space: ClassVar = PPOSettings.space | {"limit": (0.5, 4.0)}
@@ -90,7 +90,11 @@ class PPOLexSettings(PPOSettings):
 
 
 class PPOLexAgent(PPOAgent[PPOLexSettings]):
-    """PPO that restores the quality while it is violated and saves while it is not (``RectifiedPPO``)."""
+    """PPO that learns to save while the quality is kept, and to restore it while it is not.
+
+    Constraint-rectified policy optimisation (CRPO, Xu, Liang and Lan 2021, algorithm 1), with a second value head for
+    the loss. The env's own reward is not used.
+    """
 
     Settings = PPOLexSettings
     Algorithm = RectifiedPPO

@@ -25,7 +25,11 @@ class PPOLagrangianSettings(PPOSettings):
 
 
 class PPOLagrangianAgent(PPOAgent[PPOLagrangianSettings]):
-    """PPO on a Lagrangian (Ray, Achiam and Amodei 2019, section 5); the env's own reward is not used."""
+    """PPO on a Lagrangian: savings minus a penalty for lost quality (Ray, Achiam and Amodei 2019, section 5).
+
+    The penalty is a multiplier. It rises while the mean loss is above its limit and falls while it is below. The env's
+    own reward is not used.
+    """
 
     Settings = PPOLagrangianSettings
 

@@ -40,20 +40,20 @@ class ReinforceSettings(LearnerSettings):
     """Settings of REINFORCE; a rollout scores ``num_envs * samples`` decisions.
 
     Attributes:
-        samples: Decisions scored per instance of a rollout.
+        samples: Scored decisions per instance of a rollout.
         foresight: Whether a network predicts the quality loss (``Foresight``, ``StagedForesight``).
-        imagined: Instances of an update with predicted losses.
-        tries: Decisions for each of them.
-        updates: Of the policy and steps of the foresight, after each rollout; 1 without foresight.
-        fit_batch: Scored decisions of one step of the foresight.
-        control: Of the barrier: the quality loss stays within a limit (``constrained``) or is minimal
+        imagined: Instances per update whose losses are predicted.
+        tries: Predicted decisions per instance.
+        updates: Updates of the policy, and steps of the foresight, after each rollout; 1 without foresight.
+        fit_batch: Scored decisions per step of the foresight.
+        control: Aim of the barrier: the quality loss stays within a limit (``constrained``) or is minimal
             (``lexicographic``).
         limit: Share of the env's epsilon that may be lost: a policy that loses all of it cannot be shown to keep it.
-        alpha: Of the barrier: how fast a violated quality is restored.
-        beta: Of the barrier: the maximum of that speed; at 1 the quality would fall for as long as the FLOPs do.
-        highest_multiplier: Cap of the barrier.
-        memory: Of the barrier.
-        exploration: Least probability of each choice of a component while learning.
+        alpha: How fast the barrier restores a violated quality.
+        beta: Upper limit of that speed. At 1 the quality would fall for as long as the FLOPs fall.
+        highest_multiplier: Upper limit of the barrier's multiplier.
+        memory: Decay of the barrier's running means.
+        exploration: Lowest probability of any choice while learning.
     """
 
     space: ClassVar = LearnerSettings.space | {

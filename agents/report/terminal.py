@@ -85,7 +85,7 @@ def preparation_tables(output: str, report: dict[str, Any]) -> Iterator[Renderab
 
 
 def _quality_and_cost(title: str, result: dict[str, Any]) -> Table:
-    """A table of dense, the policy, dense controls of the time, levels of difficulty, and the policy as learned."""
+    """A table: dense, the policy, dense runs that check the timing, levels of difficulty, the policy as learned."""
     split, times = result["split"], result["time"]
     shared = (f", {count} of them also in {name}" for name, count in result["data"][split]["also_in"].items())
     table = Table(title=f"{title} ({split} split, {result['instances']} instances{''.join(shared)})")

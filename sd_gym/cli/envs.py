@@ -14,10 +14,10 @@ from sd_gym.cli.terminal import Imports, Settings
 
 
 def envs(
-    name: Annotated[str | None, Argument(metavar="ENV", help="Env id: only this env, with its facts.")] = None,
+    name: Annotated[str | None, Argument(metavar="ENV", help="Env to describe.")] = None,
     imports: Imports = [],
 ) -> None:
-    """List the envs, or tell what one of them is.
+    """List the envs, or describe one of them.
 
     Example: `sd-gym envs SD/Classification-Mini-v0`
     """

@@ -26,8 +26,10 @@ def serve(
     backbone: Annotated[str | None, Option(help="Where the backbone is [default: where it was in training].")] = None,
     device: Annotated[str, Option(help="Where the backbone runs: cpu, cuda, cuda:1.")] = "cpu",
     threads: Annotated[int | None, Option(min=1, help="Threads of the model [default: all cores].")] = None,
-    max_loss: Annotated[float | None, Option(help="Default point: fewest FLOPs within this loss (0.005).")] = None,
-    max_flops: Annotated[float | None, Option(help="Or least skipping within this share of the FLOPs (0.4).")] = None,
+    max_loss: Annotated[float | None, Option(help="Default: the point with fewest FLOPs at this loss (0.005).")] = None,
+    max_flops: Annotated[
+        float | None, Option(help="Or the most cautious one within this share of FLOPs (0.4).")
+    ] = None,
     allow_loss: Annotated[
         float | None, Option(help="Highest loss that a request may ask for [default: points that passed].")
     ] = None,

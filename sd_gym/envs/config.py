@@ -39,7 +39,7 @@ def make_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
 
 
 def _table_config(values: dict[str, Any], origin: str) -> EnvConfig:
-    """The configuration of the original env, except for ``TABLE_KEYS``; ``None`` is as in the original env."""
+    """The configuration of the original env, with the ``TABLE_KEYS`` that are not ``None`` replaced."""
     if values.get("table") is None:
         raise ConfigError(
             f"{origin}: 'table' has no value; pass the folder of one, as in gym.make({values.get('id', 'ID')!r}, "

@@ -262,7 +262,7 @@ class SwitchableVectorEnv(VectorEnv):
         return np.array([random[env].integers(instances, size=1)[0] for env in envs], dtype=np.int64)
 
     def _infos(self, *parts: tuple[NDArray, dict[str, NDArray]]) -> dict[str, NDArray]:
-        """Infos as of ``VectorEnv``, a row per env and a mask ``_key`` for each key, from pairs of envs and infos."""
+        """Pairs of envs and infos in the format of ``VectorEnv``: a row per env, and a mask ``_key`` for each key."""
         merged: dict[str, NDArray] = {}
         for envs, infos in parts:
             for key, values in infos.items() if len(envs) else ():

@@ -22,7 +22,7 @@ MODELS = 64  # that a bank keeps
 
 
 def bank(model: PreTrainedModel, masks: Sequence[ArrayLike] | NDArray) -> list[PreTrainedModel]:
-    """Per mask a model with neither switches nor skipped sublayers; all share the weights of one model.
+    """A plain model per mask, without its skipped sublayers; all share the weights of one model.
 
     Outputs equal those of the switched model under the mask, bit for bit. Nothing is copied: a change of a weight
     changes all. Forward passes and ``generate()`` are Hugging Face's own, so static caches, streamers and

@@ -207,7 +207,7 @@ class Scoring:
         return self._relative(rows, decisions, values) if self._measure.is_relative else values
 
     def _of_scores(self, rows: Array, masks: Array, values: Array) -> Array:
-        """The same of scores ``[n, masks]``."""
+        """``_of_score`` for each mask: scores ``[n, masks]``."""
         tiled = [np.tile(mask, (len(rows), 1)) for mask in masks]
         return np.stack([self._of_score(rows, *pair) for pair in zip(tiled, values.T, strict=True)], axis=1)
 

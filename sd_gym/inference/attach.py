@@ -243,7 +243,7 @@ class Attached:
         return skip, keep
 
     def _continued(self, cache: Cache, *args: Any, **kwargs: Any) -> Any:
-        """A step of the caller's own decoding loop, under the decisions on the prompt."""
+        """A step of the caller's own decoding loop, under the decisions made for the prompt."""
         if cache not in self._of_cache:
             raise ValueError("this cache was not filled by the attached model; begin with an empty one, or generate()")
         with self.board.decide(*self._of_cache[cache]):

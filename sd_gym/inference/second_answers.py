@@ -1,4 +1,4 @@
-"""Calls of an attached model whose policy looks at the answer: their arguments, and outputs with dense rows."""
+"""Calls of an attached model with an answer stage: their arguments, and outputs in which rows that go on are dense."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def final_output(output: Any, judged: Tensor, rollout: StagedRollout, arguments:
 def final_texts(
     output: Any, rollout: StagedRollout, arguments: dict[str, Any], run: Call, model: PreTrainedModel
 ) -> tuple[Tensor, int]:
-    """The sequences of ``generate()``, replaced in the rows that go on, and the longest length of these."""
+    """The sequences of ``generate()``, replaced in the rows that go on, and the length of the longest of these."""
     rollout.answered(judged_text(model, output, setting(model, arguments, "eos_token_id")))
     sequences, longest = output.sequences, 0
     pad, end = (setting(model, arguments, name) for name in ("pad_token_id", "eos_token_id"))

@@ -46,10 +46,10 @@ class SkipPolicy:
     """A policy that decides on raw inputs as it did in its env.
 
     Attributes:
-        network: From observations to decisions; if trained on a table, for the original env.
-        mean: Of the observations, on the training split: float32 ``[features]``; of tokens ``[width]``; at stages
+        network: Maps observations to decisions; if trained on a table, to those of the original env.
+        mean: Mean of the observations on the training split: float32 ``[features]``; of tokens ``[width]``; at stages
             ``[stages, features]``.
-        deviation: Of the same shape.
+        deviation: Their standard deviation, of the same shape.
         rarity: ``inverse_document_frequency`` by token id, if tokens are ranked by it; else ``None``.
         protection: Which tokens are never dropped; ``None`` if no rule gives them, or no token is dropped.
         operating_points: Tested versions and dense, the one that skips most first.

@@ -20,10 +20,10 @@ def register_network(name: str, factory: NetworkFactory) -> None:
     """Register a policy network; all learning agents then take the setting ``network=name``.
 
     Args:
-        name: Of the network.
-        factory: From (features, logits) to a module, for example its class. The module takes observations, float32
-            ``[n, features]``, to logits ``[n, logits]``, row by row. A bias is added to its logits, so that learning
-            begins at ``initial_skip_rate``. Its FLOPs count. Only Stable-Baselines3 puts it into training mode.
+        name: Name of the network.
+        factory: Makes the module from ``(features, logits)``; for example its class. The module maps observations,
+            float32 ``[n, features]``, to logits ``[n, logits]``, row by row. A bias is added to its logits, so that
+            learning begins at ``initial_skip_rate``. Its FLOPs count. Only Stable-Baselines3 sets training mode.
 
     Raises:
         ValueError: If the name is empty.

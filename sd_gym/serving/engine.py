@@ -341,7 +341,7 @@ def _needed(inputs: list[Asked], dialled: Sequence[int]) -> list[int]:
 
 
 def _ranked(shares: list[float], names: dict[int, str]) -> dict[str, float]:
-    """The probability of each class in descending order."""
+    """The probability of each class, the highest first."""
     return {names[number]: share for number, share in sorted(enumerate(shares), key=lambda pair: -pair[1])}
 
 

@@ -106,7 +106,7 @@ def run(served: Service, host: str, port: int, on_address: Callable[[str], None]
 
 
 class _Server(uvicorn.Server):
-    """Refuses requests from the signal on, instead of when the last connection is closed."""
+    """Refuses requests as soon as the signal arrives, not only after the last connection is closed."""
 
     def __init__(self, config: uvicorn.Config, served: Service) -> None:
         super().__init__(config)

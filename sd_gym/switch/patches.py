@@ -26,7 +26,7 @@ class _Needs(NamedTuple):
 
 
 class Patches:
-    """A board's patches. A patch's number is its index in the scope, which is filled with them."""
+    """A board's patches. The scope lists them, and a patch's number is its index there."""
 
     def __init__(
         self, model: PreTrainedModel, architecture: Architecture, switches: list[Switch], scope: Scope

@@ -332,7 +332,7 @@ def _batches(split: EncodedSplit, batch_size: int, seed: int, accelerator: Accel
 def _rows_and_levels(
     split: EncodedSplit, batch_size: int, random: np.random.Generator
 ) -> Iterator[tuple[NDArray, NDArray]]:
-    """Endless shuffled rows with their token levels; each 50 batches are sorted by length and shuffled again."""
+    """Endless shuffled rows with their token levels; every 50 batches are sorted by length and shuffled again."""
     window, lengths, levels = 50 * batch_size, split.encoded.source_length, len(split.tokens.shares)
     while True:
         order = random.permutation(len(lengths))
