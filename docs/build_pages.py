@@ -400,7 +400,7 @@ def _algorithm_page(name: str) -> str:
     text += f"```bash\nsd-gym train {env} --algo {name}\n```\n"
     if not cls.is_control:
         text += CURVE + "".join(f"![{name}]({name}_{theme}.svg#gh-{theme}-mode-only)\n" for theme in THEMES)
-    text += _results(lambda cells: name in cells[1:3])
+    text += _results(lambda cells: name in cells[1].split()[:1])
     if not rows:
         return text
     text += "\n## Settings\n\nSet one with `--set name=value`, or as a keyword of `sd_gym.train`.\n\n"

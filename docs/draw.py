@@ -151,9 +151,11 @@ def _selected(table: str) -> dict[str, tuple[float, float]]:
     """FLOPs and points lost of each agent as selected, after the most decisions, in docs/results.md."""
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (DOCS / "results.md").read_text().splitlines()]
     found = {}
-    for row in (row for row in rows if row[:1] == [table] and row[2] in AGENTS):
-        flops, points = re.search(r"([\d.]+)%.*\(([-+][\d.]+)\)", row[5]).groups()
-        found[row[2]] = (float(flops), -float(points))
+    for row in (row for row in rows if row[:1] == [table]):
+        agent = row[1].split()[0]
+        if agent in AGENTS:
+            flops, points = re.search(r"([\d.]+)%.*\(([-+][\d.]+)\)", row[4]).groups()
+            found[agent] = (float(flops), -float(points))
     return found
 
 
