@@ -43,7 +43,8 @@ def chosen(core: Core, n: int, options: dict[str, Any] | None) -> tuple[Split, N
     """The split that a reset with these options starts on, and its rows ``[n]``; ``None``: they are drawn.
 
     ``{"split": name}`` and ``{"instance": id}`` (a list of ids for a vector env) choose what to decide on. Raises
-    ``TypeError`` if the options are not a dictionary, ``ValueError`` if an option or its value is unknown.
+    ``TypeError`` if the options are not a dictionary or an id is no text, ``ValueError`` if an option or its value is
+    unknown.
     """
     options = checked_options(options)
     unknown = set(options) - {"split", "instance"}
@@ -56,7 +57,9 @@ def chosen(core: Core, n: int, options: dict[str, Any] | None) -> tuple[Split, N
     if "instance" not in options:
         return split, None
     wanted = options["instance"]
-    ids = [wanted] * n if isinstance(wanted, str) else list(wanted)
+    ids = [wanted] * n if isinstance(wanted, str) else wanted
+    if not isinstance(ids, Sequence | np.ndarray) or not all(isinstance(identity, str) for identity in ids):
+        raise TypeError(f"reset option 'instance': expected an id, or a list with one per env, got {wanted!r}")
     if len(ids) != n:
         raise ValueError(f"expected {n} instance ids, one per env, got {len(ids)}")
     for identity in ids:

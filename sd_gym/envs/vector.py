@@ -240,8 +240,8 @@ class SwitchableVectorEnv(VectorEnv):
 
     def _seed(self, seed: int | Sequence[int | None] | None, envs: NDArray) -> None:
         """Seed the common generator, or the generators of some envs."""
-        if seed is None or isinstance(seed, int | np.integer):
-            super().reset(seed=seed)
+        if not isinstance(seed, Sequence | np.ndarray):
+            super().reset(seed=seed)  # raises unless it is a number
             return
         if len(seed) != self.num_envs:
             raise ValueError(f"expected {self.num_envs} seeds, one per env, got {len(seed)}")
