@@ -114,6 +114,7 @@ def read_card(folder: Path) -> dict[str, Any]:
                 "its files"
             )
     del values["format"]
+    values["env"] = card.env.model_dump(mode="json", exclude={"reward": {"objective"}})  # with the defaults
     return {**values, **{key: getattr(card, key) for key in ("protection", "context", "operating_points")}}
 
 
