@@ -138,7 +138,7 @@ class Passes:
 
     @torch.inference_mode()
     def generated_under_all(self, rows: Array, masks: Array) -> list[list[str]]:
-        """As ``generated``, under every mask: a list of texts for each. Masks that agree on the encoder share it."""
+        """The texts of ``generated`` under every mask, a list for each. Masks that agree on the encoder share it."""
         board = self.backbone.board
         start = board.decided_at([BETWEEN])[BETWEEN].start if BETWEEN in board.stages else 0
         groups = np.unique(masks[:, [*range(start), -1]], axis=0, return_inverse=True)[1].ravel()

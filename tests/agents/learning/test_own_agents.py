@@ -67,7 +67,7 @@ def test_a_run_with_an_own_objective_is_evaluated_by_anybody_but_resumed_only_wi
 
 
 def half_way(*arguments, **keywords):
-    """A run that is cut off behind a checkpoint."""
+    """A run that is cut off after a checkpoint."""
 
     class KilledError(Exception):
         pass
