@@ -1,7 +1,5 @@
 """A run on a serving env learns or searches dials, selects one, and plays it on test rows and arrivals."""
 
-from __future__ import annotations
-
 import platform
 import shlex
 import sys

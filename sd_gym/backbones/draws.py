@@ -1,7 +1,5 @@
 """Random decisions for preparing a backbone: four ways to draw them, and which layers matter least."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Shared helpers of the single and the vector env: config files, reset options, infos and pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The core as a ``gymnasium.Env``."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import gymnasium as gym

@@ -1,7 +1,5 @@
 """Envs that look up the outcomes of decisions in a table: no backbone, no data set, no torch."""
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import numpy as np

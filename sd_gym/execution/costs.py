@@ -1,7 +1,5 @@
 """What decisions on the instances of a split cost."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

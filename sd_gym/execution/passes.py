@@ -1,7 +1,5 @@
 """Running a backbone on the instances of a split, in few and short passes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

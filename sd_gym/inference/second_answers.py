@@ -1,7 +1,5 @@
 """Calls of an attached model whose policy looks at the answer: their arguments, and outputs with dense rows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

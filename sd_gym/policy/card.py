@@ -1,7 +1,5 @@
 """The card of a policy: what it was trained on, how well, and which files belong to it; as JSON and as Markdown."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Preparing any backbone on a data set of its task (``sd-gym prepare``)."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

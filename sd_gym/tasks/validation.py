@@ -1,7 +1,5 @@
 """The quality of a backbone on a split under random decisions, measured while it is prepared."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

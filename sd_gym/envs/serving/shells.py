@@ -1,7 +1,5 @@
 """The queues as a ``gymnasium.Env`` and as a ``gymnasium.vector.VectorEnv``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, get_args
 
