@@ -16,14 +16,15 @@ from sd_gym.registration import CONFIG_FOLDER
 _SCALARS = (np.float64, np.int64, np.bool_)
 
 
-def check_shown(render_mode: str | None, info_text: bool, modes: Sequence[str]) -> None:
-    """Raise ``ValueError`` for an unknown render mode, or for texts where there are no modes.
+def check_shown(render_mode: str | None, modes: Sequence[str]) -> None:
+    """Raise ``ValueError`` for an unknown render mode, or for any where there are no modes.
 
     The latter is a ``TypeError`` too: then ``make_vec_env`` of Stable-Baselines3 tries again without ``rgb_array``.
     """
-    if not modes and (render_mode is not None or info_text):
-        asked = "info_text" if render_mode is None else f"render_mode={render_mode!r}"
-        raise UnknownKeyError(f"a table has outcomes and no texts, so there is nothing to show; leave out {asked}")
+    if not modes and render_mode is not None:
+        raise UnknownKeyError(
+            f"a table has no texts, so there is nothing to show; leave out render_mode={render_mode!r}"
+        )
     if render_mode is not None and render_mode not in modes:
         raise ValueError(f"render_mode must be one of {', '.join(modes)} or None, got {render_mode!r}")
 

@@ -58,8 +58,8 @@ class TableEnv(SwitchableEnv):
     Raises:
         ConfigError: If there is no ``table``, or a key or value is wrong.
         FileNotFoundError: If the folder holds no table.
-        ValueError: If the table is damaged, incomplete or of another version, or for a ``render_mode`` or
-            ``info_text``: a table has no texts.
+        ValueError: If the table is damaged, incomplete or of another version, or for a ``render_mode``: a table has no
+            texts.
     """
 
     metadata = METADATA
