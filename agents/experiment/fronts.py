@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.static import searched_masks
 from sd_gym.agents.learning.decisions import check_fits, decide_on, decision_flops, outcomes, score_decisions
-from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_by_settings
+from sd_gym.agents.runs.finished_runs import Run, agent_label, finished_runs, group_by_settings
 from sd_gym.agents.runs.folder import BLIND, check_backbone, has_policy
 from sd_gym.agents.runs.fronts import LEAST, EnvFronts, Front, flops_samples
 

@@ -14,10 +14,10 @@ from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Encoded
 from sd_gym.data.instance import Instance
 from sd_gym.execution.bank import MaskModels
-from sd_gym.execution.tree import MaskTree
+from sd_gym.execution.mask_tree import MaskTree
 from sd_gym.switch import PassState, passes
 from sd_gym.switch.stages import BETWEEN
-from sd_gym.tasks.dropping import TokenDropping
+from sd_gym.tasks.token_dropping import TokenDropping
 
 Array = NDArray
 Value = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of each row's logits and labels

@@ -14,7 +14,7 @@ from sd_gym.agents import PrivilegedAgent, Rollout, agent_names, make_agent, reg
 from sd_gym.agents.experiment.run import load_run, train
 from sd_gym.agents.learning.decisions import SplitDecisions, Version
 from sd_gym.agents.ppo.agent import PPOAgent
-from sd_gym.agents.runs.finished import finished_runs
+from sd_gym.agents.runs.finished_runs import finished_runs
 from stable_baselines3.common.logger import configure
 from torch import nn
 

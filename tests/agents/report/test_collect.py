@@ -12,7 +12,7 @@ from sd_gym.agents.registry import agent_names, learning_agents
 from sd_gym.agents.report.collect import collect, example_decisions
 from sd_gym.agents.report.compare import cells, compare
 from sd_gym.agents.report.text import levels_table, results_table, verdict_sentences, versions_table
-from sd_gym.agents.runs.finished import finished_runs
+from sd_gym.agents.runs.finished_runs import finished_runs
 
 from tests.agents.report.conftest import ENV
 
