@@ -1,7 +1,5 @@
 """Work shared with a Ray cluster, whose machines see the same folders under the same paths."""
 
-from __future__ import annotations
-
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Errors, and values in messages that stay short."""
 
-from __future__ import annotations
-
 import reprlib
 from typing import Any
 

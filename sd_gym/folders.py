@@ -1,7 +1,5 @@
 """Output folders of commands: locked against other processes, and refused if they hold other files."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -4,8 +4,6 @@ Everything before that sublayer equals the dense pass, so it is not run again. E
 layers, plus going on; a cascade is any mask, plus going on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Objectives: the rewards of decisions, quality first, then less computation."""
 
-from __future__ import annotations
-
 import inspect
 from dataclasses import dataclass
 from typing import Literal

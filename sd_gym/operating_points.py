@@ -1,7 +1,5 @@
 """Operating points: the tested versions of a policy, and which of them a limit asks for."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Standardised observations and their principal components, which large tables store."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Registers every YAML file of ``envs_configs/`` with an ``id`` as a Gymnasium env; it imports nothing slow."""
 
-from __future__ import annotations
-
 from importlib.resources import files
 from pathlib import Path
 

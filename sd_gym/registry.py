@@ -1,7 +1,5 @@
 """Registries of named things: built-in ones, imported on demand, and those that a user registers."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import sys

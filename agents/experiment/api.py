@@ -14,15 +14,7 @@ from sd_gym.agents.experiment.evaluation import summary
 from sd_gym.agents.experiment.exported import ExportedCore, ExportedPolicy, exported_config, is_exported
 from sd_gym.agents.experiment.parallel import OnStatus, RunStatus, train_many
 from sd_gym.agents.experiment.selection import Selection
-from sd_gym.agents.learning.decisions import (
-    DENSE_MARGIN,
-    Dense,
-    PolicyLike,
-    SplitPolicy,
-    Version,
-    check_fits,
-    versions,
-)
+from sd_gym.agents.learning.decisions import DENSE_MARGIN, Dense, PolicyLike, SplitPolicy, Version, check_fits, versions
 from sd_gym.agents.runs.folder import check_backbone, read_description
 from sd_gym.agents.runs.verdict import CONFIDENCE
 

@@ -1,7 +1,5 @@
 """An exported policy (``sd-gym export``) on a split of its env: its own graphs decide and answer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.static import searched_masks
 from sd_gym.agents.learning.decisions import check_fits, decide_on, decision_flops, outcomes, score_decisions
-from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_by_settings
+from sd_gym.agents.runs.finished_runs import Run, agent_label, finished_runs, group_by_settings
 from sd_gym.agents.runs.folder import BLIND, check_backbone, has_policy
 from sd_gym.agents.runs.fronts import LEAST, EnvFronts, Front, flops_samples
 
@@ -44,7 +44,7 @@ def front_of(core: Core, split: Split, policies: Sequence[DecisionPolicy]) -> Fr
 
 
 def score_fronts(folders: list[Path], test_size: int | None = None) -> list[EnvFronts]:
-    """Score all masks of the hull, and bolder and more cautious versions of each policy, on the test split.
+    """Score all masks of the hull, and operating points of each policy, on the test split.
 
     Args:
         folders: Of finished runs.
@@ -117,7 +117,7 @@ def _fronts_of(config: EnvConfig, agents: dict[str, list[Run]]) -> EnvFronts:
 def policy_versions(core: Core, policy: DecisionPolicy, epsilon: float, margin: float = 0.0) -> list[DecisionPolicy]:
     """Versions of a policy, from bold to cautious: from a loss of epsilon on the test split to a tenth of it.
 
-    ``margin`` is that of ``result.json``; it is taken off, so a policy that was made dense has bolder versions too.
+    ``margin`` is that of ``result.json``; it is taken off, so a policy that was made dense has versions that skip, too.
     """
     policy = policy.with_margin(-margin)
 

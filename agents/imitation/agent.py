@@ -38,7 +38,7 @@ from sd_gym.policy import HIDDEN, DecisionPolicy, blinded
 from sd_gym.policy.observations import to_tensors
 
 ORDER_INSTANCES = 1000  # for the search of the path
-CAUTION = (1.0, 1000.0)  # log-odds by which earlier stages are more cautious in a version; 1,000: they skip nothing
+CAUTION = (1.0, 1000.0)  # log-odds by which earlier stages skip less in a version; 1,000: they skip nothing
 STARTS = 3  # versions with other first skipping stages, at most
 SURE = 6.0  # highest log-odds of skipping, so that learning can still change decisions in a warm start
 
@@ -169,7 +169,7 @@ class ImitationAgent(Agent[ImitationSettings]):
         return deepcopy(self.network).eval()
 
     def selectable_policies(self) -> list[DecisionPolicy]:
-        """The policy; with several stages also versions with more cautious first stages, or with later starts.
+        """The policy; with several stages also versions whose first stages skip less, or nothing.
 
         Selection chooses a margin for each, so the thresholds of all stages are chosen together.
         """

@@ -8,14 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
-from sd_gym.agents.drawing.style import (
-    INK,
-    LOST,
-    PAPER,
-    RAN,
-    SKIP_RATE,
-    AgentStyle,
-)
+from sd_gym.agents.drawing.style import INK, LOST, PAPER, RAN, SKIP_RATE, AgentStyle
 from sd_gym.agents.runs.statistics import curve_interval, pareto_front
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.report.charts import ExampleDecision, Points
-from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_by_settings
+from sd_gym.agents.runs.finished_runs import Run, agent_label, finished_runs, group_by_settings
 from sd_gym.agents.runs.statistics import aggregate, hypervolume
 
 WORST = 5  # epsilons lost at which the area of runs ends

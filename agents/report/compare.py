@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from scipy.stats import t
-from sd_gym.agents.runs.finished import Run, agent_label, finished_runs, group_by_settings
+from sd_gym.agents.runs.finished_runs import Run, agent_label, finished_runs, group_by_settings
 
 COLUMNS = ["env", "agent", "test rows", "dense quality", "against dense, points (worst, its 95% interval)"]
 COLUMNS += [

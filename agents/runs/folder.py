@@ -19,6 +19,17 @@ class _Data(BaseModel):
     hash: str
 
 
+class _Provenance(_Data):
+    also_in: dict[str, int]
+
+
+class _AgentSettings(BaseModel):
+    """The settings that name another run; each agent checks its own."""
+
+    start: str | None = None
+    path: str | None = None
+
+
 class _Description(BaseModel):
     """``config.json``; ``sd_gym.evaluate`` writes no seed and no steps, and ``named`` if it was given a name."""
 
@@ -26,20 +37,32 @@ class _Description(BaseModel):
     algo: str
     named: bool = True
     env_config: dict[str, Any]
-    agent_settings: dict[str, Any]
+    agent_settings: _AgentSettings
     control: bool
     seed: int | None = None
     steps: int | None = None
     data: dict[str, _Data]
-    weights: str | None
+    weights: str
+    versions: dict[str, str] = {}
 
 
 class _Level(BaseModel):
+    difficulty: int
+    instances: int
+    flops_ratio: Finite
+    skip_rate: list[Finite] = []
+
+
+class _Validation(BaseModel):
+    step: int
+    quality: Finite
+    quality_ref: Finite
     flops_ratio: Finite
 
 
 class _Timed(BaseModel):
-    time_ratio: float
+    time_ratio: Finite
+    dense_by_length: Finite | None = None
 
 
 class _Means(BaseModel):
@@ -49,6 +72,7 @@ class _Means(BaseModel):
     flops_ratio_with_policy: Finite
     mean_reward: Finite | None = Field(default=None, alias="return")
     regret: Finite | None = None
+    normalised_score: Finite | None = None
 
 
 class _Result(_Means):
@@ -60,6 +84,7 @@ class _Result(_Means):
     quality_difference_interval: tuple[float, float]
     epsilon: Finite
     verdict: str
+    guarantee: str | None
     last_policy: _Means | None
     by_difficulty: list[_Level] = Field(min_length=1)
     time: dict[str, _Timed]
@@ -68,13 +93,17 @@ class _Result(_Means):
     policy_flops_counted: bool
     decisions_hash: str
     skip_rate: dict[str, float]
-    history: list[dict[str, Any]]
-    data: dict[str, _Data]
+    goodput: Finite | None = None
+    goodput_at: dict[str, Finite] = {}
+    history: list[_Validation]
+    data: dict[str, _Provenance]
 
     @model_validator(mode="after")
-    def _compared_at_one_size(self) -> _Result:
+    def _has_what_is_compared(self) -> _Result:
         if self.time and "32" not in self.time:
             raise ValueError(f"expected a time at batch size 32, got {', '.join(self.time)}")
+        if self.split not in self.data:
+            raise ValueError(f"expected the rows of the split {self.split} in data, got {', '.join(self.data)}")
         return self
 
 

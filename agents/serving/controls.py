@@ -1,7 +1,5 @@
 """Baselines of a learned dial: fixed operating points, thresholds on the queue, and a bound with foresight."""
 
-from __future__ import annotations
-
 from itertools import combinations
 
 import numpy as np

@@ -1,7 +1,5 @@
 """PPO and A2C of Stable-Baselines3 learn a dial: one network for all prices of quality."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

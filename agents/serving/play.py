@@ -1,7 +1,5 @@
 """Many dials play on the same requests at once."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """A run on a serving env learns or searches dials, selects one, and plays it on test rows and arrivals."""
 
-from __future__ import annotations
-
 import platform
 import shlex
 import sys
@@ -188,7 +186,7 @@ def _measured(config: ServingConfig, played: Played) -> dict[str, Any]:
         "return": float(goodput.mean() - 1 + config.penalty * difference * goodput.mean()),  # per request
         "decisions_used": int((shares > 0).sum()),
         "decisions_hash": "",
-        "by_difficulty": [{"difficulty": 0, "quality": float(quality.mean()), "flops_ratio": flops}],
+        "by_difficulty": [{"difficulty": 0, "instances": len(quality), "flops_ratio": flops}],
         "time": {},
         "artefact": None,
         "last_policy": None,

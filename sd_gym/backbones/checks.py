@@ -1,7 +1,5 @@
 """Checks of a loaded backbone, made before anything runs on it."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Random decisions for preparing a backbone: four ways to draw them, and which layers matter least."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -104,7 +102,7 @@ DRAWS: dict[str, Draw] = {"even": even, "deeper": deeper, "staged": staged, "lay
 def decisions_around(
     skip_logits: Tensor, random: Tensor, generator: torch.Generator, random_share: float = RANDOM_SHARE
 ) -> Tensor:
-    """Skip vectors around those of a policy, some bolder and some more cautious, int64 ``[rows, switches]`` on the CPU.
+    """Skip vectors around those of a policy, some that skip more and some less, int64 ``[rows, switches]`` on the CPU.
 
     ``skip_logits`` are the policy's log-odds of skipping each switch. A share of the rows takes the decisions of
     ``random`` instead, so that the backbone is robust to more than this one policy.

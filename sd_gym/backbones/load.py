@@ -1,7 +1,5 @@
 """Loading a backbone: bundled, from a local folder, or from the Hugging Face hub."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager

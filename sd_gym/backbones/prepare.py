@@ -5,8 +5,6 @@ twice: once densely, with the task's loss, and once under random decisions, with
 (the "sandwich rule" of slimmable networks, Yu et al. 2019; see also LayerDrop, Fan et al. 2020).
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable

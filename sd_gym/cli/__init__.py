@@ -1,7 +1,5 @@
 """The command ``sd-gym``: the only package that imports every other one."""
 
-from __future__ import annotations
-
 import typer
 
 from sd_gym.cli.comparison import compare, report, tune

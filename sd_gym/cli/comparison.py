@@ -1,7 +1,5 @@
 """Commands for many runs: compare, report and tune."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

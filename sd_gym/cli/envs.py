@@ -1,7 +1,5 @@
 """Commands for envs: list them, and make tables of them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

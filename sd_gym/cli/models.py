@@ -1,7 +1,5 @@
 """Commands for models: prepare them, and run them on files with a policy."""
 
-from __future__ import annotations
-
 import os
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Commands for one run: train, evaluate, reduce, export and validate it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """Options, error messages, progress and printing that the commands share."""
 
-from __future__ import annotations
-
 import errno
 import os
 import threading

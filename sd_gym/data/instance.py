@@ -1,7 +1,5 @@
 """The unit of every data set: one instance."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 

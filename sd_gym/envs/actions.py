@@ -1,7 +1,5 @@
 """Action spaces, the masks of a codebook, and which components of a decision each step of an episode makes."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys

@@ -1,7 +1,5 @@
 """Read and check the configuration of an env: a YAML file whose keys can be overridden."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path

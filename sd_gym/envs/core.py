@@ -1,7 +1,5 @@
 """The core of an env that runs a backbone: instances, observations, and the scores of decisions."""
 
-from __future__ import annotations
-
 import copyreg
 from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache

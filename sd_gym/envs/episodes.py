@@ -29,8 +29,8 @@ class Episodes:
         paid: The rewards given so far for savings, float64 ``[n]``.
     """
 
-    def __init__(self, core: Core, n: int, info_text: bool = False) -> None:
-        self.core, self.info_text, self.objective = core, info_text, Objective(core.config.reward)
+    def __init__(self, core: Core, n: int) -> None:
+        self.core, self.objective = core, Objective(core.config.reward)
         self._split: Split | None = None
         self.rows, self.stage = np.zeros((2, n), dtype=np.int64)
         self.decisions = np.zeros((n, len(core.nvec)), dtype=np.int64)
@@ -107,7 +107,7 @@ class Episodes:
         """
         split, rows = self.split, self.rows[envs]
         known = outcome or Outcome(*np.zeros((3, len(rows))))
-        infos = {
+        return {
             "quality": known.quality,
             "quality_ref": known.quality_ref,
             "cost": known.cost,
@@ -118,18 +118,6 @@ class Episodes:
             "difficulty": split.difficulty[rows],
             "decision": self.core.to_masks(self.decisions[envs]),
         }
-        return infos | self._text_infos(rows) if self.info_text else infos
-
-    def _text_infos(self, rows: Array) -> dict[str, Array]:
-        split = self.texts
-        instances = [split.instances[row] for row in rows]
-        texts: dict[str, list[str | None]] = {
-            "source": [instance.source for instance in instances],
-            "reference": [split.reference(row) for row in rows],
-        }
-        if split.paired:
-            texts["source_pair"] = [instance.source_pair for instance in instances]
-        return {key: objects(values) for key, values in texts.items()}
 
     def observe(self) -> Observations:
         """The observation of each, in new arrays; of an ended episode, its last one."""
@@ -156,8 +144,8 @@ class Episodes:
 class StagedEpisodes(Episodes):
     """Episodes with stages in the middle of the pass; observations are cached, as each takes a part of the pass."""
 
-    def __init__(self, core: Core, n: int, info_text: bool = False) -> None:
-        super().__init__(core, n, info_text)
+    def __init__(self, core: Core, n: int) -> None:
+        super().__init__(core, n)
         self._state: PassState | None = None  # of all, where all are at the same stage
         self._known = np.zeros(n, dtype=np.bool_)  # whose observation is up to date
         self._observed: Any = create_empty_array(core.observation_space, n)
@@ -211,9 +199,9 @@ class StagedEpisodes(Episodes):
         return self._state if self._state is not None and self._state.stage == before else None
 
 
-def episodes_of(core: Core, n: int, info_text: bool) -> Episodes:
+def episodes_of(core: Core, n: int) -> Episodes:
     """A batch of ``n`` episodes of a core, before the first reset."""
-    return (StagedEpisodes if core.is_staged else Episodes)(core, n, info_text)
+    return (StagedEpisodes if core.is_staged else Episodes)(core, n)
 
 
 def objects(values: list[Any]) -> Array:

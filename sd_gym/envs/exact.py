@@ -3,8 +3,6 @@
 Loss is the mean of quality_ref - quality, FLOPs the mean of flops_ratio.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """What a policy needs outside of its env, besides its network."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Shared helpers of the single and the vector env: config files, reset options, infos and pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,15 @@ from sd_gym.registration import CONFIG_FOLDER
 _SCALARS = (np.float64, np.int64, np.bool_)
 
 
-def check_shown(render_mode: str | None, info_text: bool, modes: Sequence[str]) -> None:
-    """Raise ``ValueError`` for an unknown render mode, or for texts where there are no modes.
+def check_shown(render_mode: str | None, modes: Sequence[str]) -> None:
+    """Raise ``ValueError`` for an unknown render mode, or for any where there are no modes.
 
     The latter is a ``TypeError`` too: then ``make_vec_env`` of Stable-Baselines3 tries again without ``rgb_array``.
     """
-    if not modes and (render_mode is not None or info_text):
-        asked = "info_text" if render_mode is None else f"render_mode={render_mode!r}"
-        raise UnknownKeyError(f"a table has outcomes and no texts, so there is nothing to show; leave out {asked}")
+    if not modes and render_mode is not None:
+        raise UnknownKeyError(
+            f"a table has no texts, so there is nothing to show; leave out render_mode={render_mode!r}"
+        )
     if render_mode is not None and render_mode not in modes:
         raise ValueError(f"render_mode must be one of {', '.join(modes)} or None, got {render_mode!r}")
 
@@ -43,7 +42,8 @@ def chosen(core: Core, n: int, options: dict[str, Any] | None) -> tuple[Split, N
     """The split that a reset with these options starts on, and its rows ``[n]``; ``None``: they are drawn.
 
     ``{"split": name}`` and ``{"instance": id}`` (a list of ids for a vector env) choose what to decide on. Raises
-    ``TypeError`` if the options are not a dictionary, ``ValueError`` if an option or its value is unknown.
+    ``TypeError`` if the options are not a dictionary or an id is no text, ``ValueError`` if an option or its value is
+    unknown.
     """
     options = checked_options(options)
     unknown = set(options) - {"split", "instance"}
@@ -56,7 +56,9 @@ def chosen(core: Core, n: int, options: dict[str, Any] | None) -> tuple[Split, N
     if "instance" not in options:
         return split, None
     wanted = options["instance"]
-    ids = [wanted] * n if isinstance(wanted, str) else list(wanted)
+    ids = [wanted] * n if isinstance(wanted, str) else wanted
+    if not isinstance(ids, Sequence | np.ndarray) or not all(isinstance(identity, str) for identity in ids):
+        raise TypeError(f"reset option 'instance': expected an id, or a list with one per env, got {wanted!r}")
     if len(ids) != n:
         raise ValueError(f"expected {n} instance ids, one per env, got {len(ids)}")
     for identity in ids:

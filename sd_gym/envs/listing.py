@@ -1,7 +1,5 @@
 """What an env is about, and its instances, without running anything."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from itertools import takewhile

@@ -3,8 +3,6 @@
 The colours are from the palette of Okabe and Ito (2008), for colour-blind readers; skipped cells are also hatched.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Outcomes of decisions by facts of the instances, for reports."""
 
-from __future__ import annotations
-
 import csv
 import os
 from pathlib import Path

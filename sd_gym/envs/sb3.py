@@ -1,7 +1,5 @@
 """The core as a Stable-Baselines3 ``VecEnv``; no other module of ``sd_gym`` imports that library."""
 
-from __future__ import annotations
-
 import copy
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The core of a configuration, one per process; for a table, torch is not imported."""
 
-from __future__ import annotations
-
 from sd_gym.config import EnvConfig
 from sd_gym.envs.protocols import Core
 

@@ -1,7 +1,5 @@
 """The core as a ``gymnasium.Env``."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import gymnasium as gym
@@ -82,8 +80,7 @@ class SwitchableEnv(gym.Env):
         -flops_ratio], ``is_success`` (cost <= epsilon), ``instance`` (id), ``difficulty`` and ``decision``. A reset has
         the same keys, so that recorders can stack infos; all but ``instance`` and ``difficulty`` are zeros there.
 
-        With ``info_text`` both also have ``source``, ``reference`` (the right answer, the first of several, or empty)
-        and, where inputs are pairs of texts, ``source_pair``.
+        ``sd_gym.instances`` has the texts of an instance by its id.
 
         With several stages both also have ``action_mask``, int8 ``[choices]``: the choices of the next step. Steps
         before the last one have the info of a reset, and the ``decision`` so far.
@@ -94,7 +91,6 @@ class SwitchableEnv(gym.Env):
             window of pygame), or ``None``. Each shows the text, its dropped tokens, the sublayers that ran, the
             answer and the right one, FLOPs, quality and reward of the last step; after a reset only the text. Nothing
             is generated or drawn before it is asked for.
-        info_text: Whether infos have the texts of the instance. The default is ``False``: copying them costs time.
         overrides: Any key of the config, such as ``epsilon``, ``action``, ``codebook`` or ``observation``.
             ``reset(options={"split": ..., "instance": id})`` chooses the instance.
 
@@ -110,17 +106,15 @@ class SwitchableEnv(gym.Env):
 
     metadata = METADATA
 
-    def __init__(
-        self, config_file: str, render_mode: str | None = None, info_text: bool = False, **overrides: Any
-    ) -> None:
-        check_shown(render_mode, info_text, type(self).metadata["render_modes"])
+    def __init__(self, config_file: str, render_mode: str | None = None, **overrides: Any) -> None:
+        check_shown(render_mode, type(self).metadata["render_modes"])
         self.config = read_config(config_file, overrides)
         self.core = shared_core(self.config)
         self.observation_space, self.action_space = spaces(self.core)
         if self.config.reward.vector:
             self.reward_space = reward_space(self.core)
         self.render_mode = render_mode
-        self._episode = episodes_of(self.core, 1, info_text)
+        self._episode = episodes_of(self.core, 1)
         self.objective = self._episode.objective
         self._shown: Shown | None = None
 

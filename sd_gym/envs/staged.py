@@ -1,7 +1,5 @@
 """Observations at the stages of an episode, in the middle of the pass."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import gymnasium as gym

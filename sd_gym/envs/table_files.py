@@ -20,8 +20,6 @@
   original env or on texts. It is missing if no policy can leave that env.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

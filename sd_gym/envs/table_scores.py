@@ -1,7 +1,5 @@
 """Quality and FLOPs of the decisions in a table. Nothing here needs torch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import cached_property
 

@@ -1,7 +1,5 @@
 """Envs that look up the outcomes of decisions in a table: no backbone, no data set, no torch."""
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import numpy as np
@@ -60,8 +58,8 @@ class TableEnv(SwitchableEnv):
     Raises:
         ConfigError: If there is no ``table``, or a key or value is wrong.
         FileNotFoundError: If the folder holds no table.
-        ValueError: If the table is damaged, incomplete or of another version, or for a ``render_mode`` or
-            ``info_text``: a table has no texts.
+        ValueError: If the table is damaged, incomplete or of another version, or for a ``render_mode``: a table has no
+            texts.
     """
 
     metadata = METADATA

@@ -1,7 +1,5 @@
 """Make a table: run every instance of an env under every decision of a set."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """The core as a ``gymnasium.vector.VectorEnv``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,7 +55,6 @@ class SwitchableVectorEnv(VectorEnv):
         config_file: As in ``SwitchableEnv``.
         num_envs: Batch size, at least 1.
         render_mode: As in ``SwitchableEnv`` without ``human``; one picture per env.
-        info_text: As in ``SwitchableEnv``.
         autoreset_mode: An ``AutoresetMode`` or its value, as in ``gym.make_vec(id, autoreset_mode="NextStep")``.
         overrides: Any key of the config.
 
@@ -78,13 +75,12 @@ class SwitchableVectorEnv(VectorEnv):
         config_file: str,
         num_envs: int = 1,
         render_mode: str | None = None,
-        info_text: bool = False,
         autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
         **overrides: Any,
     ) -> None:
         if isinstance(num_envs, bool) or not isinstance(num_envs, int | np.integer) or num_envs < 1:
             raise ValueError(f"num_envs: expected an integer of at least 1, got {num_envs!r}")
-        check_shown(render_mode, info_text, type(self).metadata["render_modes"])
+        check_shown(render_mode, type(self).metadata["render_modes"])
         if autoreset_mode not in [*AutoresetMode, *(mode.value for mode in AutoresetMode)]:
             known = ", ".join(mode.value for mode in AutoresetMode)
             raise ValueError(f"autoreset_mode must be one of {known}, got {autoreset_mode!r}")
@@ -99,7 +95,7 @@ class SwitchableVectorEnv(VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         if self.config.reward.vector:
             self.reward_space = reward_space(self.core)  # of one env, as MO-Gymnasium's vector envs have it
-        self._episodes = episodes_of(self.core, num_envs, info_text)
+        self._episodes = episodes_of(self.core, num_envs)
         self.objective = self._episodes.objective
         self._shown: Shown | None = None
 
@@ -240,8 +236,8 @@ class SwitchableVectorEnv(VectorEnv):
 
     def _seed(self, seed: int | Sequence[int | None] | None, envs: NDArray) -> None:
         """Seed the common generator, or the generators of some envs."""
-        if seed is None or isinstance(seed, int | np.integer):
-            super().reset(seed=seed)
+        if not isinstance(seed, Sequence | np.ndarray):
+            super().reset(seed=seed)  # raises unless it is a number
             return
         if len(seed) != self.num_envs:
             raise ValueError(f"expected {self.num_envs} seeds, one per env, got {len(seed)}")

@@ -1,7 +1,5 @@
 """Wrappers for other conventions: costs beside rewards, and penalties that learn."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import gymnasium as gym

@@ -1,7 +1,5 @@
 """A bank of masks: per mask a plain model without the skipped sublayers; all share the weights of one model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NoReturn, Protocol

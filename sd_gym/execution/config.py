@@ -1,7 +1,5 @@
 """Checking the configuration of what runs a backbone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What decisions on the instances of a split cost."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,7 +7,7 @@ from sd_gym.backbones import Backbone
 from sd_gym.backbones.heads import reading_ratio
 from sd_gym.data.encoded import Encoded
 from sd_gym.going_on import going_on_flops, parted, resumed_from
-from sd_gym.tasks.dropping import TokenDropping
+from sd_gym.tasks.token_dropping import TokenDropping
 
 Array = NDArray
 

@@ -1,7 +1,5 @@
 """Running a backbone on the instances of a split, in few and short passes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,10 +14,10 @@ from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Encoded
 from sd_gym.data.instance import Instance
 from sd_gym.execution.bank import MaskModels
-from sd_gym.execution.tree import MaskTree
+from sd_gym.execution.mask_tree import MaskTree
 from sd_gym.switch import PassState, passes
 from sd_gym.switch.stages import BETWEEN
-from sd_gym.tasks.dropping import TokenDropping
+from sd_gym.tasks.token_dropping import TokenDropping
 
 Array = NDArray
 Value = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of each row's logits and labels
@@ -138,7 +136,7 @@ class Passes:
 
     @torch.inference_mode()
     def generated_under_all(self, rows: Array, masks: Array) -> list[list[str]]:
-        """As ``generated``, under every mask: a list of texts for each. Masks that agree on the encoder share it."""
+        """The texts of ``generated`` under every mask, a list for each. Masks that agree on the encoder share it."""
         board = self.backbone.board
         start = board.decided_at([BETWEEN])[BETWEEN].start if BETWEEN in board.stages else 0
         groups = np.unique(masks[:, [*range(start), -1]], axis=0, return_inverse=True)[1].ravel()

@@ -1,7 +1,5 @@
 """The quality of the backbone's answers under decisions; each is computed once."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cached_property

@@ -22,12 +22,12 @@ from sd_gym.policy.features import input_features
 from sd_gym.tasks.cache import encode_cached
 from sd_gym.tasks.data import Instances
 from sd_gym.tasks.difficulty import quartiles
-from sd_gym.tasks.dropping import TokenDropping
 from sd_gym.tasks.encoding import encode
 from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.marked_text import MarkedText, marked_texts
 from sd_gym.tasks.ranking import in_batches, training_rarity
 from sd_gym.tasks.splits import Splits
+from sd_gym.tasks.token_dropping import TokenDropping
 
 Array = NDArray
 

@@ -1,7 +1,5 @@
 """Inputs and answers, whatever runs the model: nothing here imports torch."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

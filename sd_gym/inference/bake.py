@@ -1,7 +1,5 @@
 """A plain, smaller model without the layers that a static mask skips."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The few masks among which a policy decides before the first layer, if they are few."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from numpy.typing import NDArray

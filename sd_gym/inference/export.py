@@ -1,7 +1,5 @@
 """A policy as ONNX graphs: one that decides, and one for each of its few masks, on one file of shared weights."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

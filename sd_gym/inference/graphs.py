@@ -1,7 +1,5 @@
 """The modules of an export that become ONNX graphs: the policy, a model per mask, and what goes on densely."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The answers of an incomplete run over a file, and the state that is needed to resume it."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

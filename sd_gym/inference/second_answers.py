@@ -1,7 +1,5 @@
 """Calls of an attached model with an answer stage: their arguments, and outputs in which rows that go on are dense."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

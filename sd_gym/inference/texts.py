@@ -1,7 +1,5 @@
 """A backbone with its policy, called on texts: tokenised, decided on, grouped and answered as in the env."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 from copy import deepcopy

@@ -1,7 +1,5 @@
 """The card of a policy: what it was trained on, how well, and which files belong to it; as JSON and as Markdown."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence
@@ -114,6 +112,7 @@ def read_card(folder: Path) -> dict[str, Any]:
                 "its files"
             )
     del values["format"]
+    values["env"] = card.env.model_dump(mode="json", exclude={"reward": {"objective"}})  # with the defaults
     return {**values, **{key: getattr(card, key) for key in ("protection", "context", "operating_points")}}
 
 

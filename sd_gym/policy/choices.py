@@ -1,7 +1,5 @@
 """From logits to choices: groups of components of the same size, noise for controls, and codebooks."""
 
-from __future__ import annotations
-
 from itertools import groupby
 from typing import Literal, NamedTuple
 

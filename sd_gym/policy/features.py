@@ -1,7 +1,5 @@
 """Observations of an input before the first layer, and of a pass at a stage."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import TypeVar
 

@@ -1,7 +1,5 @@
 """Policies on the Hugging Face hub."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory

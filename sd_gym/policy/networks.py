@@ -1,7 +1,5 @@
 """Networks from observations to logits: built-in layers, networks that a user registers, and their FLOPs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any

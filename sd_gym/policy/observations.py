@@ -1,7 +1,5 @@
 """Observations of a batch: an array ``[n, features]``, or a dictionary of arrays if a policy observes tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, overload
 

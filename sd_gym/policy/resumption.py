@@ -1,7 +1,5 @@
 """Going on in a model: after an answer, rows run densely from their first skipped sublayer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """A policy with several stages in one forward pass: its observations and decisions at each stage."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import numpy as np

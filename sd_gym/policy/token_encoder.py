@@ -1,7 +1,5 @@
 """A small network that reads the tokens of a text in order, for policies that observe tokens."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor, nn

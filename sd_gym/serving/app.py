@@ -1,7 +1,5 @@
 """A batcher over HTTP: routes, status codes, metrics and a page."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -3,8 +3,6 @@
 The batcher does not depend on HTTP or torch. Its clock is the event loop's.
 """
 
-from __future__ import annotations
-
 import asyncio
 import math
 from collections import Counter, deque

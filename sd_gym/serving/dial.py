@@ -1,7 +1,5 @@
 """Dials: they choose the operating point of each group."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple, Protocol
 

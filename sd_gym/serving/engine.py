@@ -1,7 +1,5 @@
 """Engines of a batcher: a model and its policy, which run in one thread."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 import statistics

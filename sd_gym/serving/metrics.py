@@ -1,7 +1,5 @@
 """Metrics under the names of text-embeddings-inference, and metrics of skipping."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram

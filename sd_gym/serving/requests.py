@@ -1,7 +1,5 @@
 """Bodies of requests, which are checked before they queue."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """A service from files, and the process that runs it."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Callable
 from functools import partial

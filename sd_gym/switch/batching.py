@@ -4,8 +4,6 @@ A pass of mixed decisions gathers and scatters rows at every sublayer that only 
 the longest. Separate passes for equal decisions or lengths save that, but each pass makes its own calls.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -4,8 +4,6 @@ A decision is made once per sequence, so a row skips the same sublayers at every
 stored. The length and the order of the beams must still be right for all rows, even in a layer that stores no row.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """What the first layer of a backbone computes of an input, before any decision is made."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

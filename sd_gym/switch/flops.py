@@ -4,8 +4,6 @@ They are counted as by ``torch.utils.flop_counter.FlopCounterMode``: 2 per multi
 is of linear layers, the two products of an attention, and the heads. Embeddings, norms and activations count 0.
 """
 
-from __future__ import annotations
-
 from math import prod
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Patches of layers, of encoder and decoder, and of ``generate()`` while a decision is in force."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace

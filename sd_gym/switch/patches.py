@@ -1,7 +1,5 @@
 """All patches of a model's methods, and which of them a decision needs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Running one sublayer on the rows that do not skip it: gather, run, scatter."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

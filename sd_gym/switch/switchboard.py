@@ -6,8 +6,6 @@ and outputs do not change: only ``forward`` of the switched modules is patched, 
 force by which a row skips them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate

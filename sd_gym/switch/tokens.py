@@ -5,8 +5,6 @@ model's output has the full length, with zeros at dropped tokens. Only between e
 short, which makes the cross-attention cheaper.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable, Sequence
 from functools import lru_cache

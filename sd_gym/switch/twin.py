@@ -1,7 +1,5 @@
 """Twins of modules: copies that share all weights, and whose parts can be replaced without changing the original."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any, TypeVar
 

@@ -5,8 +5,6 @@ There is one safetensors file per split, in the folder that the environment vari
 name and tensors, so a changed, cut off or renamed file is written again. The folder may be deleted at any time.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Data sets as lists of instances: generated, from JSONL, CSV or Parquet files, or from the Hugging Face hub."""
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import re

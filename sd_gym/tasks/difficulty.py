@@ -1,7 +1,5 @@
 """Levels of difficulty if the data have none: quartiles of the dense loss or other facts."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

@@ -1,7 +1,5 @@
 """Instances as tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

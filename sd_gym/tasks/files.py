@@ -1,7 +1,5 @@
 """Rows of JSONL and CSV files, each with its place in the file, for error messages."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re

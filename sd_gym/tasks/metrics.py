@@ -7,8 +7,6 @@ For two classes, Matthews correlation is (2 B - 1) times the standard deviation 
 predictions. So ``balanced`` keeps it if one class is rare, which accuracy does not.
 """
 
-from __future__ import annotations
-
 import re
 import string
 from collections import Counter

@@ -1,7 +1,5 @@
 """Preparing any backbone on a data set of its task (``sd-gym prepare``)."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
@@ -35,13 +33,13 @@ from sd_gym.config import BackboneConfig, DataConfig, QualityConfig, TokensConfi
 from sd_gym.files import as_json, read_json, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.switch import Switchboard
+from sd_gym.tasks.backbone_rows import backbone_part, backbone_rows, row_hashes, write_backbone_rows
 from sd_gym.tasks.cache import encode_cached
 from sd_gym.tasks.data import SPLITS, Instances
-from sd_gym.tasks.dropping import TokenDropping
 from sd_gym.tasks.family import TASKS
-from sd_gym.tasks.parts import backbone_part, backbone_rows, row_hashes, write_backbone_rows
 from sd_gym.tasks.ranking import training_rarity
 from sd_gym.tasks.splits import Splits, check_unchanged
+from sd_gym.tasks.token_dropping import TokenDropping
 from sd_gym.tasks.validation import EncodedSplit, MeanQuality
 from sd_gym.version import __version__
 

@@ -1,7 +1,5 @@
 """Rankings of the tokens of encoded inputs: the lowest ones are dropped first."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 

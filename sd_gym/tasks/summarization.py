@@ -1,7 +1,5 @@
 """Text to text: summarization, translation and similar tasks with two fields."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

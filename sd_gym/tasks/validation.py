@@ -1,7 +1,5 @@
 """The quality of a backbone on a split under random decisions, measured while it is prepared."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +15,8 @@ from sd_gym.config import BackboneConfig, QualityConfig
 from sd_gym.data.encoded import Encoded
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.data import Instances
-from sd_gym.tasks.dropping import TokenDropping
 from sd_gym.tasks.metrics import text_quality
+from sd_gym.tasks.token_dropping import TokenDropping
 
 REPORTED_RATES = (0.0, 0.2, 0.4, 0.6)
 BATCH = 64

@@ -37,3 +37,16 @@ def test_bad_reset_options():
         env.reset(options={"split": "dev"})
     with pytest.raises(ValueError, match="no instance 'test-999' in the test split"):
         env.reset(options={"split": "test", "instance": "test-999"})
+
+
+@pytest.mark.parametrize("instance", [3, None, [3], [["train-0"]]])
+def test_instances_are_chosen_by_ids(instance):
+    for env in (gym.make(MINI[0], **SMALL).unwrapped, gym.make_vec(MINI[0], num_envs=1, **SMALL)):
+        with pytest.raises(TypeError, match="reset option 'instance': expected an id, or a list with one per env"):
+            env.reset(options={"instance": instance})
+
+
+def test_a_seed_that_is_no_integer_is_an_error_of_gymnasium():
+    env = gym.make_vec(MINI[0], num_envs=2, **SMALL)
+    with pytest.raises(gym.error.Error, match="Seed must be a python integer"):
+        env.reset(seed=1.5)

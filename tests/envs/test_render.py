@@ -5,7 +5,6 @@ from dataclasses import replace
 import gymnasium as gym
 import numpy as np
 import pytest
-from gymnasium.utils.env_checker import check_env
 
 from sd_gym.envs.picture import HEIGHT, WIDTH
 from sd_gym.envs.render import as_lines
@@ -166,41 +165,3 @@ def test_a_video_can_be_recorded(tmp_path):
     with VideoFileClip(str(folder / "rl-video-episode-0.mp4")) as video:
         assert video.size == [WIDTH, HEIGHT]
         assert video.duration == 2  # the text, and what came of the decision, a second each
-
-
-# --- texts in the infos -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("env_id", MINI)
-def test_infos_hold_the_texts_on_request(env_id):
-    env = gym.make(env_id, info_text=True, **SMALL)
-    check_env(env.unwrapped)
-    _, before = env.reset(seed=0)
-    *_, after = env.step(action_for(env, [0]))
-    split = env.unwrapped.core.split("train")
-    instance = split.instances[split.number_of[before["instance"]]]
-    for info in (before, after):
-        assert info["source"] == instance.source
-        assert info["reference"] == instance.target
-        assert "source_pair" not in info
-
-    vector = gym.make_vec(env_id, num_envs=3, info_text=True, **SMALL)
-    _, before = vector.reset(seed=0)
-    *_, after = vector.step(np.zeros(vector.action_space.shape, dtype=np.int64))
-    for info in (before, after["final_info"]):
-        np.testing.assert_array_equal(info["_source"], True)
-        expected = [split.instances[split.number_of[identity]].source for identity in info["instance"]]
-        assert info["source"].tolist() == expected
-    assert before["instance"].tolist() == after["final_info"]["instance"].tolist()
-    assert after["source"].tolist() != before["source"].tolist()
-
-
-def test_infos_hold_the_second_text_of_pairs(tmp_path, tiny_backbone):
-    file = tmp_path / "pairs.jsonl"
-    file.write_text(varied({"text": "the food", "text_pair": "was good", "label": 1}, "text_pair"))
-    arguments = {"dataset": str(file), "backbone": str(tiny_backbone), "info_text": True}
-    _, info = gym.make("SD/Classification-Custom-v0", **arguments).reset(seed=0)
-    assert (info["source"], info["reference"]) == ("the food", "LABEL_1")
-    assert info["source_pair"].startswith("was good")
-    _, infos = gym.make_vec("SD/Classification-Custom-v0", num_envs=2, **arguments).reset(seed=0)
-    assert all(text.startswith("was good") for text in infos["source_pair"])

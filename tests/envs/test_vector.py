@@ -23,7 +23,7 @@ resets = st.fixed_dictionaries(
 MINI = [id for id in sd_gym.registered_ids() if id.endswith("Mini-v0")]
 
 
-@pytest.mark.parametrize("keys", [{}, {"action": "multi_binary", "observation": "tokens", "info_text": True}])
+@pytest.mark.parametrize("keys", [{}, {"action": "multi_binary", "observation": "tokens"}])
 @pytest.mark.parametrize("mode", MODES)
 @settings(max_examples=15, deadline=None)
 @given(first=st.integers(0, 99), calls=st.lists(st.none() | resets, max_size=8), draws=st.integers(0, 99))

@@ -14,7 +14,7 @@ from sd_gym.agents.experiment.run import run_metadata
 from sd_gym import SkipPolicy
 from sd_gym.files import read_tensors, write_tensors
 from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.card import FILE, HASHED, TENSORS, OperatingPoint
+from sd_gym.policy.card import FILE, HASHED, TENSORS, OperatingPoint, read_card, write_card
 from tests.conftest import sign
 from tests.envs.conftest import RESULT
 
@@ -121,3 +121,15 @@ def test_every_change_of_a_field_of_the_network_is_refused_or_is_a_network(folde
             SkipPolicy.from_pretrained(folder)
         with contextlib.suppress(ValueError):
             DecisionPolicy.load(folder)
+
+
+def test_a_card_without_keys_of_its_env_has_their_defaults(folder):
+    card = json.loads((folder / FILE).read_text())
+    card["env"].pop("tokens")
+    del card["env"]["data"]["unanswerable"]
+    write_card(folder, {key: value for key, value in card.items() if key not in ("format", "files")})
+    env = read_card(folder)["env"]
+    assert env["tokens"] == {"shares": [0.0], "ranking": "idf"}
+    assert env["data"]["unanswerable"] is True
+    with pytest.raises(ValueError, match="the policy has 2 token levels, "):
+        SkipPolicy.from_pretrained(folder)

@@ -1,7 +1,5 @@
 """Heads: one file per kind of output. No other module depends on the kind of a model's answers."""
 
-from __future__ import annotations
-
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sd_gym.backbones.heads.base import Head, flops_share, reading_ratio

@@ -1,7 +1,5 @@
 """The answers of a head, and their quality."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple

@@ -1,7 +1,5 @@
 """The base class of heads, and shares of FLOPs."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self

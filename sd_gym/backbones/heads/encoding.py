@@ -1,7 +1,5 @@
 """A head's inputs, targets and batches."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal

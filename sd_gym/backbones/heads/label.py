@@ -1,7 +1,5 @@
 """Heads that classify the whole input."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 

@@ -1,7 +1,5 @@
 """The losses that a backbone is prepared with: the task's, and the distillation of dense outputs."""
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -1,7 +1,5 @@
 """Heads that generate a text, by a decoder-only model that continues a prompt."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 

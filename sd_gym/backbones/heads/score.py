@@ -1,7 +1,5 @@
 """Heads that score the whole input (regression)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Self
 

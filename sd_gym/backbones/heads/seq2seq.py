@@ -1,7 +1,5 @@
 """Heads that generate a text, by the decoder of an encoder-decoder."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Self

@@ -1,7 +1,5 @@
 """Heads that extract a span of the context: the first and the last token of the answer."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace

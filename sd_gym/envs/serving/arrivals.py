@@ -1,7 +1,5 @@
 """When requests arrive: seeded point processes of a mean rate."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np

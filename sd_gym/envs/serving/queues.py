@@ -1,7 +1,5 @@
 """The core of the serving envs: it simulates many queues, each in front of its own server."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The queues as a ``gymnasium.Env`` and as a ``gymnasium.vector.VectorEnv``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -77,7 +75,7 @@ class ServingEnv(gym.Env[Array, Any]):
     metadata = METADATA
 
     def __init__(self, config_file: str, render_mode: str | None = None, **overrides: Any) -> None:
-        check_shown(render_mode, False, [])
+        check_shown(render_mode, [])
         self.config = make_serving_config(config_file, overrides)
         self.render_mode = render_mode
         self.observation_space, self.action_space = _spaces(len(self.config.points))
@@ -123,7 +121,7 @@ class ServingVectorEnv(VectorEnv[Array, Any, Array]):
     def __init__(self, config_file: str, num_envs: int = 1, render_mode: str | None = None, **overrides: Any) -> None:
         if isinstance(num_envs, bool) or not isinstance(num_envs, int | np.integer) or num_envs < 1:
             raise ValueError(f"num_envs: expected an integer of at least 1, got {num_envs!r}")
-        check_shown(render_mode, False, [])
+        check_shown(render_mode, [])
         self.config = make_serving_config(config_file, overrides)
         self.num_envs, self.render_mode = num_envs, render_mode
         self.single_observation_space, self.single_action_space = _spaces(len(self.config.points))

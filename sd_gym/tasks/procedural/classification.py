@@ -10,8 +10,6 @@ Harder instances combine more of these:
 * level 4: three or five sentences with negations, double negations, comparisons and mixed evidence.
 """
 
-from __future__ import annotations
-
 from random import Random
 
 LABELS = ("negative", "positive")

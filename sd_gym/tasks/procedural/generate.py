@@ -1,7 +1,5 @@
 """Seeded generation of the procedural tasks, with disjoint splits."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Sequence
 from random import Random

@@ -10,8 +10,6 @@ facts are in random order.
 * level 4: three or four hops, at most three distractors.
 """
 
-from __future__ import annotations
-
 from random import Random
 
 NAMES = "anna ben cara dan emma finn gina hugo iris jack kate liam mona nick olga paul".split()

@@ -6,8 +6,6 @@
 * level 4: three or four goals, some of them disallowed, which do not count, and up to two salient facts.
 """
 
-from __future__ import annotations
-
 from random import Random
 
 TEAMS = "falcons tigers bears wolves sharks eagles lions hawks bulls foxes ravens cobras".split()

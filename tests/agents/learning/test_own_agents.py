@@ -14,7 +14,7 @@ from sd_gym.agents import PrivilegedAgent, Rollout, agent_names, make_agent, reg
 from sd_gym.agents.experiment.run import load_run, train
 from sd_gym.agents.learning.decisions import SplitDecisions, Version
 from sd_gym.agents.ppo.agent import PPOAgent
-from sd_gym.agents.runs.finished import finished_runs
+from sd_gym.agents.runs.finished_runs import finished_runs
 from stable_baselines3.common.logger import configure
 from torch import nn
 
@@ -67,7 +67,7 @@ def test_a_run_with_an_own_objective_is_evaluated_by_anybody_but_resumed_only_wi
 
 
 def half_way(*arguments, **keywords):
-    """A run that is cut off behind a checkpoint."""
+    """A run that is cut off after a checkpoint."""
 
     class KilledError(Exception):
         pass

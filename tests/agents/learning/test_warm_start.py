@@ -29,7 +29,7 @@ def test_a_warm_start_begins_where_the_other_run_ended(name, env, tmp_path):
     observations = env.core.observe(env.core.split("train"), np.arange(32))
     agent = make_agent(name, env, start=tmp_path)
     np.testing.assert_array_equal(agent.policy().decide(observations), start.decide(observations))
-    offered = agent.selectable_policies()[-1]  # and, as one of those to select from, cannot end behind it
+    offered = agent.selectable_policies()[-1]  # and, as one of those to select from, cannot be worse than it
     assert len(agent.selectable_policies()) == (1 if name == "imitation" else 2)  # which learns anew
     np.testing.assert_array_equal(offered.decide(observations), start.decide(observations))
     assert make_agent(f"blind-{name}", env, start=tmp_path).selectable_policies()[-1].blind

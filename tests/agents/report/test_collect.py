@@ -1,13 +1,18 @@
 """Runs of the same env and the same test rows are one task of a report."""
 
 import json
+from contextlib import suppress
+from copy import deepcopy
+from functools import reduce
+from operator import getitem
 
 import numpy as np
 import pytest
 from sd_gym.agents.registry import agent_names, learning_agents
 from sd_gym.agents.report.collect import collect, example_decisions
-from sd_gym.agents.report.text import results_table, verdict_sentences
-from sd_gym.agents.runs.finished import finished_runs
+from sd_gym.agents.report.compare import cells, compare
+from sd_gym.agents.report.text import levels_table, results_table, verdict_sentences, versions_table
+from sd_gym.agents.runs.finished_runs import finished_runs
 
 from tests.agents.report.conftest import ENV
 
@@ -51,3 +56,27 @@ def test_single_instances_are_of_each_level_and_of_what_was_lost(run):
     text = (other / "instances.csv").read_text()
     (other / "instances.csv").write_text(text.replace("11010", "11011"))
     assert [one.dropped for one in example_decisions(finished_runs([other])[0])] == [0.25, 0.0]
+
+
+def _fields(values, path=()):
+    """The path of each value in nested JSON; of a list, that of its first item."""
+    inner = values.items() if isinstance(values, dict) else enumerate(values[:1]) if isinstance(values, list) else ()
+    for key, value in inner:
+        yield (*path, key)
+        yield from _fields(value, (*path, key))
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+def test_a_damaged_run_is_an_error_of_a_line_or_is_still_compared(run, name):
+    folder = run("ppo", last={"quality_difference": -0.01, "flops_ratio_with_policy": 0.5})
+    values = json.loads((folder / name).read_text()) | {"time": {"32": {"time_ratio": 0.5, "dense_by_length": 0.9}}}
+    for path in _fields(values):
+        for broken in (None, "x", []):
+            changed = deepcopy(values)
+            of_key = reduce(getitem, path[:-1], changed)
+            of_key[path[-1]] = broken
+            (folder / name).write_text(json.dumps(changed))
+            with suppress(ValueError, FileNotFoundError):
+                (task,) = collect([folder])
+                _ = results_table(task), levels_table(task), versions_table([task]), verdict_sentences(task)
+                _ = [cells(row) for row in compare([folder])]

@@ -1,7 +1,5 @@
 """The tokens of a split's inputs that are dropped at a token level."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import cached_property
 

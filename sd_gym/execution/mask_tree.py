@@ -1,7 +1,5 @@
 """One batch under many masks: layers that they share run once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NoReturn

@@ -4,8 +4,6 @@ A backbone has memorised the rows that it was prepared on, so the quality that a
 other rows. ``sd-gym prepare`` takes a part of the training split, and saves which; policies learn on the rest.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
