@@ -35,8 +35,7 @@ AGENTS: Registry[type[BaseAgent]] = Registry(
 def register_agent(name: str, cls: type[BaseAgent]) -> None:
     """Register an agent of your own for ``sd_gym.train(env, name)`` and, with ``--import``, ``--algo NAME``.
 
-    Unless the class has ``is_control = True``, there is a ``blind-NAME`` as well, and ``compare --fronts`` compares it
-    with the controls.
+    Unless the class has ``is_control = True``, there is a ``blind-NAME`` as well, which does not see the input.
 
     Raises:
         TypeError: If ``cls`` is no subclass of ``sd_gym.agents.Agent`` or ``sd_gym.agents.PrivilegedAgent``.

@@ -2,13 +2,11 @@
 
     python benchmarks/from_scratch.py --algos script ppo a2c reinforce
     python benchmarks/from_scratch.py --envs SD/Classification-TREC-Table-v1 --algos hull ppo --steps 20000 200000
-    python benchmarks/from_scratch.py --algos ppo reinforce --envs SD/Classification-Mini-Staged-v0 --at 0.25 0.5 1
 
 ``script`` is ``examples/own_ppo.py``, run as an agent, so its policy is validated and selected like all others. The
 table shows two policies of each run: the one at the end of learning, and the one selected on the validation split.
 Means over seeds with 95% intervals (Student's t). Finished runs are kept and interrupted ones resumed, so the command
-can be given again, and twice at once with different ``--envs``. ``--table`` only prints what is there. ``--at 0.25 0.5
-1`` adds columns: the FLOPs where so many points are lost, read off the front of operating points on the test split.
+can be given again, and twice at once with different ``--envs``. ``--table`` only prints what is there.
 """
 
 from __future__ import annotations
@@ -24,19 +22,14 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
 from sd_gym.agents.experiment.comparison_plan import PlannedRun
-from sd_gym.agents.experiment.fronts import front_of, policy_versions
 from sd_gym.agents.experiment.parallel import RunStatus, train_many
-from sd_gym.agents.experiment.run import run_config
 from sd_gym.agents.learning.agent import INFO_KEYS, Agent, AgentSettings, OnRollout, Rollout
-from sd_gym.agents.learning.decisions import check_fits
 from sd_gym.agents.registry import register_agent
 from sd_gym.agents.report.compare import markdown
-from sd_gym.agents.runs.folder import read_description, read_result
-from sd_gym.agents.runs.fronts import flops_at_loss
+from sd_gym.agents.runs.folder import read_result
 from stable_baselines3.common.logger import Logger
 
 import sd_gym
-from sd_gym.envs.shared import shared_core
 from sd_gym.policy import DecisionPolicy
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
@@ -118,15 +111,6 @@ def cell(results: list[dict[str, Any]]) -> str:
     return f"{mean_flops([result['flops_ratio_with_policy'] for result in results])} ({points:+.2f})"
 
 
-def flops_where_lost(folder: Path, points: list[float]) -> list[float]:
-    """FLOPs ratio of a run's policy where so many points are lost, on the front of its versions."""
-    core = shared_core(run_config(read_description(folder)))
-    policy = check_fits(DecisionPolicy.load(folder), core)
-    margin = read_result(folder).get("margin", 0.0)
-    front = front_of(core, core.split("test"), policy_versions(core, policy, core.config.reward.epsilon, margin))
-    return [flops_at_loss(front, point / 100) for point in points]
-
-
 def plot(curves: dict[str, dict[str, list[list[dict]]]], file: Path) -> None:
     """FLOPs and points lost on the validation split against decisions: means, and bands of their 95% intervals."""
     figure = Figure(figsize=(5 * len(curves), 7), layout="constrained")
@@ -160,7 +144,6 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", nargs="+", type=int, default=[20_000])
     parser.add_argument("--jobs", type=int, default=1, help="processes, which share the cores")
-    parser.add_argument("--at", nargs="+", type=float, default=[], metavar="POINTS", help="losses to read fronts at")
     parser.add_argument("--table", action="store_true", help="train nothing, print what is there")
     arguments = parser.parse_args()
     cases = [(env, steps) for env in arguments.envs for steps in arguments.steps]
@@ -184,14 +167,12 @@ def main() -> None:
                 scores = [result["normalised_score"] for result in results]
                 score = "-" if None in scores else f"{np.mean(scores):.2f}"
                 gained = f"{np.mean([result['return'] for result in results]):.3f}"
-                read = [flops_where_lost(folder, arguments.at) for folder in folders] if arguments.at else []
-                fronts = [mean_flops(list(ratios)) for ratios in zip(*read, strict=True)]
                 rows.append([env, f"{steps:,}", name, str(len(results)), learned, cell(results)])
-                rows[-1] += [gained, score, kept, *fronts]
+                rows[-1] += [gained, score, kept]
                 if all(len(result["history"]) > 1 for result in results):  # of those that learn step by step
                     runs = curves.setdefault(f"{env}, {steps:,} decisions", {})
                     runs[name] = [result["history"] for result in results]
-    print(markdown([*COLUMNS, *(f"FLOPs at {points:g}" for points in arguments.at)], rows))
+    print(markdown(COLUMNS, rows))
     if curves:
         plot(curves, arguments.output / "curves.png")
 

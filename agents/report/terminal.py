@@ -7,7 +7,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
+from sd_gym.agents.report.compare import COLUMNS
 
+IN_TITLE = "env", "dense quality", "test rows"  # columns of a comparison
 COUNTED = {  # changes to rows of a split
     "left_out": "rows left out (an empty text)",
     "dropped": "rows left out (they are in a later split too)",
@@ -51,20 +53,20 @@ def result_tables(title: str, result: dict[str, Any]) -> Iterator[RenderableType
     yield _dim(f"Power: {power}")
 
 
-def comparison_tables(title: str, columns: list[str], rows: list[list[str]], by: list[str]) -> Iterator[Table]:
-    """A table for each value of the columns ``by``, which is its title, so that 80 characters are wide enough."""
-    keys = [columns.index(name) for name in by]
+def comparison_tables(rows: list[list[str]]) -> Iterator[Table]:
+    """Rows of ``compare.COLUMNS``: a table for each env, with a title, so that 80 characters are wide enough."""
+    keys = [COLUMNS.index(name) for name in IN_TITLE]
     groups: dict[tuple[str, ...], list[list[str]]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    for (env, *values), group in groups.items():
-        named = [f"{name} {value}" for name, value in zip(by[1:], values, strict=True)]
-        table = Table(title=f"{title}: {', '.join([env, *named])}", box=SIMPLE_HEAD, padding=0)
-        known = [number for number in range(len(columns)) if any(row[number] != "-" for row in group)]
+    for (env, quality, test_rows), group in groups.items():
+        title = f"Runs on the test split: {env}, dense quality {quality}, test rows {test_rows}"
+        table = Table(title=title, box=SIMPLE_HEAD, padding=0)
+        known = [number for number in range(len(COLUMNS)) if any(row[number] != "-" for row in group)]
         shown = [number for number in known if number not in keys]
         for number in shown:
-            words = " ".join([columns[number], *(row[number] for row in group)]).split()
-            table.add_column(_broken(columns[number]), min_width=max(map(len, words)))
+            words = " ".join([COLUMNS[number], *(row[number] for row in group)]).split()
+            table.add_column(_broken(COLUMNS[number]), min_width=max(map(len, words)))
         for row in group:
             table.add_row(*(_broken(row[number]) for number in shown))
         yield table

@@ -24,8 +24,6 @@ def compare(
     confidence: Confidence = 0.95,
     set_: Settings = [],
     report: Annotated[Path | None, Option(help="Also write this page, as sd-gym report does.")] = None,
-    fronts: Annotated[bool, Option(help="Score again: savings at the same quality.")] = False,
-    test_size: Annotated[int | None, Option(min=2, help="With --fronts: test instances [default: the run's].")] = None,
     markdown: Annotated[bool, Option(help="Print a Markdown table.")] = False,
     imports: Imports = [],
 ) -> None:
@@ -33,7 +31,7 @@ def compare(
 
     With envs, all agents and controls are trained first, with the same seeds; NAME-from-OTHER starts from the run of
     OTHER. Repeating the command keeps finished runs, resumes interrupted runs and retries failed runs. The exit code is
-    1 if a run failed. --fronts takes minutes, and needs runs of hull and of a blind agent.
+    1 if a run failed.
 
     Example: `sd-gym compare SD/Classification-Mini-v0 --algos ppo,a2c --seeds 5 --jobs 2 --report report.html`
     """
@@ -58,7 +56,7 @@ def compare(
             folders, failed = _trained(runs, jobs, ray, imported)
     if folders:
         with terminal.errors_as_lines(), terminal.warnings_as_lines():
-            _print_comparison(folders, fronts=fronts, test_size=test_size, as_markdown=markdown)
+            _print_comparison(folders, as_markdown=markdown)
             if report is not None:
                 _write_report(folders, report)
     for status in failed:
@@ -95,26 +93,15 @@ def _trained(runs: list[Any], jobs: int, ray: str | None, imports: list[str]) ->
     return finished, [status for status in statuses if status.state == "failed"]
 
 
-def _print_comparison(folders: list[Path], *, fronts: bool, test_size: int | None, as_markdown: bool) -> None:
-    """Print the table of runs, or their savings at the same quality."""
+def _print_comparison(folders: list[Path], *, as_markdown: bool) -> None:
     from sd_gym.agents.report import compare as results
     from sd_gym.agents.report.terminal import comparison_tables
 
-    if fronts:
-        from sd_gym.agents.experiment import fronts as agent_fronts
-
-        title, columns = "At the same quality, test split", agent_fronts.COLUMNS
-        by = ["env", "points lost", "FLOPs of hull / blind"]
-        with terminal.status("scoring"):
-            scored = agent_fronts.score_fronts(folders, test_size)
-        rows = [row for env_fronts in scored for row in agent_fronts.savings_rows(env_fronts)]
-    else:
-        title, columns, by = "Runs on the test split", results.COLUMNS, ["env", "dense quality", "test rows"]
-        rows = [results.cells(row) for row in results.compare(folders)]
+    rows = [results.cells(row) for row in results.compare(folders)]
     if as_markdown:
-        print(results.markdown(columns, rows))
+        print(results.markdown(results.COLUMNS, rows))
     else:
-        terminal.console.print(*comparison_tables(title, columns, rows, by), sep="\n")
+        terminal.console.print(*comparison_tables(rows), sep="\n")
 
 
 def report(

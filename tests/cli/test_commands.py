@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from sd_gym.agents.experiment.fronts import score_fronts
 from typer.testing import CliRunner
 
 from sd_gym.cli import app
@@ -93,28 +92,6 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone, monkey
     assert "SD/Classification-Custom-v0, dense quality" in result.output
     assert "…" not in result.output
     assert max(map(len, result.output.splitlines())) <= 80
-
-    result = run("compare", "--fronts", folder)
-    assert result.exit_code == 2
-    assert "expected runs of a learned agent and, on the same env, of hull" in " ".join(result.output.split())
-    for algo in ("hull", "blind-a2c"):
-        options = ["--algo", algo, "--steps", 256, "--output", tmp_path / algo]
-        assert run("train", "SD/Classification-Custom-v0", *options, *settings).exit_code == 0
-    everything = [folder, tmp_path / "hull", tmp_path / "blind-a2c"]
-    result = run("compare", "--fronts", *everything)
-    assert "points lost 0.50" in result.output
-    assert "…" not in result.output
-    for options in ([], ["--test-size", 3]):
-        result = run("compare", "--fronts", *options, "--markdown", *everything)
-        assert "| SD/Classification-Custom-v0 | a2c | 1 |" in result.output
-    (fronts,) = score_fronts(everything, 3)
-    assert fronts.controls["hull"].quality.shape[1] == 3
-
-    other = tmp_path / "other"
-    options = ["--algo", "hull", "--output", other, "--set", "train_size=16"]
-    assert run("train", "SD/Classification-Custom-v0", *options, *settings).exit_code == 0
-    with pytest.warns(UserWarning, match=f"left out, .* no run to compare them with: {other}"):
-        assert len(score_fronts([*everything, other], 3)) == 1
 
 
 @pytest.mark.parametrize(
