@@ -20,7 +20,7 @@ from sd_gym.envs.serving.queues import BOUND, FEATURES, expected_loss
 from sd_gym.envs.serving.shells import ServingVectorEnv
 
 Array = NDArray
-PRICES = 1.0, 100.0  # cost of a lost quality of 1, in answers
+PRICES = 0.05, 2.0  # cost of a lost quality of epsilon, in answers
 VERSIONS = 24  # of a network, one per price
 SEEDS_OF_A_RUN = 1000
 
@@ -66,9 +66,9 @@ class PricedQueues(SwitchableVecEnv):
         final = infos.get("final_info", {})
         answers, refused = (np.where(ended, final.get(key, 0), infos[key]) for key in ("answers", "refused"))
         config, prices = self._config, np.exp(self._prices)
-        rewards = -refused - prices * self._loss[self._actions] * answers
+        rewards = -refused - prices * self._loss[self._actions] / config.epsilon * answers
         # The critic's errors must be small, because its gradient is clipped together with the actor's.
-        rewards /= 10 * config.max_batch * (1 + prices * config.epsilon)
+        rewards /= 10 * config.max_batch * (1 + prices)
         listed: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         for env in np.flatnonzero(ended):
             listed[env]["terminal_observation"] = self._priced(infos["final_obs"][env][None], env)[0]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sd_gym.agents.learning.agent import NotApplicableError
 from sd_gym.agents.report.collect import collect
 from sd_gym.agents.serving import controls
-from sd_gym.agents.serving.learn import DialSettings, learned
+from sd_gym.agents.serving.learn import DialSettings, PricedQueues, learned
 from sd_gym.agents.serving.play import play
 from stable_baselines3.common.logger import configure
 
@@ -68,6 +68,16 @@ def test_learning_finds_the_fast_point_where_quality_is_cheap(algo, steps, confi
     networks = learned(algo, env, own, steps, 0, configure(None, []), lambda *_: None)
     cheap, dear = play(config, [networks[0], networks[-1]], "train", 2).shares @ expected_loss(config)
     assert cheap > dear
+
+
+def test_learning_prices_quality_in_epsilons():
+    rewards = []
+    for epsilon in (0.02, 0.04):
+        queues = PricedQueues(gym.make_vec(TREC, num_envs=4, epsilon=epsilon, **HEAVY).unwrapped, seed=0)
+        queues.reset()
+        rewards.append(queues.step(np.full(4, 5))[1])  # nothing is refused yet
+    assert rewards[0] == pytest.approx(2 * rewards[1])
+    assert (rewards[0] < 0).all()
 
 
 def test_a_run_is_selected_compared_and_its_dial_loaded(tmp_path, monkeypatch):
