@@ -161,7 +161,7 @@ class Experiment:
         return f"{100 * found[0]['quality_ref']:.1f}% of {found[0]['instances']:,}" if found else "-"
 
     def cell(self, look: str, agent: str) -> str:
-        """FLOPs as selected, with a 95% interval (Student's t); points lost on test rows, the mean and the worst."""
+        """FLOPs as selected, with a 95% interval (Student's t), and the points lost on test rows, on average."""
         found = self._results(look, agent)
         if not found:
             return "-"
@@ -170,7 +170,7 @@ class Experiment:
         if len(found) == 1:
             return f"{flops[0]:.1f}% ({lost[0]:+.2f})"
         half = flops.std(ddof=1) / len(flops) ** 0.5 * t.ppf(0.975, len(flops) - 1)
-        return f"{flops.mean():.1f}% ± {half:.1f} ({np.mean(lost):+.2f}, {max(lost):+.2f})"
+        return f"{flops.mean():.1f}% ± {half:.1f} ({np.mean(lost):+.2f})"
 
 
 def main() -> None:
