@@ -127,6 +127,7 @@ class OnnxModel(TextModel):
         self.masks, choices = np.array(manifest["masks"], dtype=bool), manifest["choices"]
         self._mask_of_choice, self._cautious = np.array(choices["mask"]), np.array(choices["cautious"], np.float32)
         self._resumed_from = np.array(manifest["resumed_from"])
+        self._count_flops(np.arange(manifest["cut"]["length"] + 1))
         self.looks_at_answer: bool = manifest["looks_at_answer"]
         self.task, self.metric, self.reference = (manifest[key] for key in ("task", "metric", "reference"))
         self.fields, self.names = tuple(manifest["fields"]), dict(enumerate(manifest["names"]))
@@ -157,7 +158,7 @@ class OnnxModel(TextModel):
                 batch = self._batch([rows[row] for row in part])
                 values, went_on[part] = self.run_policy(mask, batch, None if seen is None else seen[part])
                 answers[part] = self._in_words([rows[row] for row in part], [texts[row] for row in part], values)
-        ratio = self._flops_ratio(number, length, went_on) + own / self._dense(length)
+        ratio = self._flops_ratio(number, length, went_on) + own / self._dense[length]
         unknown = self.manifest["unknown_token"]
         unknowns = [0 if unknown is None else row.ids.count(unknown) for row in rows]
         columns = answers, self.masks[number], [0] * len(rows), ratio.tolist(), unknowns, went_on.tolist()
@@ -171,7 +172,7 @@ class OnnxModel(TextModel):
             ``[n, features]``: no features if it does not.
         """
         length = batch["attention_mask"].sum(axis=1)
-        share = self._costs(length)[0] / self._dense(length)  # of the FLOPs, if all is skipped
+        share = self._always[length] / self._dense[length]  # of the FLOPs, if all is skipped
         scores, *seen = self._run(DECIDE, batch | {"share": share.astype(np.float32)})
         choice = (scores + self._margin * self._cautious).argmax(axis=1)
         return self._mask_of_choice[choice], seen[0] if seen else scores[:, :0]
@@ -217,26 +218,26 @@ class OnnxModel(TextModel):
 
     def _flops_ratio(self, number: NDArray, length: NDArray, went_on: NDArray | bool = False) -> NDArray:
         """FLOPs under masks of rows of so many tokens ``[n]`` over dense ones, without the policy's own."""
-        always, switched = self._costs(length)
-        ran = always + (switched * ~self.masks[number]).sum(axis=1)
-        return (ran + went_on * going_on_flops(always, switched, self._resumed_from[number])) / self._dense(length)
+        return (self._ran[number, length] + went_on * self._again[number, length]) / self._dense[length]
 
-    def _dense(self, length: NDArray) -> NDArray:
-        always, switched = self._costs(length)
-        return always + switched.sum(axis=1)
-
-    def _costs(self, length: NDArray) -> tuple[NDArray, NDArray]:
-        """FLOPs that no mask saves, ``[n]``, and those of each switch, ``[n, switches]``."""
+    def _count_flops(self, length: NDArray) -> None:
+        """FLOPs by length ``[lengths]``: those that no mask saves, and dense; by mask, too: run once, and going on."""
         flops, tokens = self.manifest["flops"], length[:, None]
+        always = flops["per_sequence"] + flops["per_token"] * length
         switched = np.array(flops["per_query"]) * tokens + np.array(flops["per_pair"]) * tokens**2
-        return flops["per_sequence"] + flops["per_token"] * length, switched
+        self._always, self._dense = always, always + switched.sum(axis=1)
+        self._ran = np.stack([always + switched[:, ~mask].sum(axis=1) for mask in self.masks])
+        first = self._resumed_from[:, None].repeat(len(length), axis=1)
+        self._again = np.stack([going_on_flops(always, switched, of_mask) for of_mask in first])
 
-    def _opened(self, name: str) -> Any:
+    def _opened(self, name: str) -> tuple[Any, list[str]]:
+        """The session of a graph, and the names of its inputs."""
         try:
             import onnxruntime
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("ONNX Runtime is not installed: pip install 'sd-gym[onnx]'") from error
-        return onnxruntime.InferenceSession(self.folder / name, self._options, providers=self._providers)
+        session = onnxruntime.InferenceSession(self.folder / name, self._options, providers=self._providers)
+        return session, [value.name for value in session.get_inputs()]
 
     def _encoded(self, texts: list[list[str]]) -> list[Encoding]:
         """Tokens of the inputs, cut as in the env: of a question and its context only the context."""
@@ -272,10 +273,10 @@ class OnnxModel(TextModel):
 
     def _run(self, graph: str, batch: Batch) -> list[NDArray]:
         """The outputs of a graph on those of the inputs that it reads; token types are zeros if there are none."""
-        session = self._session(graph)
-        names = [value.name for value in session.get_inputs()]
-        types = {"token_type_ids": np.zeros_like(batch["input_ids"])} if "token_type_ids" in names else {}
-        return session.run(None, {name: (types | batch)[name] for name in names})
+        session, names = self._session(graph)
+        if "token_type_ids" in names and "token_type_ids" not in batch:
+            batch = batch | {"token_type_ids": np.zeros_like(batch["input_ids"])}
+        return session.run(None, {name: batch[name] for name in names})
 
     def _in_context(self, values: NDArray, batch: Batch) -> NDArray:
         """Logits, of which those of spans are in the context alone."""
@@ -336,6 +337,9 @@ def best_spans(logits: NDArray, max_length: int) -> NDArray:
 
 def _parts(rows: NDArray, length: NDArray, size: int) -> Iterator[NDArray]:
     """Rows in parts of at most ``size``, of about the same length: a part ends where a pass costs less than padding."""
+    if len(rows) == 1:  # the usual case of a server
+        yield rows
+        return
     rows, start = rows[np.argsort(length[rows], kind="stable")], 0
     grows = np.diff(length[rows], append=0).tolist()
     for end, more in enumerate(grows, start=1):

@@ -291,10 +291,10 @@ class GraphEngine:
         answers = self.model._in_words(encoded, [one.texts for one in asked], values)
         lengths = np.array([row.length for row in rows])
         padded = np.full_like(lengths, lengths.max())
-        dense, own, mask = self.model._dense(lengths), self.model.own_flops(lengths), self.model.masks[number]
+        dense, own, mask = self.model._dense[lengths], self.model.own_flops(lengths), self.model.masks[number]
         numbers = np.full_like(lengths, number)
         ratio = self.model._flops_ratio(numbers, lengths, went_on) + own / dense
-        executed = self.model._flops_ratio(numbers, padded, went_on) * self.model._dense(padded) + own
+        executed = self.model._flops_ratio(numbers, padded, went_on) * self.model._dense[padded] + own
         unknown = self.model.manifest["unknown_token"]
         shares = np.exp(values - values.max(axis=-1, keepdims=True))
         served = []
