@@ -161,16 +161,16 @@ class Experiment:
         return f"{100 * found[0]['quality_ref']:.1f}% of {found[0]['instances']:,}" if found else "-"
 
     def cell(self, look: str, agent: str) -> str:
-        """FLOPs as selected, with a 95% interval (Student's t), and the points lost on test rows, on average."""
+        """FLOPs as selected, with a 95% interval (Student's t), and the points against dense on test rows."""
         found = self._results(look, agent)
         if not found:
             return "-"
         flops = 100 * np.array([one["flops_ratio_with_policy"] for one in found])
-        lost = [100 * (0.0 - one["quality_difference"]) for one in found]
+        points = 100 * np.mean([one["quality_difference"] for one in found])
         if len(found) == 1:
             return f"{flops[0]:.1f}% ({lost[0]:+.2f})"
         half = flops.std(ddof=1) / len(flops) ** 0.5 * t.ppf(0.975, len(flops) - 1)
-        return f"{flops.mean():.1f}% ± {half:.1f} ({np.mean(lost):+.2f})"
+        return f"{flops.mean():.1f}% ± {half:.1f} ({points:+.2f})"
 
 
 def main() -> None:
