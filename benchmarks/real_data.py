@@ -168,7 +168,7 @@ class Experiment:
         flops = 100 * np.array([one["flops_ratio_with_policy"] for one in found])
         points = 100 * np.mean([one["quality_difference"] for one in found])
         if len(found) == 1:
-            return f"{flops[0]:.1f}% ({lost[0]:+.2f})"
+            return f"{flops[0]:.1f}% ({points:+.2f})"
         half = flops.std(ddof=1) / len(flops) ** 0.5 * t.ppf(0.975, len(flops) - 1)
         return f"{flops.mean():.1f}% ± {half:.1f} ({points:+.2f})"
 
