@@ -184,11 +184,12 @@ def _colour(axes: Axes, colours: dict[str, str]) -> None:
 
 def draw_curves(colours: dict[str, str], learner: str | None = None) -> None:
     """Reward and FLOPs of the learners over decisions; if one is named, the others are grey."""
+    curves = json.loads((DOCS / "curves.json").read_text())
     figure, both = plt.subplots(1, 2, figsize=(6.8, 4.1))
     drawn = sorted(LEARNERS, key=lambda name: name == learner)  # the named one is on top
     for axes, (key, title) in zip(both, {"reward": "reward", "flops": "FLOPs, % of dense"}.items(), strict=True):
         for name in drawn:
-            curve, is_grey = json.loads((DOCS / "curves.json").read_text())[name], learner not in (None, name)
+            curve, is_grey = curves[name], learner not in (None, name)
             seeds = np.array(curve[key]) * (100 if key == "flops" else 1)
             how = {"color": colours["faint"] if is_grey else LEARNERS[name]}
             marker = "D" if len(curve["decisions"]) == 1 else ""
