@@ -52,7 +52,10 @@ class Splits:
             read = {split: self._try(split, known) for split in SPLITS}
             splits = {split: rows for split, rows in read.items() if isinstance(rows, Instances)}
             self._take_out_backbone_rows(splits)
+            if self._data.overlap != "drop":
+                self._cut_train(splits)
             _compare(splits, self._data)
+            self._cut_train(splits)
             self._read = read
         instances = self._read[name]
         if isinstance(instances, Exception):
@@ -72,7 +75,7 @@ class Splits:
 
     def _take_out_backbone_rows(self, splits: dict[str, Instances]) -> None:
         """Leave out, count or refuse the backbone's rows: in ``train`` by ``policy_rows``, elsewhere by ``overlap``."""
-        data, size = self._data, self._data.train_size
+        data = self._data
         for name, instances in splits.items() if len(self._of_backbone) else ():
             known = np.isin(row_hashes(instances), self._of_backbone)
             leave_out = data.policy_rows == "new" if name == "train" else data.overlap == "drop"
@@ -88,16 +91,25 @@ class Splits:
                     warnings.warn(f"{words}, as overlap=allow says", stacklevel=4)
             elif leave_out:
                 instances.of_backbone = int(known.sum())
-                instances.keep(np.flatnonzero(~known)[: size if name == "train" else None].tolist())
+                instances.keep(np.flatnonzero(~known).tolist())
                 if not instances:
                     raise DataError(
                         f"the backbone was prepared on all {len(known)} rows of {name} ({instances.part}). Prepare it "
                         "on fewer (sd-gym prepare --rows 0.6), or set policy_rows=all to learn on them too"
                     )
 
+    @property
+    def _cuts_train_last(self) -> bool:
+        """Whether ``train_size`` counts the rows that policies learn on, not those of the backbone."""
+        of_data = self._data.dataset != "procedural" and self._data.policy_rows == "new"
+        return of_data and len(self._of_backbone) > 0
+
+    def _cut_train(self, splits: dict[str, Instances]) -> None:
+        if self._cuts_train_last and "train" in splits:
+            splits["train"].keep(range(len(splits["train"]))[: self._data.train_size])
+
     def _try(self, name: str, known: dict[str, tuple[str, list]]) -> Instances | Exception:
-        whole = name == "train" and len(self._of_backbone) and self._data.policy_rows == "new"
-        cut_later = whole and self._data.dataset != "procedural"
+        cut_later = name == "train" and self._cuts_train_last
         data = self._data.model_copy(update={"train_size": None}) if cut_later else self._data
         try:
             return load_split(data, self._task, name, known, labelled=self._labelled)

@@ -83,6 +83,17 @@ def test_selection_and_test_rows_of_the_backbone_are_an_error(prepared):
         assert len(splits_of(folder, backbone, splits=cut, overlap="allow")["test"]) == 15
 
 
+def test_the_size_of_train_counts_what_is_left(prepared):
+    folder, backbone, known = prepared
+    unknown = [text for text in (f"text {number}" for number in range(30)) if text not in known]
+    lines = [json.dumps({"text": text, "label": 0}) + "\n" for text in unknown[:8]]
+    (folder / "test.jsonl").write_text("".join(lines))
+    train = splits_of(folder, backbone, overlap="drop", train_size=9)["train"]
+    assert [one.source for one in train] == unknown[8:17]
+    with pytest.raises(DataError, match="5 of the 5 rows of train"):
+        splits_of(folder, backbone, train_size=5)["train"]
+
+
 def test_a_backbone_that_knows_all_rows_leaves_none(prepared):
     folder, backbone, _ = prepared
     whole = splits_of(folder, backbone, policy_rows="all")["train"]
