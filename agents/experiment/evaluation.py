@@ -173,7 +173,7 @@ def time_ratio(
             continue
         times.append([seconds / dense for seconds in others])
         nothing, costs = np.zeros_like(decisions), split.costs
-        parts = core.stage_observation.parts(split, rows, decisions)
+        parts = core.parts(split, rows, decisions)
         if artefact is not None:
             parts = [picked for picked, _ in split.passes.planned(rows, core.to_masks(nothing))]
         executed = costs.executed_flops(rows, decisions, parts)

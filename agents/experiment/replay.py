@@ -131,7 +131,7 @@ def _decision(digits: str, nvec: NDArray) -> list[int]:
 
 
 def _check_instances(file: Path, recorded: RecordedInstances, split: Split) -> None:
-    if recorded.ids != (ids := [instance.id for instance in split.instances]):
+    if recorded.ids != (ids := split.ids.tolist()):
         pairs = zip(recorded.ids, ids, strict=False)
         first = next((f"{was!r} where {now!r} is expected" for was, now in pairs if was != now), "the rest is missing")
         raise ReplayError(f"{file} has {len(recorded.ids)} instances, the {split.name} split {len(ids)}: {first}")

@@ -17,8 +17,8 @@ from sd_gym.config import ConfigError, EnvConfig
 from sd_gym.envs.actions import ACTIONS, Steps
 from sd_gym.envs.export import Export
 from sd_gym.envs.protocols import Core, Observations
-from sd_gym.envs.spaces import Observation, Pooled, Tokens
-from sd_gym.envs.staged import BackboneFirstObservation, StageObservation
+from sd_gym.envs.spaces import FirstObservation, Observation, Pooled, Tokens
+from sd_gym.envs.staged import StageObservation
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.going_on import ANSWER, answering, stages_of_pass
 from sd_gym.policy.artefact import tokenizer_hash
@@ -104,9 +104,9 @@ class BackboneCore(Core[BackboneSplit]):
         return Steps(components, places, self.nvec, answers=self.has_answer_stage)
 
     @cached_property
-    def stage_observation(self) -> StageObservation | BackboneFirstObservation:
+    def stage_observation(self) -> StageObservation | FirstObservation:
         """The observations at the stages."""
-        return StageObservation(self, self.columns) if self.is_staged else BackboneFirstObservation(self)
+        return StageObservation(self, self.columns) if self.is_staged else FirstObservation(self)
 
     def to_masks(self, decisions: Array) -> Array:
         """Decisions ``[n, components]`` as masks, int64 ``[n, switches + 1]``: without going on."""
@@ -172,6 +172,12 @@ class BackboneCore(Core[BackboneSplit]):
             context=None if context is None else _rule(train, np.pad(context.numpy()[:, 1:], ((0, 0), (1, 0)))),
         )
 
+    def parts(self, split: BackboneSplit, rows: Array, decisions: Array) -> list[Array]:
+        """Positions in ``rows`` of each forward pass under decisions ``[n, components]``; of stages there is one."""
+        if self.is_staged:
+            return [np.arange(len(rows))]
+        return [picked for picked, _ in split.passes.planned(rows, decisions)]
+
     def decided_logits(
         self, split: BackboneSplit, rows: Array, decide: Callable[[Observations], Array]
     ) -> Iterator[tuple[Array, Tensor, Tensor]]:
@@ -180,12 +186,13 @@ class BackboneCore(Core[BackboneSplit]):
         A single row is decided on during its pass, if observation and token ranking need the first layer's input alone.
         With several stages all rows are decided on in one pass, which stops at each stage.
         """
-        of_hidden, ranking = self.stage_observation.of_hidden, self._ranking
-        if len(rows) == 1 and of_hidden is not None and not (ranking is not None and ranking.costs_flops):
-            yield (
-                np.zeros(1, dtype=np.int64),
-                *split.passes.logits_of_one(rows[0], lambda hidden, mask: decide(of_hidden(hidden, mask))),
-            )
+        observation, ranking = self.observation, self._ranking
+        # A subclass of Pooled or Tokens may need more than the first layer's input.
+        is_enough = type(observation) is Pooled or type(observation) is Tokens
+        if len(rows) == 1 and is_enough and not self.is_staged and not (ranking is not None and ranking.costs_flops):
+            of_hidden = observation.of_hidden
+            one = split.passes.logits_of_one(rows[0], lambda hidden, mask: decide(of_hidden(hidden, mask)))
+            yield np.zeros(1, dtype=np.int64), *one
             return
         decisions, state = self.rollout(split, rows, decide)
         decisions = answering(decisions, len(self.decision_nvec))

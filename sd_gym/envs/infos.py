@@ -63,7 +63,7 @@ def chosen(core: Core, n: int, options: dict[str, Any] | None) -> tuple[Split, N
         raise ValueError(f"expected {n} instance ids, one per env, got {len(ids)}")
     for identity in ids:
         if identity not in split.number_of:
-            raise ValueError(f"no instance {identity!r} in the {name} split; its first id is {split.instances[0].id!r}")
+            raise ValueError(f"no instance {identity!r} in the {name} split; its first id is {split.ids[0]!r}")
     return split, np.array([split.number_of[identity] for identity in ids])
 
 

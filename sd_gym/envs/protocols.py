@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -82,8 +82,6 @@ class Split(Protocol):
 
     name: str  # train, validation or test
 
-    @property
-    def instances(self) -> Sequence[Any]: ...  # each with its id, in order
     @property
     def ids(self) -> Array: ...  # strings [n] of dtype object
     @property

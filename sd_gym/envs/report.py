@@ -31,7 +31,7 @@ def write_instances(split: Split, scored: dict[str, NDArray], file: Path) -> Non
     """
     decisions = ["".join(map(str, decision)) for decision in scored["decision"].tolist()]
     columns = {
-        "id": [instance.id for instance in split.instances],
+        "id": split.ids.tolist(),
         "level": split.levels.tolist(),
         **{name: values.tolist() for name, values in split.facts().items()},
         "source_cut": split.encoded.source_cut.tolist(),

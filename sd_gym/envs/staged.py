@@ -1,15 +1,14 @@
 """Observations at the stages of an episode, in the middle of the pass."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray as Array
-from torch import Tensor
 
 from sd_gym.envs.protocols import Core, Observations
-from sd_gym.envs.spaces import FirstObservation, Pooled, Tokens
+from sd_gym.envs.spaces import Tokens
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.going_on import ANSWER, stages_of_pass
 from sd_gym.policy.features import log_odds, pooled_features, stage_observation
@@ -18,21 +17,6 @@ from sd_gym.switch import PassState
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 
 PASS_ROWS = 64  # rows per pass when statistics are computed
-
-
-class BackboneFirstObservation(FirstObservation):
-    """The ``FirstObservation`` of a core with a backbone: its pass comes later, and can be split by decision."""
-
-    @property
-    def of_hidden(self) -> Callable[[Tensor, Tensor], Observations] | None:
-        """From the first layer's input and the mask of its tokens to observations; ``None`` if they need more."""
-        observation = self._core.observation
-        # A subclass of Pooled or Tokens may need something else.
-        return observation.of_hidden if type(observation) in (Pooled, Tokens) else None
-
-    def parts(self, split: BackboneSplit, rows: Array, decisions: Array) -> list[Array]:
-        """Positions in ``rows`` of each forward pass under decisions ``[n, components]``."""
-        return [picked for picked, _ in split.passes.planned(rows, decisions)]
 
 
 class StageObservation:
@@ -73,12 +57,6 @@ class StageObservation:
         self._tokens = core.observation if isinstance(core.observation, Tokens) else None
         if self._tokens is not None:
             self.space = gym.spaces.Dict({"stage": self.space, **self._tokens.parts})
-
-    of_hidden = None  # a decision needs more than the first layer's input
-
-    def parts(self, split: BackboneSplit, rows: Array, decisions: Array) -> list[Array]:
-        """Positions in ``rows`` of each forward pass: one pass of all, which then goes on."""
-        return [np.arange(len(rows))]
 
     @torch.inference_mode()
     def observe(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import cached_property, lru_cache
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import gymnasium as gym
 import numpy as np
@@ -89,20 +89,6 @@ class TableStages:
         return observed
 
 
-class TableInstance(NamedTuple):
-    """An instance of a table, without its texts."""
-
-    id: str
-
-
-class TableLengths(NamedTuple):
-    """Lengths of the instances of a table, int64 ``[n]``, and which were cut, bool ``[n]``."""
-
-    source_length: Array
-    source_cut: Array
-    target_cut: Array
-
-
 class TableSplit:
     """One split of a table, a ``Split``.
 
@@ -119,9 +105,9 @@ class TableSplit:
         self.ids = np.array(texts["ids"], dtype=object)
         self._text_facts = {fact: np.array(values) for fact, values in texts["facts"].items()}
         self.difficulty, self.levels = self._whole("difficulty"), self._whole("levels")
-        self.instances = [TableInstance(identity) for identity in self.ids]
         self.number_of = {identity: row for row, identity in enumerate(self.ids)}
-        self.encoded = TableLengths(*map(self._whole, TableLengths._fields))
+        lengths = ("source_length", "source_cut", "target_cut")
+        self.encoded: Any = SimpleNamespace(**{name: self._whole(name) for name in lengths})
         self.scoring = TableScoring(self.tensors, len(core.masks), core.answers_of)
         points = core.description.get("resume_points", [0])
         self.costs = TableCosts(self.tensors, core.masks, core.masks_of, core.goes_on, points)
