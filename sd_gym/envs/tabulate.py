@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import starmap
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -45,9 +46,6 @@ class Units(NamedTuple):
     names: list[str]  # of each unit but the last one, the token level
     sizes: list[int]  # choices of each unit
     order: list[int]  # the number of the mask of each combination of choices; the last unit's choice changes first
-
-
-OnChunk = Callable[[int, int], None]  # called with the number of outcomes so far, and of all outcomes
 
 
 def down_in_flops(core: Core[BackboneSplit], masks: Array) -> Array:
@@ -89,7 +87,13 @@ class TableMaker:
     bf16: bool  # whether the backbone runs in mixed precision
 
     def make(
-        self, *, resume: bool, jobs: int, imports: Sequence[str], on_chunk: OnChunk, ray: str | None = None
+        self,
+        *,
+        resume: bool,
+        jobs: int,
+        imports: Sequence[str],
+        on_chunk: Callable[[int, int], None],
+        ray: str | None = None,
     ) -> None:
         """Make the table.
 
@@ -97,7 +101,7 @@ class TableMaker:
             resume: Whether to go on with an interrupted table.
             jobs: Number of processes.
             imports: Modules or files that worker processes import first.
-            on_chunk: Called after each chunk.
+            on_chunk: Called after each chunk with the number of outcomes so far, and of all.
             ray: Address of a Ray cluster that runs the chunks instead; it sees the folder under the same path.
 
         Raises:
@@ -107,10 +111,28 @@ class TableMaker:
         """
         self._check()
         with locked(self.folder):
-            self._write(resume, jobs, ray, imports, on_chunk)
+            core, folder, exported = self.core, self.folder, self.core.export()
+            description = self._description(exported)
+            self._begin(description, resume)
+            reduce = self._projection()
+            masks = all_decisions(core.decision_nvec) if self.masks is None else self.masks
+            chunks = [chunk for name in SPLITS for chunk in self._chunks(core.split(name))]
+            missing = [chunk for chunk in chunks if not chunk.file.exists()]
+            total, left = (len(masks) * sum(len(chunk.rows) for chunk in some) for some in (chunks, missing))
+            on_chunk(total - left, total)
+            for chunk in _written((core, masks, self.ways or [], self.bf16, reduce), missing, jobs, ray, imports):
+                left -= len(masks) * len(chunk.rows)
+                on_chunk(total - left, total)
+            for name in SPLITS:
+                if not (folder / f"{name}.json").exists():
+                    parts = [map_arrays(chunk.file) for chunk in chunks if chunk.split == name]
+                    self._write_split(core.split(name), parts, masks, reduce)
+            if exported is not None:
+                exported.write(folder)
+            write_json(folder / "table.json", {**description, "complete": True})
+            shutil.rmtree(folder / PARTS)
 
     def _check(self) -> None:
-        """Raise if the env or the options are wrong."""
         core, space, pca = self.core, self.core.observation_space, self.pca
         if not isinstance(space, gym.spaces.Box):
             raise ConfigError(
@@ -129,31 +151,6 @@ class TableMaker:
     def _around(self) -> tuple[int, int]:
         """How many numbers of an observation are before the hidden states, which are reduced, and after them."""
         return (0, 0) if self.ways is None else cast("StageObservation", self.core.stage_observation).around
-
-    def _write(self, resume: bool, jobs: int, ray: str | None, imports: Sequence[str], on_chunk: OnChunk) -> None:
-        """Begin or resume the table, and finish it."""
-        core, folder = self.core, self.folder
-        exported = core.export()
-        description = self._description(exported)
-        self._begin(description, resume)
-        reduce = self._projection()
-        masks = all_decisions(core.decision_nvec) if self.masks is None else self.masks
-        chunks = [chunk for name in SPLITS for chunk in self._chunks(core.split(name))]
-        total = len(masks) * sum(len(chunk.rows) for chunk in chunks)
-        missing = [chunk for chunk in chunks if not chunk.file.exists()]
-        done = total - len(masks) * sum(len(chunk.rows) for chunk in missing)
-        on_chunk(done, total)
-        for chunk in _written((core, masks, self.ways or [], self.bf16, reduce), missing, jobs, ray, imports):
-            done += len(masks) * len(chunk.rows)
-            on_chunk(done, total)
-        for name in SPLITS:
-            if not (folder / f"{name}.json").exists():
-                parts = [map_arrays(chunk.file) for chunk in chunks if chunk.split == name]
-                self._write_split(core.split(name), parts, masks, reduce)
-        if exported is not None:
-            exported.write(folder)
-        write_json(folder / "table.json", {**description, "complete": True})
-        shutil.rmtree(folder / PARTS)
 
     def _chunks(self, split: BackboneSplit) -> list[_Chunk]:
         """Chunks of rows of about the same length, so that there is little padding."""
@@ -180,10 +177,8 @@ class TableMaker:
         is_numbered = masks is not None and ways is None and self.units is None
         config["action"], config["codebook"] = "discrete" if is_numbered else "multi_discrete", None
         config["backbone"]["device"] = "cpu"
-        if (
-            config["reward"]["objective"] not in OBJECTIVES.built_in()
-        ):  # a registered objective may be unknown elsewhere
-            config["reward"]["objective"] = "lexicographic"
+        if config["reward"]["objective"] not in OBJECTIVES.built_in():
+            config["reward"]["objective"] = "lexicographic"  # a registered one may be unknown elsewhere
         space: Any = core.observation_space
         if self.pca is not None:
             size = self.pca + sum(self._around)
@@ -211,8 +206,8 @@ class TableMaker:
                 **(exported.backbone if exported else {}),
                 "switches": core.backbone.board.names,
             },
-            "protection": exported.protection._asdict() if exported and exported.protection else None,
-            "context": exported.context._asdict() if exported and exported.context else None,
+            "protection": exported and exported.protection and exported.protection._asdict(),
+            "context": exported and exported.context and exported.context._asdict(),
             "observation": {"shape": list(space.shape), "low": _bound(space.low), "high": _bound(space.high)},
             "pca": self.pca,
             "precision": "bf16" if self.bf16 else "fp32",
@@ -291,30 +286,22 @@ class TableMaker:
 def _written(
     how: tuple[Any, ...], chunks: list[_Chunk], jobs: int, ray: str | None, imports: Sequence[str]
 ) -> Iterator[_Chunk]:
-    """Write chunks and yield each, in this process, in several or on a cluster.
-
-    ``how`` has the other arguments of ``_write_chunk``.
-    """
+    """Write chunks and yield each; ``how`` has the other arguments of ``_write_chunk``."""
+    calls = [(chunk, *how) for chunk in chunks]
     if ray is not None:
-        yield from cluster.in_any_order(
-            cluster.connect(ray), _write_chunk, [(chunk, *how) for chunk in chunks], imports
-        )
-        return
-    if min(jobs, len(chunks)) <= 1:
-        for chunk in chunks:
-            yield _write_chunk(chunk, *how)
-        return
-    with ProcessPoolExecutor(jobs, get_context("spawn"), _make_ready, (list(imports),)) as pool:
-        try:
-            running = [pool.submit(_write_chunk, chunk, *how) for chunk in chunks]
-            for future in as_completed(running):
-                yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        yield from cluster.in_any_order(cluster.connect(ray), _write_chunk, calls, imports)
+    elif min(jobs, len(chunks)) <= 1:
+        yield from starmap(_write_chunk, calls)
+    else:
+        with ProcessPoolExecutor(jobs, get_context("spawn"), _make_ready, (list(imports),)) as pool:
+            try:
+                for future in as_completed([pool.submit(_write_chunk, *call) for call in calls]):
+                    yield future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
 def _make_ready(imports: list[str]) -> None:
-    """Initialise a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
     torch.set_num_threads(1)  # several processes with several threads each are many times slower
     for name in imports:
@@ -324,7 +311,6 @@ def _make_ready(imports: list[str]) -> None:
 def _write_chunk(
     chunk: _Chunk, core: Core[BackboneSplit], masks: Array, ways: list[int], bf16: bool, reduce: Projection | None
 ) -> _Chunk:
-    """Run a chunk and write its outcomes."""
     split, rows, arrays = core.split(chunk.split), chunk.rows, dict[str, Array]()
     with torch.autocast(core.backbone.model.device.type, torch.bfloat16, enabled=bf16):
         if core.has_answer_stage:
@@ -370,7 +356,8 @@ def _bound(values: Array) -> Any:
 
 def _together(parts: list[dict[str, Array]], name: str, n: int) -> Array:
     """The arrays of all chunks as one, ``[n, ...]``, in the order of the rows."""
-    whole = np.empty((n, *parts[0][name].shape[1:]), parts[0][name].dtype)
+    dtype = np.result_type(*(part[name].dtype for part in parts))  # each chunk has the smallest of its own
+    whole = np.empty((n, *parts[0][name].shape[1:]), dtype)
     for part in parts:
         whole[part["rows"]] = part[name]
     return whole
@@ -388,19 +375,15 @@ def _costs(always: Array, switched: Array) -> dict[str, Array]:
 def _smallest(values: Any) -> Array:
     """Numbers ``[n, ...]`` in the smallest type that represents them exactly."""
     values = np.asarray(values)
-    kinds = {"b": (np.bool_,), "f": (np.float16, np.float32)}.get(values.dtype.kind, (np.uint8, np.uint16))
+    floats = np.float16, np.float32, np.float64
+    kinds = {"b": (np.bool_,), "f": floats}.get(values.dtype.kind, (np.uint8, np.uint16, np.int64))
     with np.errstate(over="ignore"):
-        small = (values.astype(kind) for kind in kinds)
-        fitting = (array for array in small if np.array_equal(array, values, equal_nan=values.dtype.kind == "f"))
-        return next(fitting, values.astype(np.float64 if values.dtype.kind == "f" else np.int64))
+        small = map(values.astype, kinds)
+        return next(array for array in small if np.array_equal(array, values, equal_nan=values.dtype.kind == "f"))
 
 
 def _qualities(parts: list[dict[str, Array]], n: int, masks: int) -> dict[str, Array]:
-    """Qualities ``[n, masks]`` as indices into their different values, and these values.
-
-    The indices of two values, such as right and wrong, are bits, ``[n, masks / 8]``. Too many values are stored as they
-    are, as float32.
-    """
+    """Qualities ``[n, masks]`` as indices into their different values: bits if there are two; too many are float32."""
     values = np.unique(np.concatenate([np.unique(part["quality"]) for part in parts])).astype(np.float64)
     if len(values) > 2**16:
         return {"quality": _together(parts, "quality", n).astype(np.float32)}

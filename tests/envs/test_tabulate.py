@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import sd_gym
 from sd_gym.cli import app
 from sd_gym.envs import ConfigError
-from sd_gym.envs.tabulate import _smallest
+from sd_gym.envs.tabulate import _qualities, _smallest
 from sd_gym.execution.scoring import Scoring
 from sd_gym.files import map_arrays
 from sd_gym.registry import UnknownNameError
@@ -34,6 +34,14 @@ def test_numbers_are_kept_in_the_smallest_type_that_holds_them(shared_table):
     assert _smallest([70_000]).dtype == np.int64
     assert _smallest([-1]).dtype == np.int64
     assert _smallest([True]).dtype == np.bool_
+
+
+def test_numbers_of_one_chunk_are_not_rounded_as_those_of_another():
+    values = np.random.default_rng(0).random((1, 2**16 + 1))
+    parts = [{"rows": np.array([row]), "quality": _smallest(row * values)} for row in range(2)]
+    assert parts[0]["quality"].dtype == np.float16
+    stored = _qualities(parts, 2, values.shape[1])["quality"]
+    np.testing.assert_array_equal(stored[1], values[0].astype(np.float32))
 
 
 def test_right_and_wrong_take_a_bit_a_mask(full_table):
