@@ -3,11 +3,10 @@
 import json
 import math
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -19,19 +18,27 @@ from sd_gym.errors import short
 from sd_gym.registration import CONFIG_FOLDER
 
 
-class Actions(ABC):
+class Actions:
     """An action space, and how its actions become decisions.
 
     Attributes:
         space: The action space.
         nvec: Number of choices of each component of an action, int64.
         meaning: What an action is, in words, for error messages.
+        codebook: The decisions that actions are numbers of, int64 ``[masks, switches + 1]``; ``None``: they are none.
+        are_decisions: Whether an action is a decision already.
     """
 
-    are_decisions: ClassVar[bool] = False  # whether an action is a decision already
-
-    def __init__(self, space: gym.Space, nvec: ArrayLike, meaning: str) -> None:
-        self.space, self.meaning = space, meaning
+    def __init__(
+        self,
+        space: gym.Space,
+        nvec: ArrayLike,
+        meaning: str,
+        *,
+        codebook: Array | None = None,
+        are_decisions: bool = True,
+    ) -> None:
+        self.space, self.meaning, self.codebook, self.are_decisions = space, meaning, codebook, are_decisions
         self.nvec = np.array(nvec, dtype=np.int64)
 
     def decisions(self, actions: Any, n: int) -> Array:
@@ -57,71 +64,47 @@ class Actions(ABC):
                 f"action component {component} must be in 0..{self.nvec[component] - 1}, got "
                 f"{choices[wrong[:, component], component][0]}"
             )
-        return self._decided(array.astype(np.int64))
-
-    @abstractmethod
-    def _decided(self, actions: Array) -> Array:
-        """The decisions of checked actions."""
-
-
-class MultiDiscreteActions(Actions):
-    """The decision itself: a choice per switch (1 = skip), and the token level last."""
-
-    are_decisions = True
-
-    def __init__(self, config: EnvConfig, nvec: Array) -> None:
-        meaning = f"{len(nvec) - 1} switches, 1 = skip, and the token level"
-        super().__init__(gym.spaces.MultiDiscrete(nvec), nvec, meaning)
-
-    def _decided(self, actions: Array) -> Array:
-        return actions
+        choices = choices.astype(np.int64)
+        if self.codebook is not None:
+            return self.codebook[choices[:, 0]]
+        return choices if self.are_decisions else np.pad(choices, ((0, 0), (0, 1)))  # bits have no token level
 
 
-class MultiBinaryActions(Actions):
-    """A bit per switch (1 = skip), where there is one token level."""
-
-    def __init__(self, config: EnvConfig, nvec: Array) -> None:
-        super().__init__(gym.spaces.MultiBinary(len(nvec) - 1), nvec[:-1], f"{len(nvec) - 1} switches, 1 = skip")
-
-    def _decided(self, actions: Array) -> Array:
-        return np.pad(actions, ((0, 0), (0, 1)))
+def decisions_as_actions(nvec: Array) -> Actions:
+    """``MultiDiscrete``: a choice for each component of a decision, the token level last."""
+    meaning = f"{len(nvec) - 1} switches, 1 = skip, and the token level"
+    return Actions(gym.spaces.MultiDiscrete(nvec), nvec, meaning)
 
 
-class DiscreteActions(Actions):
-    """The number of a mask in the config's codebook.
+def numbers_as_actions(masks: int, codebook: Array | None = None) -> Actions:
+    """``Discrete``: the number of a mask of a codebook, or without one of a table."""
+    meaning = f"the number of one of {masks} masks"
+    space = gym.spaces.Discrete(masks)
+    return Actions(space, [masks], meaning, codebook=codebook, are_decisions=codebook is None)
+
+
+def actions_of(config: EnvConfig, nvec: Array) -> Actions:
+    """The actions of a configuration, for decisions whose components have these sizes.
 
     Raises:
         FileNotFoundError: If the codebook does not exist.
-        ConfigError: If the config names no codebook, or its masks do not fit.
+        ConfigError: If the config names no codebook where it needs one, or its masks do not fit.
     """
-
-    def __init__(self, config: EnvConfig, nvec: Array) -> None:
-        if config.codebook is None:
-            raise ConfigError(
-                f"{config.id}: action 'discrete' chooses from a codebook, but the config key 'codebook' is null; pass "
-                "a JSON file with a list of masks, or the folder of a run: sd-gym train ENV --algo static"
-            )
-        try:
-            self.codebook = read_masks(codebook_file(config.codebook), nvec)
-        except ValueError as error:
-            raise ConfigError(f"{config.id}: config key 'codebook': {error}") from error
-        masks = len(self.codebook)
-        super().__init__(gym.spaces.Discrete(masks), [masks], f"the number of one of {masks} masks")
-
-    def _decided(self, actions: Array) -> Array:
-        return self.codebook[actions]
-
-
-class MaskActions(Actions):
-    """The number of one of the masks of a table, ``Discrete``."""
-
-    are_decisions = True
-
-    def __init__(self, masks: int) -> None:
-        super().__init__(gym.spaces.Discrete(masks), [masks], f"the number of one of {masks} masks")
-
-    def _decided(self, actions: Array) -> Array:
-        return actions[:, None]
+    if config.action == "multi_discrete":
+        return decisions_as_actions(nvec)
+    if config.action == "multi_binary":
+        meaning = f"{len(nvec) - 1} switches, 1 = skip"
+        return Actions(gym.spaces.MultiBinary(len(nvec) - 1), nvec[:-1], meaning, are_decisions=False)
+    if config.codebook is None:
+        raise ConfigError(
+            f"{config.id}: action 'discrete' chooses from a codebook, but the config key 'codebook' is null; pass "
+            "a JSON file with a list of masks, or the folder of a run: sd-gym train ENV --algo static"
+        )
+    try:
+        codebook = read_masks(codebook_file(config.codebook), nvec)
+    except ValueError as error:
+        raise ConfigError(f"{config.id}: config key 'codebook': {error}") from error
+    return numbers_as_actions(len(codebook), codebook)
 
 
 def as_array(actions: Any) -> Array:
@@ -134,9 +117,6 @@ def as_array(actions: Any) -> Array:
         return np.asarray(actions)
     except Exception as error:  # such as lists of different lengths, or a broken __array__
         raise ValueError(f"actions must be an array of integers, got {short(actions)}") from error
-
-
-ACTIONS = {"multi_discrete": MultiDiscreteActions, "multi_binary": MultiBinaryActions, "discrete": DiscreteActions}
 
 
 def codebook_file(name: str) -> Path:

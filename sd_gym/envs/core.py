@@ -14,7 +14,7 @@ from torch import Tensor
 from sd_gym.backbones import load_backbone
 from sd_gym.backbones.load import BUNDLED
 from sd_gym.config import ConfigError, EnvConfig
-from sd_gym.envs.actions import ACTIONS, Steps
+from sd_gym.envs.actions import Steps, actions_of
 from sd_gym.envs.export import Export
 from sd_gym.envs.protocols import Core, Observations
 from sd_gym.envs.spaces import FirstObservation, Observation, Pooled, Tokens
@@ -69,7 +69,7 @@ class BackboneCore(Core[BackboneSplit]):
         self._ranking = RANKINGS.find(tokens.ranking) if len(tokens.shares) > 1 else None  # no token is dropped
         self.highest_flops_ratio = 1.0 + answers + bool(self._ranking and self._ranking.costs_flops)
         self.steps = self._steps()
-        self.actions = ACTIONS[config.action](config, self.steps.choices)
+        self.actions = actions_of(config, self.steps.choices)
         self.observation: Observation = OBSERVATIONS.find(config.observation)(self)
 
     def __reduce__(self) -> tuple[Any, ...]:

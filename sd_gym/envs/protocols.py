@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray as Array
 
 from sd_gym.config import EnvConfig
-from sd_gym.envs.actions import Actions, MultiDiscreteActions, Steps
+from sd_gym.envs.actions import Actions, Steps, decisions_as_actions
 from sd_gym.going_on import ANSWER, parted
 
 if TYPE_CHECKING:  # it needs torch
@@ -166,7 +166,7 @@ class Core(Protocol[S]):
 
     @cached_property
     def _decision_space(self) -> Actions:
-        return MultiDiscreteActions(self.config, self.nvec)
+        return decisions_as_actions(self.nvec)
 
     @property
     def n_switches(self) -> int:

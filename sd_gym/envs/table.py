@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray as Array
 
 from sd_gym.config import EnvConfig
-from sd_gym.envs.actions import MaskActions, Steps, all_decisions, read_masks
+from sd_gym.envs.actions import Steps, all_decisions, numbers_as_actions, read_masks
 from sd_gym.envs.protocols import Core
 from sd_gym.envs.spaces import FirstObservation
 from sd_gym.envs.table_files import (
@@ -218,7 +218,7 @@ class TableCore(Core[TableSplit]):
         splits = described["splits"].items()
         self.data = TableData({name: SimpleNamespace(identity=split["identity"]) for name, split in splits})
         is_whole = self.exhaustive or units or (at_once and all_ways)
-        self.actions = self._decision_space if is_whole else MaskActions(int(self.steps.choices[0]))
+        self.actions = self._decision_space if is_whole else numbers_as_actions(int(self.steps.choices[0]))
         reduced = described.get("pca") is not None
         projection = read_projection(self.folder / PROJECTION) if reduced else None
         self.observation = TableObservation(described["observation"], projection, len(self.stages))

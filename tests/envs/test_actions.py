@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import sd_gym
 from sd_gym.envs import ConfigError
-from sd_gym.envs.actions import ACTIONS, Steps
+from sd_gym.envs.actions import Steps
 from tests.envs.conftest import ID, MASKS, SMALL, assert_same, make_vec, random_actions
 
 WAYS = [
@@ -55,7 +55,10 @@ def test_other_numbers_are_none(bad):
 @pytest.fixture(scope="module")
 def cores():
     """Cores of one Mini env, by the way in which decisions are said."""
-    return {action: gym.make(MINI[0], **SMALL, action=action).unwrapped.core for action in ACTIONS}
+    return {
+        action: gym.make(MINI[0], **SMALL, action=action).unwrapped.core
+        for action in ("multi_discrete", "multi_binary", "discrete")
+    }
 
 
 @settings(deadline=None)
