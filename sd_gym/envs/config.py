@@ -65,7 +65,7 @@ def _table_config(values: dict[str, Any], origin: str) -> EnvConfig:
 
 
 def load_config(file: str | Path, overrides: Mapping[str, Any]) -> EnvConfig:
-    """The configuration of a YAML file with some keys overridden.
+    """The configuration of a YAML file, in ``envs_configs/`` or elsewhere, with some keys overridden.
 
     The file's own ``dataset``, ``backbone``, ``codebook`` and ``table`` may be paths relative to the file, if they
     begin with a dot or exist there.
@@ -74,8 +74,8 @@ def load_config(file: str | Path, overrides: Mapping[str, Any]) -> EnvConfig:
         FileNotFoundError: If the file does not exist.
         ConfigError: If a key or value is wrong.
     """
-    file = Path(file)
-    values = located_values(file)
+    bundled = CONFIG_FOLDER / file
+    values = located_values(bundled if bundled.is_file() else Path(file))
     origin = str(values.get("id", file))
     if overrides.get("table") is not None and "table" not in values:
         raise ConfigError(

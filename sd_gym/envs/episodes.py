@@ -202,10 +202,3 @@ class StagedEpisodes(Episodes):
 def episodes_of(core: Core, n: int) -> Episodes:
     """A batch of ``n`` episodes of a core, before the first reset."""
     return (StagedEpisodes if core.is_staged else Episodes)(core, n)
-
-
-def objects(values: list[Any]) -> Array:
-    """An array of dtype object, ``[n]``."""
-    array = np.empty(len(values), dtype=object)
-    array[:] = values
-    return array

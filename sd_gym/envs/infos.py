@@ -1,17 +1,14 @@
-"""Shared helpers of the single and the vector env: config files, reset options, infos and pictures."""
+"""Shared helpers of the single and the vector envs: arguments, reset options, infos and pictures."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_gym.config import EnvConfig, UnknownKeyError
-from sd_gym.envs.config import load_config
+from sd_gym.config import SplitName, UnknownKeyError
 from sd_gym.envs.protocols import Core, Split
 from sd_gym.envs.render import Shown, as_lines, scenes
-from sd_gym.registration import CONFIG_FOLDER
 
 _SCALARS = (np.float64, np.int64, np.bool_)
 
@@ -29,6 +26,12 @@ def check_shown(render_mode: str | None, modes: Sequence[str]) -> None:
         raise ValueError(f"render_mode must be one of {', '.join(modes)} or None, got {render_mode!r}")
 
 
+def check_num_envs(num_envs: Any) -> None:
+    """Raise ``ValueError`` if it is no number of envs."""
+    if isinstance(num_envs, bool) or not isinstance(num_envs, int | np.integer) or num_envs < 1:
+        raise ValueError(f"num_envs: expected an integer of at least 1, got {num_envs!r}")
+
+
 def checked_options(options: dict[str, Any] | None) -> dict[str, Any]:
     """The options of a reset, empty for ``None``; raises ``TypeError`` if they are not a dictionary."""
     if options is None:
@@ -38,6 +41,21 @@ def checked_options(options: dict[str, Any] | None) -> dict[str, Any]:
     return dict(options)
 
 
+def split_of(options: dict[str, Any] | None, default: str, others: Sequence[str] = ()) -> str:
+    """The split that a reset with these options starts on; ``ValueError`` for an unknown split or option."""
+    options, known = checked_options(options), ("split", *others)
+    if unknown := sorted(set(options) - set(known), key=str):
+        raise ValueError(f"unknown reset option {unknown[0]!r}; expected {' or '.join(map(repr, known))}")
+    return checked_split(options.get("split", default))
+
+
+def checked_split(name: Any) -> str:
+    """The name of a split; ``ValueError`` if there is no such split."""
+    if name not in get_args(SplitName):
+        raise ValueError(f"unknown split {name!r}; expected train, validation or test")
+    return name
+
+
 def chosen(core: Core, n: int, options: dict[str, Any] | None) -> tuple[Split, NDArray | None]:
     """The split that a reset with these options starts on, and its rows ``[n]``; ``None``: they are drawn.
 
@@ -45,15 +63,8 @@ def chosen(core: Core, n: int, options: dict[str, Any] | None) -> tuple[Split, N
     ``TypeError`` if the options are not a dictionary or an id is no text, ``ValueError`` if an option or its value is
     unknown.
     """
-    options = checked_options(options)
-    unknown = set(options) - {"split", "instance"}
-    if unknown:
-        raise ValueError(f"unknown reset option {sorted(unknown)[0]!r}; expected 'split' or 'instance'")
-    name = options.get("split", core.config.split)
-    if name not in ("train", "validation", "test"):
-        raise ValueError(f"unknown split {name!r}; expected train, validation or test")
-    split = core.split(name)
-    if "instance" not in options:
+    split = core.split(split_of(options, core.config.split, ["instance"]))
+    if not options or "instance" not in options:
         return split, None
     wanted = options["instance"]
     ids = [wanted] * n if isinstance(wanted, str) else wanted
@@ -63,7 +74,7 @@ def chosen(core: Core, n: int, options: dict[str, Any] | None) -> tuple[Split, N
         raise ValueError(f"expected {n} instance ids, one per env, got {len(ids)}")
     for identity in ids:
         if identity not in split.number_of:
-            raise ValueError(f"no instance {identity!r} in the {name} split; its first id is {split.ids[0]!r}")
+            raise ValueError(f"no instance {identity!r} in the {split.name} split; its first id is {split.ids[0]!r}")
     return split, np.array([split.number_of[identity] for identity in ids])
 
 
@@ -72,10 +83,25 @@ def info_of_one(infos: dict[str, NDArray]) -> dict[str, Any]:
     return {key: values[0].item() if values[0].__class__ in _SCALARS else values[0] for key, values in infos.items()}
 
 
-def read_config(config_file: str, overrides: dict[str, Any]) -> EnvConfig:
-    """The config of a file in ``envs_configs/``, or of any path, with overrides; raises as ``load_config``."""
-    bundled = CONFIG_FOLDER / config_file
-    return load_config(bundled if bundled.exists() else Path(config_file), overrides)
+def infos_of_all(n: int, *parts: tuple[NDArray, dict[str, NDArray]]) -> dict[str, Any]:
+    """Pairs of envs and infos in the format of ``VectorEnv``: a row per env, and a mask ``_key`` for each key."""
+    merged: dict[str, NDArray] = {}
+    for envs, infos in parts:
+        for key, values in infos.items() if len(envs) else ():
+            if key not in merged:
+                merged[key] = np.full((n, *values.shape[1:]), None if values.dtype == object else 0, dtype=values.dtype)
+                merged[f"_{key}"] = np.zeros(n, dtype=np.bool_)
+            merged[key][envs] = values
+            merged[f"_{key}"][envs] = True
+    return merged
+
+
+def final_infos(ended: NDArray, observations: Sequence[Any], infos: dict[str, NDArray]) -> dict[str, Any]:
+    """What a step that also resets says of the ``ended [num_envs]``: their last observations, and ``infos`` of each."""
+    last = np.full(len(ended), None, dtype=object)
+    last[:] = observations
+    infos = infos_of_all(len(ended), (np.flatnonzero(ended), infos))
+    return {"final_obs": last, "final_info": infos} | {f"_final_{name}": ended.copy() for name in ("obs", "info")}
 
 
 def pictures(core: Core, shown: Shown, render_mode: str) -> list[Any]:

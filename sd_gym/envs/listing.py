@@ -8,6 +8,7 @@ from typing import Any
 
 from sd_gym.config import dotted
 from sd_gym.envs.config import load_config, located_values, read_yaml
+from sd_gym.envs.infos import checked_split
 from sd_gym.envs.table_files import read_description, table_folder
 from sd_gym.registration import SERVING, config_of
 from sd_gym.tasks.splits import Splits
@@ -114,8 +115,7 @@ def instances(env_id: str, split: str = "test", **settings: Any) -> list[dict[st
         >>> sd_gym.instances("SD/Summarization-Mini-v0", "test", test_size=3)[0]["id"]
         'test-0'
     """
-    if split not in ("train", "validation", "test"):
-        raise ValueError(f"unknown split {split!r}; expected train, validation or test")
+    checked_split(split)
     config = load_config(config_of(env_id), settings)
     if config.table is not None:
         raise ValueError(f"{config.table}: a table has no texts; list the instances of the original env")

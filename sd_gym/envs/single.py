@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd_gym.envs.actions import as_array
+from sd_gym.envs.config import load_config
 from sd_gym.envs.episodes import episodes_of
-from sd_gym.envs.infos import check_shown, chosen, info_of_one, pictures, read_config
+from sd_gym.envs.infos import check_shown, chosen, info_of_one, pictures
 from sd_gym.envs.render import Shown
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import each, reward_space, spaces
@@ -108,7 +109,7 @@ class SwitchableEnv(gym.Env):
 
     def __init__(self, config_file: str, render_mode: str | None = None, **overrides: Any) -> None:
         check_shown(render_mode, type(self).metadata["render_modes"])
-        self.config = read_config(config_file, overrides)
+        self.config = load_config(config_file, overrides)
         self.core = shared_core(self.config)
         self.observation_space, self.action_space = spaces(self.core)
         if self.config.reward.vector:

@@ -10,8 +10,17 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from sd_gym.envs.episodes import episodes_of, objects
-from sd_gym.envs.infos import check_shown, checked_options, chosen, pictures, read_config
+from sd_gym.envs.config import load_config
+from sd_gym.envs.episodes import episodes_of
+from sd_gym.envs.infos import (
+    check_num_envs,
+    check_shown,
+    checked_options,
+    chosen,
+    final_infos,
+    infos_of_all,
+    pictures,
+)
 from sd_gym.envs.protocols import Observations
 from sd_gym.envs.render import Shown
 from sd_gym.envs.shared import shared_core
@@ -78,15 +87,14 @@ class SwitchableVectorEnv(VectorEnv):
         autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
         **overrides: Any,
     ) -> None:
-        if isinstance(num_envs, bool) or not isinstance(num_envs, int | np.integer) or num_envs < 1:
-            raise ValueError(f"num_envs: expected an integer of at least 1, got {num_envs!r}")
+        check_num_envs(num_envs)
         check_shown(render_mode, type(self).metadata["render_modes"])
         if autoreset_mode not in [*AutoresetMode, *(mode.value for mode in AutoresetMode)]:
             known = ", ".join(mode.value for mode in AutoresetMode)
             raise ValueError(f"autoreset_mode must be one of {known}, got {autoreset_mode!r}")
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
-        self.config = read_config(config_file, overrides)
+        self.config = load_config(config_file, overrides)
         self.core = shared_core(self.config)
         self.num_envs = num_envs
         self.render_mode = render_mode
@@ -117,14 +125,14 @@ class SwitchableVectorEnv(VectorEnv):
             TypeError: If ``options`` is not a dictionary, or ``reset_mask`` not an array of booleans.
             gymnasium.error.ResetNeeded: If the first reset is not one of all envs.
         """
-        options = dict(checked_options(options))
+        options = checked_options(options)
         envs = self._envs_to_reset(options)
         self._seed(seed, envs)
         episodes = self._episodes
         episodes.split, rows = chosen(self.core, self.num_envs, options)
         episodes.begin(envs, self._random_rows(envs) if rows is None else rows[envs])
         self._show(episodes.over)
-        return episodes.observe(), self._infos((envs, episodes.infos(envs)))
+        return episodes.observe(), infos_of_all(self.num_envs, (envs, episodes.infos(envs)))
 
     def step(self, actions: Any) -> tuple[Observations, NDArray, NDArray, NDArray, dict[str, Any]]:
         """Run the backbone under the decisions of a batch of actions, then autoreset as the class describes.
@@ -152,16 +160,15 @@ class SwitchableVectorEnv(VectorEnv):
         under_way, rewards[going] = episodes.results(going)
         if self.autoreset_mode == AutoresetMode.SAME_STEP:
             self._show(ended, (done, outcome), rewards)
-            final: dict[str, Any] = {}
+            final = {}
             if len(done):
-                final = {"final_obs": objects(each(episodes.observe())), "_final_obs": ended.copy()}
-                final |= {"final_info": self._infos((done, outcome)), "_final_info": ended.copy()}
+                final = final_infos(ended, each(episodes.observe()), outcome)
                 episodes.begin(done, self._random_rows(done))
-            infos = self._infos((done, episodes.infos(done)), (going, under_way)) | final
+            infos = infos_of_all(n, (done, episodes.infos(done)), (going, under_way)) | final
         else:
             episodes.begin(reset, self._random_rows(reset))
             self._show(ended, (done, outcome), rewards)
-            infos = self._infos((done, outcome), (going, under_way), (reset, episodes.infos(reset)))
+            infos = infos_of_all(n, (done, outcome), (going, under_way), (reset, episodes.infos(reset)))
         return episodes.observe(), rewards, ended, np.zeros(n, dtype=np.bool_), infos
 
     def action_masks(self) -> NDArray:
@@ -205,7 +212,7 @@ class SwitchableVectorEnv(VectorEnv):
             return
         episodes = self._episodes
         if outcome is not None and rewards is not None:
-            infos, rewards = self._infos(outcome), rewards.copy()
+            infos, rewards = infos_of_all(self.num_envs, outcome), rewards.copy()
         elif self._shown is not None:
             infos, rewards = self._shown.infos, self._shown.rewards
         else:
@@ -256,19 +263,6 @@ class SwitchableVectorEnv(VectorEnv):
         if isinstance(random, np.random.Generator):
             return random.integers(instances, size=len(envs))
         return np.array([random[env].integers(instances, size=1)[0] for env in envs], dtype=np.int64)
-
-    def _infos(self, *parts: tuple[NDArray, dict[str, NDArray]]) -> dict[str, NDArray]:
-        """Pairs of envs and infos in the format of ``VectorEnv``: a row per env, and a mask ``_key`` for each key."""
-        merged: dict[str, NDArray] = {}
-        for envs, infos in parts:
-            for key, values in infos.items() if len(envs) else ():
-                if key not in merged:
-                    empty = None if values.dtype == object else 0
-                    merged[key] = np.full((self.num_envs, *values.shape[1:]), empty, dtype=values.dtype)
-                    merged[f"_{key}"] = np.zeros(self.num_envs, dtype=np.bool_)
-                merged[key][envs] = values
-                merged[f"_{key}"][envs] = True
-        return merged
 
 
 def _generator(state: dict[str, Any]) -> np.random.Generator:

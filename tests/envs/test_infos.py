@@ -31,8 +31,9 @@ def test_reset_options_are_a_dictionary(options):
 
 def test_bad_reset_options():
     env = gym.make(MINI[0], **SMALL).unwrapped
-    with pytest.raises(ValueError, match="unknown reset option 'spit'"):
-        env.reset(options={"spit": "test"})
+    for options in ({"spit": "test"}, {"spit": "test", 1: 2, "split": "test"}):
+        with pytest.raises(ValueError, match=r"unknown reset option .*; expected 'split' or 'instance'"):
+            env.reset(options=options)
     with pytest.raises(ValueError, match="unknown split 'dev'"):
         env.reset(options={"split": "dev"})
     with pytest.raises(ValueError, match="no instance 'test-999' in the test split"):

@@ -3,10 +3,12 @@
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
 from sd_gym.config import ConfigError
+from sd_gym.envs.actions import Actions
 from sd_gym.envs.config import load_config
 from sd_gym.envs.serving.arrivals import arrival_times
 from sd_gym.envs.serving.config import ServingConfig
@@ -84,7 +86,9 @@ class Queues:
     """
 
     def __init__(self, config: ServingConfig, n: int) -> None:
-        self.config, self.n = config, n
+        self.config, self.n, points = config, n, len(config.points)
+        self.actions = Actions(gym.spaces.Discrete(points), [points], f"one of {points} operating points")
+        self.observation_space = gym.spaces.Box(-BOUND, BOUND, (len(FEATURES),), np.float32)
         self._a, self._b = (
             np.array([getattr(point, key) for point in config.points]) for key in ("per_request", "per_group")
         )

@@ -1,7 +1,7 @@
 """The queues as a ``gymnasium.Env`` and as a ``gymnasium.vector.VectorEnv``."""
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -10,10 +10,9 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from sd_gym.config import SplitName
-from sd_gym.envs.infos import check_shown, checked_options, info_of_one
+from sd_gym.envs.infos import check_num_envs, check_shown, final_infos, info_of_one, infos_of_all, split_of
 from sd_gym.envs.serving.config import make_serving_config
-from sd_gym.envs.serving.queues import BOUND, FEATURES, Queues
+from sd_gym.envs.serving.queues import Queues
 
 Array = NDArray
 METADATA: dict[str, Any] = {"render_modes": [], "render_fps": 1}
@@ -78,8 +77,8 @@ class ServingEnv(gym.Env[Array, Any]):
         check_shown(render_mode, [])
         self.config = make_serving_config(config_file, overrides)
         self.render_mode = render_mode
-        self.observation_space, self.action_space = _spaces(len(self.config.points))
         self._queues = Queues(self.config, 1)
+        self.observation_space, self.action_space = self._queues.observation_space, self._queues.actions.space
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
         """Draw the requests of an episode; see the class for ``options``.
@@ -89,7 +88,7 @@ class ServingEnv(gym.Env[Array, Any]):
             ValueError: If an option or its value is unknown.
         """
         super().reset(seed=seed)
-        self._queues.reset(_ONE, [self.np_random], _split(options, self.config.split))
+        self._queues.reset(_ONE, [self.np_random], split_of(options, self.config.split))
         return self._queues.observe()[0], info_of_one(_no_infos(1))
 
     def step(self, action: Any) -> tuple[Array, float, bool, bool, dict[str, Any]]:
@@ -101,7 +100,7 @@ class ServingEnv(gym.Env[Array, Any]):
         """
         if self._queues.over[0]:
             raise gym.error.ResetNeeded("the episode is over: call reset() before the next step()")
-        infos, rewards = _served(self._queues, _points(action, (), len(self.config.points))[None])
+        infos, rewards = _served(self._queues, np.asarray(action)[None])
         return self._queues.observe()[0], float(rewards[0]), bool(self._queues.over[0]), False, info_of_one(infos)
 
 
@@ -119,15 +118,14 @@ class ServingVectorEnv(VectorEnv[Array, Any, Array]):
     metadata = METADATA | {"autoreset_mode": AutoresetMode.SAME_STEP}
 
     def __init__(self, config_file: str, num_envs: int = 1, render_mode: str | None = None, **overrides: Any) -> None:
-        if isinstance(num_envs, bool) or not isinstance(num_envs, int | np.integer) or num_envs < 1:
-            raise ValueError(f"num_envs: expected an integer of at least 1, got {num_envs!r}")
+        check_num_envs(num_envs)
         check_shown(render_mode, [])
         self.config = make_serving_config(config_file, overrides)
         self.num_envs, self.render_mode = num_envs, render_mode
-        self.single_observation_space, self.single_action_space = _spaces(len(self.config.points))
+        self._queues = queues = Queues(self.config, num_envs)
+        self.single_observation_space, self.single_action_space = queues.observation_space, queues.actions.space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._queues = Queues(self.config, num_envs)
         self._randoms = [seeding.np_random()[0] for _ in range(num_envs)]
         self._split_name = self.config.split
 
@@ -135,13 +133,14 @@ class ServingVectorEnv(VectorEnv[Array, Any, Array]):
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Array, dict[str, Any]]:
         """Start an episode in each queue. Raises: see ``ServingEnv.reset``."""
-        self._split_name = _split(options, self.config.split)
+        self._split_name = split_of(options, self.config.split)
         seeds = [seed + env for env in range(self.num_envs)] if isinstance(seed, int | np.integer) else seed
         for env, of_env in enumerate(seeds or ()):
             if of_env is not None:
                 self._randoms[env] = seeding.np_random(int(of_env))[0]
-        self._begin(np.arange(self.num_envs))
-        return self._queues.observe(), _with_presence(_no_infos(self.num_envs))
+        everyone = np.arange(self.num_envs)
+        self._begin(everyone)
+        return self._queues.observe(), infos_of_all(self.num_envs, (everyone, _no_infos(self.num_envs)))
 
     def step(self, actions: Any) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
         """Run a group in each queue.
@@ -153,20 +152,13 @@ class ServingVectorEnv(VectorEnv[Array, Any, Array]):
         queues, n = self._queues, self.num_envs
         if queues.over.any():
             raise gym.error.ResetNeeded("call reset() before the first step()")
-        infos, rewards = _served(queues, _points(actions, (n,), len(self.config.points)))
+        infos, rewards = _served(queues, actions)
         ended, observations = queues.over, queues.observe()
-        shown = _with_presence(infos)
-        if ended.any():
-            over = np.flatnonzero(ended)
-            final = np.full(n, None, dtype=object)
-            for env in over:
-                final[env] = observations[env]
-            shown = {
-                key: np.where(ended if values.ndim == 1 else ended[:, None], 0, values) for key, values in infos.items()
-            }
-            shown = _with_presence(shown)
-            shown |= {"final_obs": final, "_final_obs": ended.copy()}
-            shown |= {"final_info": _with_presence(infos, ended), "_final_info": ended.copy()}
+        over, going = np.flatnonzero(ended), np.flatnonzero(~ended)
+        of_over, of_going = ({key: values[some] for key, values in infos.items()} for some in (over, going))
+        shown = infos_of_all(n, (going, of_going), (over, _no_infos(len(over))))
+        if len(over):
+            shown |= final_infos(ended, list(observations), of_over)
             self._begin(over)
             observations = queues.observe()
         return observations, rewards, ended, np.zeros(n, dtype=np.bool_), shown
@@ -175,32 +167,9 @@ class ServingVectorEnv(VectorEnv[Array, Any, Array]):
         self._queues.reset(envs, [self._randoms[env] for env in envs], self._split_name)
 
 
-def _spaces(points: int) -> tuple[gym.spaces.Box, gym.spaces.Discrete]:
-    return gym.spaces.Box(-BOUND, BOUND, (len(FEATURES),), np.float32), gym.spaces.Discrete(points)
-
-
-def _split(options: dict[str, Any] | None, default: str) -> str:
-    """The split of a reset with these options."""
-    options = checked_options(options)
-    if unknown := sorted(set(options) - {"split"}, key=str):
-        raise ValueError(f"unknown reset option {unknown[0]!r}; expected 'split'")
-    split = options.get("split", default)
-    if split not in get_args(SplitName):
-        raise ValueError(f"unknown split {split!r}; expected {', '.join(get_args(SplitName))}")
-    return split
-
-
-def _points(actions: Any, shape: tuple[int, ...], points: int) -> Array:
-    """Actions as int64; raises ``ValueError`` if they are malformed."""
-    array = np.asarray(actions)
-    if array.shape != shape or array.dtype.kind not in "iu" or (array < 0).any() or (array >= points).any():
-        raise ValueError(f"expected integers of shape {shape} from 0 to {points - 1}, got {actions!r}")
-    return array.astype(np.int64)
-
-
-def _served(queues: Queues, points: Array) -> tuple[dict[str, Array], Array]:
+def _served(queues: Queues, actions: Any) -> tuple[dict[str, Array], Array]:
     """Infos and rewards of a step."""
-    infos = queues.serve(points)
+    infos = queues.serve(queues.actions.decisions(actions, queues.n)[:, 0])
     rewards = -infos["refused"] - queues.config.penalty * infos["cost"]
     return infos | {"vector_reward": np.stack([infos["answers"], -infos["cost"]], axis=1)}, rewards
 
@@ -210,9 +179,3 @@ def _no_infos(n: int) -> dict[str, Array]:
     counts = {key: np.zeros(n, dtype=np.int64) for key in ("answers", "refused", "point")}
     sums = {key: np.zeros(n) for key in ("quality", "quality_ref", "cost", "flops_ratio", "seconds")}
     return counts | sums | {"vector_reward": np.zeros((n, 2))}
-
-
-def _with_presence(infos: dict[str, Array], present: Array | None = None) -> dict[str, Any]:
-    """Infos of a vector env, with an array ``_key`` per key that marks the queues that have it."""
-    marks = np.ones(len(infos["point"]), dtype=np.bool_) if present is None else present
-    return infos | {f"_{key}": marks.copy() for key in infos}
