@@ -124,15 +124,8 @@ class SkipPolicy:
         if self.network.channels is not None:
             return self.network.decide(token_observations(hidden, mask, self.mean, self.deviation, self.longest))
         features = pooled_features(hidden, None if whole else mask).float()
-        return self.network.decide(standardised(features, *self._statistics(features.device)))
-
-    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and deviation on a device."""
-        cached = vars(self).get("_on_device")
-        if cached is None or cached[0].device != device:
-            cached = torch.from_numpy(self.mean).to(device), torch.from_numpy(self.deviation).to(device)
-            vars(self)["_on_device"] = cached
-        return cached
+        mean, deviation = (torch.from_numpy(values).to(features.device) for values in (self.mean, self.deviation))
+        return self.network.decide(standardised(features, mean, deviation))
 
     def kept(self, board: Switchboard, inputs: dict[str, Tensor], level: NDArray) -> Tensor | None:
         """Which tokens stay at the token levels ``[n]``, bool ``[n, length]``; ``None``: all.
@@ -142,7 +135,7 @@ class SkipPolicy:
         """
         if not level.any():
             return None
-        droppable = self._droppable(self.protection, inputs).cpu().numpy()
+        droppable = _droppable(self.protection, inputs).cpu().numpy()
         keep = keep_tokens(self._token_scores(board, inputs), droppable, np.array(self.token_shares)[level])
         return torch.from_numpy(keep).to(inputs["input_ids"].device)
 
@@ -151,18 +144,9 @@ class SkipPolicy:
 
         They are the context of the question; the first token stands for no answer, if questions may have none.
         """
-        context = self._droppable(self.context, inputs)
+        context = _droppable(self.context, inputs)
         context[:, 0] = self.card["env"]["data"]["unanswerable"]
         return context
-
-    @staticmethod
-    def _droppable(rule: ProtectedTokens | None, inputs: dict[str, Tensor]) -> Tensor:
-        if rule is None:
-            raise ValueError(
-                "the tokens alone do not show which of them this policy may drop, or which are the context of a "
-                "question; call it on texts, sd_gym.load(policy)(texts)"
-            )
-        return rule.droppable(inputs["input_ids"], inputs["attention_mask"])
 
     def _token_scores(self, board: Switchboard, inputs: dict[str, Tensor]) -> NDArray:
         if self.ranking_costs_flops:
@@ -179,15 +163,7 @@ class SkipPolicy:
         return np.where(drops, flops.costs(length, length)[1][:, 0], 0)
 
     def at(self, *, max_loss: float | None = None, max_flops: float | None = None) -> SkipPolicy:
-        """The policy at another operating point; without a limit, itself.
-
-        Args:
-            max_loss: See ``sd_gym.operating_points.margin_for``.
-            max_flops: See there.
-
-        Raises:
-            ValueError: If both are given, or no point fits; the message lists the points.
-        """
+        """The policy at another operating point; arguments and errors are those of ``margin_for``."""
         margin = margin_for(self.operating_points, max_loss=max_loss, max_flops=max_flops)
         return self.with_margin(margin) if margin else self
 
@@ -229,8 +205,7 @@ class SkipPolicy:
 
     def check_reachable(self) -> None:
         """Raise ``FileNotFoundError`` if the backbone was a local folder in training and is missing here."""
-        backbone = self.card["backbone"]
-        name = backbone["name"]
+        backbone, name = self.card["backbone"], self.card["backbone"]["name"]
         if backbone["is_local"] and name not in BUNDLED and not Path(name).exists():
             raise FileNotFoundError(
                 f"the backbone of this policy, {name!r}, was a local folder in training, which does not exist here; "
@@ -346,6 +321,15 @@ def switchboard_of(model: PreTrainedModel) -> Iterator[Switchboard]:
             board.remove()
 
 
+def _droppable(rule: ProtectedTokens | None, inputs: dict[str, Tensor]) -> Tensor:
+    if rule is None:
+        raise ValueError(
+            "the tokens alone do not show which of them this policy may drop, or which are the context of a "
+            "question; call it on texts, sd_gym.load(policy)(texts)"
+        )
+    return rule.droppable(inputs["input_ids"], inputs["attention_mask"])
+
+
 def _statistics_in(
     tensors: dict[str, Tensor], names: tuple[str, str], shape: tuple[int, ...]
 ) -> tuple[NDArray, NDArray]:
@@ -357,7 +341,6 @@ def _statistics_in(
 
 
 def _finite(tensor: Tensor, shape: tuple[int, ...] | None) -> NDArray:
-    """A tensor of finite numbers, of this shape, or of any length."""
     fits = tensor.ndim == 1 if shape is None else tensor.shape == shape
     if not fits or not tensor.isfinite().all():
         raise ValueError(f"expected finite numbers of shape {list(shape or ['n'])}, got {list(tensor.shape)}")

@@ -117,7 +117,6 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 
 def _own_hash(values: dict[str, Any]) -> str:
-    """The hash of a card without its hashes."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

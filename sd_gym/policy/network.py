@@ -214,29 +214,18 @@ class DecisionPolicy(nn.Module):
 
         At the answer stage it accepts only where it prefers accepting by as much.
         """
-        copy = deepcopy(self)
         cautious = np.cumsum([0, *self.nvec[:-1]])  # the first choice of each component is to run
         cautious[-1] += self.stages[-1] == ANSWER  # where the second choice is to go on
-        with torch.no_grad():
-            copy.head.bias[torch.from_numpy(cautious)] += margin
-        return copy
+        return self._preferring(cautious, margin)
 
     def with_sureness(self, margin: float) -> DecisionPolicy:
         """A copy that accepts an answer only where it prefers accepting by more than ``margin`` in log-odds."""
-        copy = deepcopy(self)
-        with torch.no_grad():
-            copy.head.bias[-1] += margin
-        return copy
+        return self._preferring(np.array([-1]), margin)
 
-    def with_decision(self, decision: NDArray) -> DecisionPolicy:
-        """A copy that makes one decision ``[components]`` for every input."""
+    def _preferring(self, choices: NDArray, margin: float) -> DecisionPolicy:
         copy = deepcopy(self)
-        copy.codebook, copy.noise = None, "none"
-        chosen = torch.from_numpy(np.cumsum([0, *self.nvec[:-1]]) + np.asarray(decision))
         with torch.no_grad():
-            copy.head.weight.zero_()
-            copy.head.bias.zero_()
-            copy.head.bias[chosen] = 1.0
+            copy.head.bias[torch.from_numpy(choices)] += margin
         return copy
 
     @torch.inference_mode()

@@ -219,7 +219,7 @@ def test_what_cannot_be_exported_says_so_and_what_to_do(tmp_path, tiny_tokenizer
         ({"noise": "hash"}, "it is a control"),
         ({"stages": ["first", "encoder.1", "answer"]}, "it decides in the middle of the pass, at encoder.1"),
     ):
-        network = artefact.network.with_decision(np.zeros(7, dtype=int))
+        network = artefact.network.with_margin(0.0)
         vars(network).update(change)
         with pytest.raises(ValueError, match=f"cannot be exported to ONNX: {why}"):
             sd_gym.export(replace(artefact, network=network), tmp_path / "onnx")
@@ -228,9 +228,8 @@ def test_what_cannot_be_exported_says_so_and_what_to_do(tmp_path, tiny_tokenizer
 
 def test_a_backbone_that_generates_is_not_exported(tmp_path, tiny_tokenizer):
     _, _, artefact, _ = trained("summarization", None, tmp_path, tiny_tokenizer)
-    network = artefact.network.with_decision(np.zeros(len(artefact.network.nvec), dtype=int))
     with pytest.raises(ValueError, match="its backbone, a bart, is no encoder"):
-        sd_gym.export(replace(artefact, network=network), tmp_path / "onnx")
+        sd_gym.export(artefact, tmp_path / "onnx")
 
 
 def test_a_folder_that_holds_anything_is_not_written_to(exported):
