@@ -222,9 +222,5 @@ def _rule(train: BackboneSplit, tokens: Array) -> ProtectedTokens | None:
     return ProtectedTokens.find(encoded.input_ids, encoded.source_length, tokens, special, separator)
 
 
-def _shared_split(config: EnvConfig, name: str) -> BackboneSplit:
-    return backbone_core(config).split(name)
-
-
-# A copy of a split is the shared split, as of its core.
-copyreg.pickle(BackboneSplit, lambda split: (_shared_split, (split.config, split.name)))
+# A copy of a split is the shared split of the shared core.
+copyreg.pickle(BackboneSplit, lambda split: (BackboneCore.split, (backbone_core(split.config), split.name)))

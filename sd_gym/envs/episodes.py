@@ -35,6 +35,7 @@ class Episodes:
         self.rows, self.stage = np.zeros((2, n), dtype=np.int64)
         self.decisions = np.zeros((n, len(core.nvec)), dtype=np.int64)
         self.paid = np.zeros(n)
+        self._state: PassState | None = None  # of the pass of all, where all are at the same stage
 
     @property
     def is_begun(self) -> bool:
@@ -89,7 +90,8 @@ class Episodes:
             saved = 1 - self.split.costs.flops_ratio(self.rows[envs], decisions)
             rewards, self.paid[envs] = saved - self.paid[envs], saved
             return self.infos(envs), rewards
-        outcome = self.core.score(self.split, self.rows[envs], decisions, self._pass_state(envs))
+        state = self._state if len(envs) == len(self.stage) else None
+        outcome = self.core.score(self.split, self.rows[envs], decisions, state)
         if reward.vector:
             rewards = np.stack([outcome.quality, -outcome.flops_ratio], axis=1).astype(np.float32)
         else:
@@ -136,17 +138,12 @@ class Episodes:
         self.stage, self.decisions = np.array(state["stage"]), np.array(state["decisions"])
         self.paid = np.array(state["paid"])
 
-    def _pass_state(self, envs: Array) -> PassState | None:
-        """The state of the pass of these envs at their last stage; ``None``: nothing has run."""
-        return None
-
 
 class StagedEpisodes(Episodes):
     """Episodes with stages in the middle of the pass; observations are cached, as each takes a part of the pass."""
 
     def __init__(self, core: Core, n: int) -> None:
         super().__init__(core, n)
-        self._state: PassState | None = None  # of all, where all are at the same stage
         self._known = np.zeros(n, dtype=np.bool_)  # whose observation is up to date
         self._observed: Any = create_empty_array(core.observation_space, n)
 
@@ -175,10 +172,11 @@ class StagedEpisodes(Episodes):
         stage = np.minimum(self.stage, len(self.core.stages) - 1)
         for number in np.unique(stage[~self._known]):
             at = np.flatnonzero(~self._known & (stage == number))
-            together = len(at) == len(self.rows)
-            before = self._state_before(number) if together else None
+            together, state = len(at) == len(self.rows), self._state
+            if not together or state is None or not number or state.stage != self.core.stages[number - 1]:
+                state = None  # nothing to go on from
             observed, state = self.core.stage_observation.observe(
-                self.split, self.rows[at], int(number), self.decisions[at], before
+                self.split, self.rows[at], int(number), self.decisions[at], state
             )
             put(self._observed, at, observed)
             self._state = state if together else None
@@ -189,14 +187,6 @@ class StagedEpisodes(Episodes):
         """See ``Episodes.load_state``."""
         super().load_state(state)
         self._known[:], self._state = False, None
-
-    def _pass_state(self, envs: Array) -> PassState | None:
-        return self._state if len(envs) == len(self.stage) else None
-
-    def _state_before(self, number: int) -> PassState | None:
-        """The state of the pass at the stage before, if it is cached."""
-        before = self.core.stages[number - 1] if number else None
-        return self._state if self._state is not None and self._state.stage == before else None
 
 
 def episodes_of(core: Core, n: int) -> Episodes:

@@ -196,6 +196,13 @@ class Core(Protocol[S]):
         """Whether anything is decided after the first layer's input."""
         return self.stages != ["first"]
 
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """The cached scores of each split, by its name; a table has none."""
+        return {}
+
+    def load_scores(self, scores: dict[str, dict[str, Any]]) -> None:
+        """Replace the cached scores."""
+
     def observe(self, split: S, rows: Array) -> Observations:
         """Observations of rows ``[n]`` of a split before the first layer: new arrays."""
         return self.observation.observe(split, rows)
@@ -235,6 +242,3 @@ class Core(Protocol[S]):
     def from_masks(self, masks: Array) -> Array: ...
     # What a policy needs outside of this env; None if it cannot leave it.
     def export(self) -> Export | None: ...
-    # The cached scores of each split, by its name; and to replace them.
-    def scores(self) -> dict[str, dict[str, Any]]: ...
-    def load_scores(self, scores: dict[str, dict[str, Any]]) -> None: ...

@@ -87,13 +87,10 @@ def _results(shown: Shown) -> dict[int, Result]:
     answers = shown.split.passes.answers(shown.rows[envs], answered)
     return {
         env: Result(
-            decision=infos["decision"][env],
             answer=answer,
-            quality=infos["quality"][env],
-            quality_ref=infos["quality_ref"][env],
             kept=infos["is_success"][env],
-            flops_ratio=infos["flops_ratio"][env],
             reward=shown.rewards[env],
+            **{key: infos[key][env] for key in ("decision", "quality", "quality_ref", "flops_ratio")},
         )
         for env, answer in zip(envs.tolist(), answers, strict=True)
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import cached_property, lru_cache
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -72,11 +72,8 @@ class TableStages:
         """Observations, float32 ``[n, size]``, and no state: nothing runs; see ``StageObservations.observe``."""
         if stage == len(self._ways):
             return self._at_answer(split, rows, decisions), None
-        observed = split.tensors[observations_at(stage)]
-        if stage == 0:
-            return np.take(observed, rows, axis=0).astype(np.float32, copy=False), None
-        before = np.ravel_multi_index(tuple(decisions[:, :stage].T), self._ways[:stage])
-        return observed[rows, before].astype(np.float32, copy=False), None
+        at = (rows, np.ravel_multi_index(tuple(decisions[:, :stage].T), self._ways[:stage])) if stage else rows
+        return split.tensors[observations_at(stage)][at].astype(np.float32, copy=False), None
 
     def _at_answer(self, split: TableSplit, rows: Array, decisions: Array) -> Array:
         """The observation of the stage before, with the FLOPs spent and the head's judgement of its answer."""
@@ -206,12 +203,11 @@ class TableCore(Core[TableSplit]):
         own = [np.array([stage]) for stage in range(len(self.stages))] if ways else [np.arange(len(self.nvec))]
         places = [np.zeros(1, dtype=np.int64)] * len(own) if ways else own
         self.steps = Steps(own, places, self.nvec, answers=self.has_answer_stage)
-        names = described["backbone"]["switches"]  # such as encoder.3.attention
+        backbone = described["backbone"]
+        names = backbone["switches"]  # such as encoder.3.attention
         switches = [SimpleNamespace(name=name, index=int(name.split(".")[1])) for name in names]
         board = SimpleNamespace(switches=switches, names=names)
-        self.backbone = SimpleNamespace(
-            name=described["backbone"]["name"], weights=described["backbone"]["weights"], board=board
-        )
+        self.backbone = SimpleNamespace(name=backbone["name"], weights=backbone["weights"], board=board)
         self.switch_names = names if self.exhaustive else units.get("names", [])
         # Above 1 if ranking tokens may run a part of the backbone.
         self.highest_flops_ratio = 1.0 + (self.decision_nvec[-1] > 1) + self.has_answer_stage
@@ -246,13 +242,6 @@ class TableCore(Core[TableSplit]):
                 raise ValueError(f"{self.folder} has no split {name!r}; it has {', '.join(self.description['splits'])}")
             self._splits[name] = TableSplit(self, name)
         return self._splits[name]
-
-    def scores(self) -> dict[str, dict[str, Any]]:
-        """Empty: a table has no cache of scores."""
-        return {}
-
-    def load_scores(self, scores: dict[str, dict[str, Any]]) -> None:
-        """Does nothing: a table has no cache of scores."""
 
     def masks_of(self, decisions: Array) -> Array:
         """Numbers, int64 ``[n]``, of the masks of decisions ``[n, components]``."""
@@ -313,10 +302,6 @@ class TableCore(Core[TableSplit]):
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"{self.folder} is damaged: {error}; copy it again") from error
-
-    def decided_logits(self, *_: Any) -> NoReturn:
-        """Raises ``ValueError``: a table has no logits."""
-        raise ValueError(f"{self.folder}: a table has outcomes, and no backbone to run; use the original env")
 
 
 @lru_cache(maxsize=8)

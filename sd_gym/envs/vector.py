@@ -24,13 +24,8 @@ from sd_gym.envs.infos import (
 from sd_gym.envs.protocols import Observations
 from sd_gym.envs.render import Shown
 from sd_gym.envs.shared import shared_core
+from sd_gym.envs.single import METADATA
 from sd_gym.envs.spaces import each, reward_space, spaces
-
-METADATA: dict[str, Any] = {
-    "render_modes": ["ansi", "rgb_array"],
-    "render_fps": 1,
-    "autoreset_mode": AutoresetMode.SAME_STEP,
-}
 
 
 class SwitchableVectorEnv(VectorEnv):
@@ -75,7 +70,7 @@ class SwitchableVectorEnv(VectorEnv):
             ``SwitchableEnv``.
     """
 
-    metadata = METADATA
+    metadata = METADATA | {"autoreset_mode": AutoresetMode.SAME_STEP}
     _np_random: Any  # a generator, or a tuple of one for each env
     _np_random_seed: Any
 
@@ -210,14 +205,11 @@ class SwitchableVectorEnv(VectorEnv):
         """Keep what ``render`` shows, if there is a render mode; without an outcome, the last outcome stays."""
         if self.render_mode is None:
             return
-        episodes = self._episodes
+        episodes, shown = self._episodes, self._shown
+        infos, last = ({}, episodes.no_rewards(self.num_envs)) if shown is None else (shown.infos, shown.rewards)
         if outcome is not None and rewards is not None:
-            infos, rewards = infos_of_all(self.num_envs, outcome), rewards.copy()
-        elif self._shown is not None:
-            infos, rewards = self._shown.infos, self._shown.rewards
-        else:
-            infos, rewards = {}, episodes.no_rewards(self.num_envs)
-        self._shown = Shown(episodes.texts, episodes.rows.copy(), decided.copy(), infos, rewards)
+            infos, last = infos_of_all(self.num_envs, outcome), rewards.copy()
+        self._shown = Shown(episodes.texts, episodes.rows.copy(), decided.copy(), infos, last)
 
     def _envs_to_reset(self, options: dict[str, Any]) -> NDArray:
         """The envs to reset. Takes ``reset_mask`` out of the options; with it, the default split is the current one."""
@@ -266,7 +258,6 @@ class SwitchableVectorEnv(VectorEnv):
 
 
 def _generator(state: dict[str, Any]) -> np.random.Generator:
-    """A generator with this state."""
     generator, _ = seeding.np_random(0)
     generator.bit_generator.state = state
     return generator
