@@ -211,7 +211,7 @@ def _contestants(
         split.passes.generated_batch(rows, nothing, inputs, judges=False) if writes else backbone.logits(inputs)
 
     def by_length(passes: Passes) -> None:
-        passes.generated(everything, nothing) if writes else list(passes.logits(everything, nothing))
+        passes.answers(everything, nothing) if writes else list(passes.logits(everything, nothing))
 
     def decided() -> None:
         if artefact is None:

@@ -174,9 +174,9 @@ class Steps:
     A choice that a component does not have counts as its last choice. Both are masked.
 
     Args:
-        components: For each stage, the components that it decides.
-        places: For each stage, their places in an action.
+        components: For each stage, the components that it decides. Their places in an action are in this order.
         nvec: Sizes of a decision's components.
+        level: The component of the token level, which has the last place in an action, if a stage decides it.
         answers: Whether the last step is the stage ``answer``.
 
     Attributes:
@@ -185,10 +185,10 @@ class Steps:
         is_whole: Whether an action is the whole decision: one step makes all components, in order.
     """
 
-    def __init__(
-        self, components: Sequence[Array], places: Sequence[Array], nvec: Array, *, answers: bool = False
-    ) -> None:
-        self.components, self._places, self._nvec, self._answers = list(components), list(places), nvec, answers
+    def __init__(self, components: Sequence[Array], nvec: Array, *, level: int = -1, answers: bool = False) -> None:
+        self.components, self._nvec, self._answers = list(components), nvec, answers
+        widest = max(int((own != level).sum()) for own in components)
+        self._places = places = [np.where(own == level, widest, np.arange(len(own))) for own in components]
         self.is_whole = all(np.array_equal(own, np.arange(len(nvec))) for own in (*components, *places))
         sizes = np.ones((len(self.components), 1 + max(int(place.max(initial=0)) for place in places)), dtype=np.int64)
         for size, component, place in zip(sizes, components, places, strict=True):

@@ -110,7 +110,6 @@ def read_values(file: Path, extending: Sequence[Path] = ()) -> dict[str, Any]:
 
 
 def _base_file(chain: list[Path], name: Any) -> Path:
-    """The file that the last file of a chain extends."""
     file = chain[-1]
     if not isinstance(name, str) or Path(name).name != name:
         raise ConfigError(

@@ -91,17 +91,11 @@ class BackboneCore(Core[BackboneSplit]):
 
         At ``answer`` the first component of an action is whether to go on.
         """
-        level, goes_on = len(self.decision_nvec) - 1, len(self.decision_nvec)
-        widest = max(columns.stop - columns.start for columns in self.columns)
-        components, places = [], []
-        for name, columns in zip(self.stages, self.columns, strict=True):
-            own, at = np.arange(columns.start, columns.stop), np.arange(columns.stop - columns.start)
-            if name == ANSWER:
-                own, at = np.array([goes_on]), np.array([0])
-            tokens = name == "first"
-            components.append(np.append(own, level) if tokens else own)
-            places.append(np.append(at, widest) if tokens else at)
-        return Steps(components, places, self.nvec, answers=self.has_answer_stage)
+        level = len(self.decision_nvec) - 1
+        others = {"first": [level], ANSWER: [level + 1]}  # components that are no switches
+        stages = zip(self.stages, self.columns, strict=True)
+        own = [np.array([*range(at.start, at.stop), *others.get(name, ())], dtype=np.int64) for name, at in stages]
+        return Steps(own, self.nvec, level=level, answers=self.has_answer_stage)
 
     @cached_property
     def stage_observation(self) -> StageObservation | FirstObservation:
@@ -187,9 +181,9 @@ class BackboneCore(Core[BackboneSplit]):
         With several stages all rows are decided on in one pass, which stops at each stage.
         """
         observation, ranking = self.observation, self._ranking
-        # A subclass of Pooled or Tokens may need more than the first layer's input.
-        is_enough = type(observation) is Pooled or type(observation) is Tokens
-        if len(rows) == 1 and is_enough and not self.is_staged and not (ranking is not None and ranking.costs_flops):
+        alone = len(rows) == 1 and not self.is_staged and not (ranking is not None and ranking.costs_flops)
+        # A subclass may need more than the first layer's input.
+        if alone and isinstance(observation, Pooled | Tokens) and type(observation) in (Pooled, Tokens):
             of_hidden = observation.of_hidden
             one = split.passes.logits_of_one(rows[0], lambda hidden, mask: decide(of_hidden(hidden, mask)))
             yield np.zeros(1, dtype=np.int64), *one

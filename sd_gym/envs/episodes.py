@@ -22,20 +22,21 @@ if TYPE_CHECKING:  # an env of a table needs no torch
 class Episodes:
     """A batch of episodes, each of one instance: a step is a stage, which decides the switches up to the next one.
 
-    Attributes:
-        rows: The instance of each in the split, int64 ``[n]``.
-        stage: The stage of each, int64 ``[n]``; after the last one it is over.
-        decisions: Int64 ``[n, components]``; 0, to run, where nothing is decided yet.
-        paid: The rewards given so far for savings, float64 ``[n]``.
+    Observations are cached: each takes a part of the pass. ``rows`` and ``stage`` are int64 ``[n]``.
     """
 
     def __init__(self, core: Core, n: int) -> None:
         self.core, self.objective = core, Objective(core.config.reward)
         self._split: Split | None = None
-        self.rows, self.stage = np.zeros((2, n), dtype=np.int64)
-        self.decisions = np.zeros((n, len(core.nvec)), dtype=np.int64)
-        self.paid = np.zeros(n)
+        self.rows, self.stage = np.zeros((2, n), dtype=np.int64)  # after its last stage an episode is over
+        self.decisions = np.zeros((n, len(core.nvec)), dtype=np.int64)  # 0, to run, where nothing is decided yet
+        self.paid = np.zeros(n)  # the rewards given so far for savings
         self._state: PassState | None = None  # of the pass of all, where all are at the same stage
+        self._known = np.zeros(n, dtype=np.bool_)  # whose observation is up to date
+        self._observed: Any = create_empty_array(core.observation_space, n)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_state": None}  # it is computed again
 
     @property
     def is_begun(self) -> bool:
@@ -67,6 +68,7 @@ class Episodes:
         """Start new episodes of some envs, on these instances."""
         self.rows[envs] = rows
         self.stage[envs], self.decisions[envs], self.paid[envs] = 0, 0, 0
+        self._known[envs], self._state = False, None
 
     def decide(self, envs: Array, choices: Array) -> None:
         """Decide the current stage of some envs.
@@ -75,6 +77,7 @@ class Episodes:
         """
         self.decisions[envs] += self.core.steps.spread(self.stage[envs], choices[envs])  # 0 until then
         self.stage[envs] += 1
+        self._known[envs] = self.over[envs]  # an ended episode keeps its last observation
 
     def results(self, envs: Array) -> tuple[dict[str, Array], Array]:
         """The step infos and the rewards of some envs that have just decided: all of them are over, or none.
@@ -109,7 +112,7 @@ class Episodes:
         """
         split, rows = self.split, self.rows[envs]
         known = outcome or Outcome(*np.zeros((3, len(rows))))
-        return {
+        infos = {
             "quality": known.quality,
             "quality_ref": known.quality_ref,
             "cost": known.cost,
@@ -120,55 +123,14 @@ class Episodes:
             "difficulty": split.difficulty[rows],
             "decision": self.core.to_masks(self.decisions[envs]),
         }
-
-    def observe(self) -> Observations:
-        """The observation of each, in new arrays; of an ended episode, its last one."""
-        return self.core.observe(self.split, self.rows)
-
-    def masks(self) -> Array:
-        """Allowed choices of each component, bool ``[n, choices]``, as in sb3-contrib."""
-        return self.core.action_masks[np.minimum(self.stage, len(self.core.stages) - 1)]
-
-    def state(self) -> dict[str, Any]:
-        """The state of all episodes, as plain values."""
-        return {"stage": self.stage.tolist(), "decisions": self.decisions.tolist(), "paid": self.paid.tolist()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restore what ``state`` returned."""
-        self.stage, self.decisions = np.array(state["stage"]), np.array(state["decisions"])
-        self.paid = np.array(state["paid"])
-
-
-class StagedEpisodes(Episodes):
-    """Episodes with stages in the middle of the pass; observations are cached, as each takes a part of the pass."""
-
-    def __init__(self, core: Core, n: int) -> None:
-        super().__init__(core, n)
-        self._known = np.zeros(n, dtype=np.bool_)  # whose observation is up to date
-        self._observed: Any = create_empty_array(core.observation_space, n)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_state": None}  # it is computed again
-
-    def begin(self, envs: Array, rows: Array) -> None:
-        """See ``Episodes.begin``."""
-        super().begin(envs, rows)
-        self._known[envs], self._state = False, None
-
-    def decide(self, envs: Array, choices: Array) -> None:
-        """See ``Episodes.decide``."""
-        super().decide(envs, choices)
-        self._known[envs] = self.over[envs]  # an ended episode keeps its last observation
-
-    def infos(self, envs: Array, outcome: Outcome | None = None) -> dict[str, Array]:
-        """With the ``action_mask`` of each, and with an answer stage ``goes_on``; see ``Episodes.infos``."""
-        infos = super().infos(envs, outcome) | {"action_mask": self.masks()[envs].astype(np.int8)}
+        if self.core.is_staged:
+            infos["action_mask"] = self.masks()[envs].astype(np.int8)
         if self.core.has_answer_stage:
             infos["goes_on"] = self.decisions[envs, -1] == 1
         return infos
 
     def observe(self) -> Observations:
-        """See ``Episodes.observe``."""
+        """The observation of each, in new arrays; of an ended episode, its last one."""
         stage = np.minimum(self.stage, len(self.core.stages) - 1)
         for number in np.unique(stage[~self._known]):
             at = np.flatnonzero(~self._known & (stage == number))
@@ -183,12 +145,15 @@ class StagedEpisodes(Episodes):
         self._known[:] = True
         return copy.deepcopy(self._observed)
 
+    def masks(self) -> Array:
+        """Allowed choices of each component, bool ``[n, choices]``, as in sb3-contrib."""
+        return self.core.action_masks[np.minimum(self.stage, len(self.core.stages) - 1)]
+
+    def state(self) -> dict[str, Any]:
+        """The state of all episodes, as plain values."""
+        return {"stage": self.stage.tolist(), "decisions": self.decisions.tolist(), "paid": self.paid.tolist()}
+
     def load_state(self, state: dict[str, Any]) -> None:
-        """See ``Episodes.load_state``."""
-        super().load_state(state)
+        """Restore what ``state`` returned."""
+        self.stage, self.decisions, self.paid = (np.array(state[key]) for key in ("stage", "decisions", "paid"))
         self._known[:], self._state = False, None
-
-
-def episodes_of(core: Core, n: int) -> Episodes:
-    """A batch of ``n`` episodes of a core, before the first reset."""
-    return (StagedEpisodes if core.is_staged else Episodes)(core, n)

@@ -10,8 +10,6 @@ from sd_gym.config import SplitName, UnknownKeyError
 from sd_gym.envs.protocols import Core, Split
 from sd_gym.envs.render import Shown, as_lines, scenes
 
-_SCALARS = (np.float64, np.int64, np.bool_)
-
 
 def check_shown(render_mode: str | None, modes: Sequence[str]) -> None:
     """Raise ``ValueError`` for an unknown render mode, or for any where there are no modes.
@@ -80,7 +78,7 @@ def chosen(core: Core, n: int, options: dict[str, Any] | None) -> tuple[Split, N
 
 def info_of_one(infos: dict[str, NDArray]) -> dict[str, Any]:
     """The info of a single env: the first row of each array, with Python numbers."""
-    return {key: values[0].item() if values[0].__class__ in _SCALARS else values[0] for key, values in infos.items()}
+    return {key: values[0].item() if isinstance(values[0], np.generic) else values[0] for key, values in infos.items()}
 
 
 def infos_of_all(n: int, *parts: tuple[NDArray, dict[str, NDArray]]) -> dict[str, Any]:

@@ -26,17 +26,11 @@ _FACTS = {
 
 @dataclass
 class Head:
-    """The head of an env's page.
+    """The head of an env's page."""
 
-    Attributes:
-        about: What the comment at the top of its YAML file says.
-        versions: The lines of that comment that say what a version changed, such as ``v1: new rows``.
-        facts: What a reader asks first, by name: task, data set, backbone, stages, metric, epsilon and so on.
-    """
-
-    about: str
-    versions: list[str]
-    facts: dict[str, str]
+    about: str  # what the comment at the top of its YAML file says
+    versions: list[str]  # the lines of that comment that say what a version changed, such as ``v1: new rows``
+    facts: dict[str, str]  # by name: task, data set, backbone, stages, metric, epsilon and so on
 
 
 def head(env_id: str) -> Head:

@@ -68,7 +68,6 @@ def _heading(draw: ImageDraw.ImageDraw, top: int, text: str, rest: str = "") -> 
 
 
 def _notes(scene: Scene) -> str:
-    """What the marks of the input mean."""
     share = scene.token_shares[0 if scene.result is None else scene.result.decision[-1]]
     notes = [f"{share:.0%} of the tokens dropped (struck through)"] if share else []
     if any((text.marks == CUT).any() for text in scene.texts):
@@ -124,7 +123,6 @@ def _marked_line(
 
 
 def _stacks(scene: Scene) -> dict[str, dict[str, dict[int, int]]]:
-    """Number of each switch, by stack, kind and layer."""
     stacks: dict[str, dict[str, dict[int, int]]] = {}
     for number, name in enumerate(scene.switches):
         stack, layer, kind = name.split(".")
@@ -204,7 +202,6 @@ def _token_levels(draw: ImageDraw.ImageDraw, scene: Scene, top: int) -> None:
 
 
 def _answers(draw: ImageDraw.ImageDraw, scene: Scene, top: int) -> None:
-    """The answer under the decision, and the right answer below it."""
     result = scene.result
     answer = ("no decision yet", FAINT) if result is None else (result.answer or NOTHING, INK)
     for label, (text, colour) in (("Answer", answer), ("Right answer", (scene.reference or NOTHING, INK))):
@@ -215,7 +212,6 @@ def _answers(draw: ImageDraw.ImageDraw, scene: Scene, top: int) -> None:
 
 
 def _figures(draw: ImageDraw.ImageDraw, result: Result | None, top: int) -> None:
-    """FLOPs as a bar, quality, and reward."""
     draw.line((MARGIN, top - 12, WIDTH - MARGIN, top - 12), LINE)
     left, right = MARGIN + LABELS, WIDTH - MARGIN
     _heading(draw, top + 3, "FLOPs")

@@ -66,17 +66,6 @@ class Costs(Protocol):
     def going_on(self, rows: Array, masks: Array) -> Array: ...
 
 
-class Lengths(Protocol):
-    """Lengths of the inputs of a split, int64 ``[n]``, and which inputs and targets were cut, bool ``[n]``."""
-
-    @property
-    def source_length(self) -> Array: ...
-    @property
-    def source_cut(self) -> Array: ...
-    @property
-    def target_cut(self) -> Array: ...
-
-
 class Split(Protocol):
     """One split of a data set; ``BackboneSplit`` also has its texts, tensors and passes."""
 
@@ -91,7 +80,7 @@ class Split(Protocol):
     @property
     def levels(self) -> Array: ...  # difficulty for reports, int64 [n]
     @property
-    def encoded(self) -> Lengths: ...
+    def encoded(self) -> Any: ...  # source_length, int64 [n]; source_cut and target_cut, bool [n]
     @property
     def scoring(self) -> Scores: ...
     @property

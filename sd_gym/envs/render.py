@@ -80,7 +80,6 @@ def scenes(core: Core, shown: Shown) -> list[Scene]:
 
 
 def _results(shown: Shown) -> dict[int, Result]:
-    """The outcomes of the decisions, by env."""
     envs, infos = np.flatnonzero(shown.decided), shown.infos
     goes_on = infos.get("goes_on", np.zeros(len(shown.rows), dtype=bool))[envs]
     answered = np.where(goes_on[:, None], 0, infos["decision"][envs])  # a row that goes on has the dense answer

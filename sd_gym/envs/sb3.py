@@ -61,8 +61,11 @@ class SwitchableVecEnv(VecEnv):
         else:
             finals, listed = each(observations), self._listed(infos)
             reset = listed
-            if dones.any():
-                observations, infos = self._reset_ended(dones)
+            if dones.any():  # all episodes are over, and another mode resets them later
+                if self.env.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP:
+                    observations, *_, infos = self.env.step(self._actions)
+                else:
+                    observations, infos = self.env.reset(options={"reset_mask": dones})
                 reset = self._listed(infos)
         for info, final, done, cut in zip(listed, finals, dones, truncated & ~terminated, strict=True):
             info["TimeLimit.truncated"] = bool(cut)
@@ -105,13 +108,6 @@ class SwitchableVecEnv(VecEnv):
         wrapped = any(isinstance(env, wrapper_class) for env in self._layers())
         return [wrapped] * len(list(self._get_indices(indices)))
 
-    def _reset_ended(self, dones: NDArray) -> tuple[Observations, dict[str, Any]]:
-        """Reset the envs whose episodes are over (all of them, or none), as the autoreset mode requires."""
-        if self.env.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP:
-            observations, _, _, _, infos = self.env.step(self._actions)
-            return observations, infos
-        return self.env.reset(options={"reset_mask": dones})
-
     def _count(self, rewards: NDArray, dones: NDArray, infos: list[dict[str, Any]]) -> None:
         """Add a step to the episodes, and write return and length of those that end into ``infos``."""
         self._returns += rewards
@@ -123,7 +119,6 @@ class SwitchableVecEnv(VecEnv):
         self._returns[dones], self._lengths[dones] = 0, 0
 
     def _layers(self) -> Iterator[VectorEnv]:
-        """The wrappers from outside in, then the vector env."""
         env: Any = self.env
         while env is not env.unwrapped:
             yield env
@@ -146,7 +141,6 @@ class SwitchableVecEnv(VecEnv):
         return listed
 
     def _column(self, values: NDArray | dict[str, Any]) -> list[Any]:
-        """One value per env, with Python numbers."""
         if isinstance(values, dict):
             return self._listed(values)
         return values.tolist() if values.ndim == 1 else list(values)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from sd_gym.envs.actions import as_array
 from sd_gym.envs.config import load_config
-from sd_gym.envs.episodes import episodes_of
+from sd_gym.envs.episodes import Episodes
 from sd_gym.envs.infos import check_shown, chosen, info_of_one, pictures
 from sd_gym.envs.render import Shown
 from sd_gym.envs.shared import shared_core
@@ -115,7 +115,7 @@ class SwitchableEnv(gym.Env):
         if self.config.reward.vector:
             self.reward_space = reward_space(self.core)
         self.render_mode = render_mode
-        self._episode = episodes_of(self.core, 1)
+        self._episode = Episodes(self.core, 1)
         self.objective = self._episode.objective
         self._shown: Shown | None = None
 

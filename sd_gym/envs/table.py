@@ -37,6 +37,9 @@ if TYPE_CHECKING:  # it needs torch
     from sd_gym.envs.export import Export
 
 
+LENGTHS = "source_length", "source_cut", "target_cut"  # in the file of a split
+
+
 class TableData(dict[str, SimpleNamespace]):
     """Of each split of a table, the ``identity`` of its data set and rows."""
 
@@ -103,8 +106,7 @@ class TableSplit:
         self._text_facts = {fact: np.array(values) for fact, values in texts["facts"].items()}
         self.difficulty, self.levels = self._whole("difficulty"), self._whole("levels")
         self.number_of = {identity: row for row, identity in enumerate(self.ids)}
-        lengths = ("source_length", "source_cut", "target_cut")
-        self.encoded: Any = SimpleNamespace(**{name: self._whole(name) for name in lengths})
+        self.encoded = SimpleNamespace(**{key: self._whole(key) for key in LENGTHS})
         self.scoring = TableScoring(self.tensors, len(core.masks), core.answers_of)
         points = core.description.get("resume_points", [0])
         self.costs = TableCosts(self.tensors, core.masks, core.masks_of, core.goes_on, points)
@@ -129,8 +131,7 @@ class TableSplit:
         if core.has_answer_stage:
             judgement = self.tensors[JUDGED].shape[-1] if JUDGED in self.tensors else 0
             expected |= {JUDGED: (n, len(core.masks), judgement), SPENT: (costs, len(core.masks))}
-        keys = ("difficulty", "levels", "source_length", "source_cut", "target_cut", "costs")
-        expected |= dict.fromkeys(keys, (n,))
+        expected |= dict.fromkeys(("difficulty", "levels", "costs", *LENGTHS), (n,))
         file = core.folder / f"{self.name}.safetensors"
         for key, shape in expected.items():
             actual = self.tensors[key].shape if key in self.tensors else None
@@ -201,8 +202,7 @@ class TableCore(Core[TableSplit]):
         # Masks of whole layers are ordered by FLOPs, not by choices.
         self._order = None if "order" not in units else np.array(units["order"], dtype=np.int64)
         own = [np.array([stage]) for stage in range(len(self.stages))] if ways else [np.arange(len(self.nvec))]
-        places = [np.zeros(1, dtype=np.int64)] * len(own) if ways else own
-        self.steps = Steps(own, places, self.nvec, answers=self.has_answer_stage)
+        self.steps = Steps(own, self.nvec, answers=self.has_answer_stage)
         backbone = described["backbone"]
         names = backbone["switches"]  # such as encoder.3.attention
         switches = [SimpleNamespace(name=name, index=int(name.split(".")[1])) for name in names]

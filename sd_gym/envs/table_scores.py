@@ -41,7 +41,6 @@ class TableScoring:
         return self._decoded((self._codes[rows, masks >> 3] >> (7 - (masks & 7)).astype(np.uint8)) & 1)
 
     def _decoded(self, codes: Array) -> Array:
-        """The qualities, float64, of their indices."""
         return codes.astype(np.float64) if self._values is None else self._values[codes]
 
     def quality(self, rows: Array, decisions: Array, seen: object = None) -> tuple[Array, Array]:

@@ -153,7 +153,6 @@ class TableMaker:
         return (0, 0) if self.ways is None else cast("StageObservation", self.core.stage_observation).around
 
     def _chunks(self, split: BackboneSplit) -> list[_Chunk]:
-        """Chunks of rows of about the same length, so that there is little padding."""
         order = np.argsort(split.encoded.source_length, kind="stable")
         parts = enumerate(np.split(order, range(CHUNK, len(order), CHUNK)))
         folder = self.folder / PARTS
@@ -224,7 +223,6 @@ class TableMaker:
         return _without_paths(described) if self.share else described
 
     def _begin(self, description: dict[str, Any], resume: bool) -> None:
-        """Prepare an empty folder, or check that it holds this table, interrupted."""
         folder, masks = self.folder, self.masks
         file, codebook = folder / "table.json", folder / CODEBOOK
         if not contents(folder):
@@ -251,7 +249,6 @@ class TableMaker:
     def _write_split(
         self, split: BackboneSplit, parts: list[dict[str, Array]], masks: Array, reduce: Projection | None
     ) -> None:
-        """Join the chunks of a split, and add the facts of its instances."""
         core, n, encoded = self.core, len(split), split.encoded
         undecided = np.zeros((n, len(core.nvec)), dtype=np.int64)
         observed = np.asarray(core.stage_observation.observe(split, np.arange(n), 0, undecided, None)[0])
@@ -268,7 +265,11 @@ class TableMaker:
         whole = [*map(observations_at, range(1, len(self.ways or [0]))), *[JUDGED] * core.has_answer_stage]
         costs = _costs(*split.costs.by_level())
         dtype = _observation_dtype(reduce)
-        spent = {SPENT: _spent(split, costs["costs"], masks).astype(dtype)} if core.has_answer_stage else {}
+        spent = {}
+        if core.has_answer_stage:  # the share of the dense FLOPs there, of each different cost under each mask
+            rows = np.unique(costs["costs"], return_index=True)[1]
+            shares = [split.costs.reading_ratio(rows, np.tile(mask, (len(rows), 1))) for mask in masks]
+            spent[SPENT] = np.stack(shares, axis=1).astype(dtype)
         arrays = {
             "observations": (observed if reduce is None else reduce(observed)).astype(dtype),
             **_qualities(parts, n, len(masks)),
@@ -332,12 +333,6 @@ def _write_chunk(
 
 def _observation_dtype(reduce: Projection | None) -> type:
     return np.float32 if reduce is None else np.float16  # reduced observations are rounded
-
-
-def _spent(split: BackboneSplit, costs: Array, masks: Array) -> Array:
-    """Share of the dense FLOPs at the answer stage, for each value of ``costs [n]``, float64 ``[costs, masks]``."""
-    _, rows = np.unique(costs, return_index=True)
-    return np.stack([split.costs.reading_ratio(rows, np.tile(mask, (len(rows), 1))) for mask in masks], axis=1)
 
 
 def _without_paths(value: Any) -> Any:

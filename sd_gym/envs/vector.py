@@ -11,7 +11,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from sd_gym.envs.config import load_config
-from sd_gym.envs.episodes import episodes_of
+from sd_gym.envs.episodes import Episodes
 from sd_gym.envs.infos import (
     check_num_envs,
     check_shown,
@@ -98,7 +98,7 @@ class SwitchableVectorEnv(VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         if self.config.reward.vector:
             self.reward_space = reward_space(self.core)  # of one env, as MO-Gymnasium's vector envs have it
-        self._episodes = episodes_of(self.core, num_envs)
+        self._episodes = Episodes(self.core, num_envs)
         self.objective = self._episodes.objective
         self._shown: Shown | None = None
 
@@ -234,7 +234,6 @@ class SwitchableVectorEnv(VectorEnv):
         return np.flatnonzero(mask)
 
     def _seed(self, seed: int | Sequence[int | None] | None, envs: NDArray) -> None:
-        """Seed the common generator, or the generators of some envs."""
         if not isinstance(seed, Sequence | np.ndarray):
             super().reset(seed=seed)  # raises unless it is a number
             return

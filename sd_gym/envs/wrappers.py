@@ -90,7 +90,6 @@ class LagrangianVectorWrapper(VectorWrapper):
 
 
 def _lagrangian(env: gym.Env | VectorEnv, multiplier: float | None, rate: float) -> Lagrangian:
-    """The Lagrangian of an env's constraint."""
     unwrapped: Any = env.unwrapped  # an env of this package, which has a config
     reward = unwrapped.config.reward
     for key in ("dense", "vector"):

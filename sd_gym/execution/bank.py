@@ -145,7 +145,7 @@ def _remove(board: Switchboard, stack: Stack, mask: NDArray, twin: PreTrainedMod
             for sublayer in skipped:
                 for module in sublayer.modules:
                     nothing = not sublayer.adds_residual and sublayer.kind == "feed_forward"
-                    stand_in: nn.Module = _Nothing() if nothing else _Unchanged()
+                    stand_in: nn.Module = _StandIn(nothing)
                     if module == sublayer.attention:
                         counted = counts if sublayer.kind == "attention" else None
                         stand_in = _NoAttention(sublayer.adds_residual, sublayer.position_bias is not None, counted)
@@ -177,18 +177,15 @@ class _End(nn.Module):
         raise StageReached(PassState("first", hidden_states, hidden_states))
 
 
-class _Unchanged(nn.Module):
-    """Returns its input."""
+class _StandIn(nn.Module):
+    """Returns its input, or a zero, which the layer adds to the hidden states."""
+
+    def __init__(self, is_zero: bool) -> None:
+        super().__init__()
+        self._is_zero = is_zero
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states
-
-
-class _Nothing(nn.Module):
-    """Returns a zero, which the layer adds to the hidden states."""
-
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states.new_zeros(())
+        return hidden_states.new_zeros(()) if self._is_zero else hidden_states
 
 
 class _NoAttention(nn.Module):

@@ -98,7 +98,6 @@ class Costs:
         return self._costs_of(length, target, self._tokens.kept_length(rows, level))
 
     def _costs_padded(self, n: int, *lengths: Array) -> tuple[Array, Array]:
-        """The costs of ``n`` rows that are as long as the longest."""
         return self._costs_of(*(np.full(n, values.max()) for values in lengths))
 
     def _costs_of(self, source: Array, target: Array, kept: Array) -> tuple[Array, Array]:

@@ -23,12 +23,8 @@ class MaskTree:
     4,096 masks of 12 switches take 4,095 sublayers. (Of two stacks, or if tokens are dropped, a layer is run as a
     whole.) Where the head reads the first position alone, so does the last feed-forward block.
 
-    Args:
-        backbone: The backbone.
-        inputs: The batch.
-        keep: The tokens that the batch keeps; ``None``: all.
-        masks: The masks, ``[masks, switches]``.
-        on_logits: Called with the number of each mask and the batch's logits under it, in any order.
+    ``keep`` are the tokens that the batch keeps (``None``: all), ``masks`` are ``[masks, switches]``. ``on_logits`` is
+    called with the number of each mask and the batch's logits under it, in any order.
     """
 
     def __init__(

@@ -27,11 +27,7 @@ SHARED_ROWS = 256  # of passes that many masks share
 
 def columns(*values: Value) -> Value:
     """The columns of several values of each row, ``[batch, values]``."""
-
-    def all_values(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return torch.cat([value(logits, labels).reshape(len(logits), -1) for value in values], dim=1)
-
-    return all_values
+    return lambda logits, labels: torch.cat([value(logits, labels).reshape(len(logits), -1) for value in values], dim=1)
 
 
 class Passes:
@@ -59,7 +55,7 @@ class Passes:
         Passes resume from the state ``seen`` at a stage. In the middle of a stack, texts are generated anew.
         """
         if not self.head.judges_passes:
-            return self.generated(rows, decisions, seen)
+            return self._texts(rows, decisions, seen, judges=False)[0]
         values = self.in_passes(rows, decisions, lambda logits, _: self.head.best(logits, self.longest), seen)
         return self.head.to_texts(self.instances, self.encoded, rows, values)
 
@@ -76,7 +72,7 @@ class Passes:
     def answers_and_likelihood(self, rows: Array, decisions: Array, likelihood: Value) -> tuple[list[str], Array]:
         """``answers``, and the ``likelihood`` of the references, float64 ``[n]``."""
         if not self.head.judges_passes:
-            return self.generated(rows, decisions), self.in_passes(rows, decisions, likelihood)
+            return self.answers(rows, decisions), self.in_passes(rows, decisions, likelihood)
         values = self.in_passes(rows, decisions, self._best_and(likelihood))
         return self.head.to_texts(self.instances, self.encoded, rows, values[:, :-1]), values[:, -1]
 
@@ -98,20 +94,16 @@ class Passes:
         """Highest class probability of each row under decisions, float64 ``[n]``, of a backbone that classifies."""
         return self.in_passes(rows, decisions, lambda logits, labels: self._confidence(logits))
 
-    def generated(self, rows: Array, decisions: Array, seen: PassState | None = None) -> list[str]:
-        """What ``generate()`` gives for rows under decisions, by greedy or beam search; arguments as of ``answers``."""
-        return self._texts(rows, decisions, seen, judges=False)[0]
-
     @torch.inference_mode()
     def _texts(self, rows: Array, decisions: Array, seen: PassState | None, *, judges: bool) -> tuple[list[str], Array]:
         """The texts of ``generate()``, and their judgement; zeros without ``judges``, which takes time."""
         texts, judged = np.empty(len(rows), dtype=object), np.empty((len(rows), len(self.head.judgement)))
         resume_from = seen if seen is not None and seen.stage == BETWEEN else None
         for picked, inputs in self.planned(rows, decisions, self.longest):
-            if resume_from is not None:
-                generated = self._generated_after(resume_from, rows, decisions, picked, judges=judges)
-            else:
+            if resume_from is None:
                 generated = self.generated_batch(rows[picked], decisions[picked], inputs, judges=judges)
+            else:
+                generated = self._generated_after(resume_from, rows, decisions, picked, judges=judges)
             texts[picked], judged[picked] = generated
         return texts.tolist(), judged
 
@@ -136,7 +128,7 @@ class Passes:
 
     @torch.inference_mode()
     def generated_under_all(self, rows: Array, masks: Array) -> list[list[str]]:
-        """The texts of ``generated`` under every mask, a list for each. Masks that agree on the encoder share it."""
+        """Generated ``answers`` under every mask, a list for each. Masks that agree on the encoder share it."""
         board = self.backbone.board
         start = board.decided_at([BETWEEN])[BETWEEN].start if BETWEEN in board.stages else 0
         groups = np.unique(masks[:, [*range(start), -1]], axis=0, return_inverse=True)[1].ravel()
@@ -219,7 +211,6 @@ class Passes:
         return np.concatenate([self._under_all(part, masks, value) for part in parts])[np.argsort(order)]
 
     def _under_all(self, rows: Array, masks: Array, value: Value) -> Array:
-        """``under_all`` on one batch."""
         inputs, values = self.inputs(rows), dict[int, Array]()  # by number of the mask
 
         def keep_value(number: int, logits: torch.Tensor) -> None:
@@ -237,7 +228,6 @@ class Passes:
             yield picked, self._pass(rows[picked], decisions[picked], inputs), inputs["labels"]
 
     def _pass(self, rows: Array, decisions: Array, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The logits of one pass."""
         keep, board = self._keep_of(rows, decisions, inputs), self.backbone.board
         if keep is None and (model := self._model_of(decisions)) is not None:
             return self.head.forward(board, inputs, model)

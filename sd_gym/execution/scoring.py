@@ -75,24 +75,23 @@ class Scoring:
 
     def _run_and_judge(self, rows: Array, masks: Array, seen: PassState | None) -> tuple[Array, Array]:
         """Quality ``[n]`` and judgement ``[n, values]``; one pass gives both, unless a text is generated and scored."""
-        head, passes = self._head, self._passes
-        if self._measure.score is None:
-            texts, judged = passes.answers_and_judgement(rows, masks, seen)
-            return self._text_quality(rows, texts), judged
-        if not head.judges_passes:
-            return self.run(rows, masks, seen), passes.answers_and_judgement(rows, masks, seen)[1]
-        values = passes.in_passes(rows, masks, columns(self._score, self._judge), seen)
-        return self._of_score(rows, masks, values[:, 0]), values[:, 1:]
+        if self._measure.score is not None and self._head.judges_passes:
+            values = self._passes.in_passes(
+                rows, masks, columns(self._score, lambda logits, _: self._head.judge(logits)), seen
+            )
+            return self._of_score(rows, masks, values[:, 0]), values[:, 1:]
+        texts, judged = self._passes.answers_and_judgement(rows, masks, seen)
+        is_of_texts = self._measure.score is None
+        return self._text_quality(rows, texts) if is_of_texts else self.run(rows, masks, seen), judged
 
     @torch.inference_mode()
     def judged_under_all(self, rows: Array, masks: Array) -> tuple[Array, Array]:
         """Quality under every mask, float64 ``[n, masks]``, and ``judged``, ``[n, masks, values]``."""
-        head = self._head
-        if self._measure.score is None or not head.judges_passes:
+        if self._measure.score is None or not self._head.judges_passes:
             of_masks = [self._run_and_judge(rows, np.tile(mask, (len(rows), 1)), None) for mask in masks]
             quality, judged = zip(*of_masks, strict=True)
             return np.stack(quality, axis=1), np.stack(judged, axis=1)
-        values = self._passes.under_all(rows, masks, columns(self._score, self._judge))
+        values = self._passes.under_all(rows, masks, columns(self._score, lambda logits, _: self._head.judge(logits)))
         return self._of_scores(rows, masks, values[..., 0]), values[..., 1:]
 
     def _answering(self, decisions: Array) -> Array:
@@ -187,9 +186,6 @@ class Scoring:
         pairs = zip(rows, texts, strict=True)
         return np.array([text_quality(metric, text, self._instances[row].references) for row, text in pairs])
 
-    def _judge(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return self._head.judge(logits)
-
     def _likelihood(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return self._head.likelihood(logits, labels, self._settings.label_range)
 
@@ -205,7 +201,6 @@ class Scoring:
         return self._relative(rows, decisions, values) if self._measure.is_relative else values
 
     def _of_scores(self, rows: Array, masks: Array, values: Array) -> Array:
-        """``_of_score`` for each mask: scores ``[n, masks]``."""
         tiled = [np.tile(mask, (len(rows), 1)) for mask in masks]
         return np.stack([self._of_score(rows, *pair) for pair in zip(tiled, values.T, strict=True)], axis=1)
 

@@ -60,7 +60,6 @@ class BackboneSplit:
             self._consist_of(answered, encode(answered, *arguments, unanswerable=unanswerable))
 
     def _answered_densely(self) -> Instances:
-        """The instances with the dense answers as their references."""
         rows, answered = np.arange(len(self)), copy(self.instances)
         texts = self.passes.answers(rows, np.zeros((len(self), len(self.backbone.board) + 1), dtype=np.int64))
         answered[:] = [

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi, snapshot_download
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,12 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.load import BUNDLED, can_exit, weights_hash
 from sd_gym.errors import one_line
-from sd_gym.files import read_tensors, write_tensors, write_text
+from sd_gym.files import read_tensors, write_arrays, write_text
 from sd_gym.going_on import ANSWER, stages_of_pass
 from sd_gym.operating_points import OperatingPoint, margin_for
-from sd_gym.policy.card import FILE, TENSORS, model_card, read_card, write_card
+from sd_gym.policy.card import FILE, FILES, TENSORS, model_card, read_card, write_card
 from sd_gym.policy.features import pooled_features, standardised, token_observations
-from sd_gym.policy.hub import download, upload
 from sd_gym.policy.network import DecisionPolicy
 from sd_gym.policy.protected_tokens import ProtectedTokens
 from sd_gym.policy.table_export import TablePolicy
@@ -225,16 +226,15 @@ class SkipPolicy:
         """Write the policy and a model card; each file is complete or missing."""
         folder = Path(folder)
         self.network.save(folder)
-        tensors = {"mean": torch.from_numpy(self.mean), "deviation": torch.from_numpy(self.deviation)}
+        arrays, table = {"mean": self.mean, "deviation": self.deviation}, None
         if self.of_tokens is not None:
-            tensors |= dict(zip(TOKEN_STATISTICS, map(torch.from_numpy, self.of_tokens), strict=True))
+            arrays |= dict(zip(TOKEN_STATISTICS, self.of_tokens, strict=True))
         if self.rarity is not None:
-            tensors["rarity"] = torch.from_numpy(self.rarity)
-        table = None
+            arrays["rarity"] = self.rarity
         if isinstance(self.network, TablePolicy):
-            tensors |= self.network.tensors()
+            arrays |= self.network.arrays()
             table = {"nvec": self.network.nvec, "switches": self.network.switches}
-        write_tensors(folder / TENSORS, tensors)
+        write_arrays(folder / TENSORS, arrays)
         values = {
             "protection": self.protection and self.protection._asdict(),
             "context": self.context and self.context._asdict(),
@@ -259,7 +259,7 @@ class SkipPolicy:
         """
         folder = Path(name)
         if not folder.is_dir():
-            folder = download(str(name), revision)
+            folder = _downloaded(str(name), revision)
         if not (folder / FILE).exists():
             raise FileNotFoundError(
                 f"no {FILE} in {name}; expected the folder of a training run, or one that save_pretrained wrote"
@@ -300,7 +300,24 @@ class SkipPolicy:
         Returns:
             The URL of the commit.
         """
-        return upload(self.save_pretrained, repository, private=private, token=token)
+        api = HfApi(token=token)
+        api.create_repo(repository, private=private, exist_ok=True)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(FILES)).commit_url
+
+
+def _downloaded(name: str, revision: str | None) -> Path:
+    """The folder of a local copy of a policy on the hub; ``FileNotFoundError`` if the download fails."""
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no folder {name!r}; expected one with {FILE}, or the id of a repository on the hub")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
+    except Exception as error:  # the hub raises many kinds of errors
+        raise FileNotFoundError(
+            f"no folder {name!r}, and the download from the Hugging Face hub failed ({type(error).__name__}); without "
+            "network, pass the path of a local copy"
+        ) from error
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -129,6 +129,8 @@ def model_card(card: dict[str, Any], operating_points: Sequence[OperatingPoint])
         f"{'yes' if point.passed else 'no'} |"
         for point in operating_points
     )
+    on = card["run"]["env"]
+    trained_on = env["id"] if on == env["id"] else f"{env['id']}, its outcomes in a table ({on})"
     base = "" if backbone["is_local"] else f"base_model: {backbone['name']}\n"
     guarantee = "" if result["guarantee"] is None else f"Guarantee: {result['guarantee']}.\n"
     return f"""---
@@ -139,7 +141,7 @@ library_name: sd_gym
 # A skipping policy for {backbone["name"]}
 
 For each input it decides which attention and feed-forward blocks of the model (and which tokens) to skip. What is
-skipped is not executed. Trained by {card["run"]["algo"]} on {_trained_on(card)}.
+skipped is not executed. Trained by {card["run"]["algo"]} on {trained_on}.
 
 On the {result["split"]} split, {result["instances"]:,} instances:
 
@@ -164,7 +166,6 @@ chooses one):
 
 
 def _usage(backbone: dict[str, Any]) -> str:
-    """Python that uses the policy."""
     if backbone["is_local"]:  # its path means nothing on another machine
         return """import sd_gym
 
@@ -178,9 +179,3 @@ from transformers import {backbone["auto_class"]}
 model = {backbone["auto_class"]}.from_pretrained({backbone["name"]!r})
 sd_gym.attach(model, "PATH OR ID OF THIS POLICY")  # then use the model as before
 """
-
-
-def _trained_on(card: dict[str, Any]) -> str:
-    """The env, and the table if the policy was trained on one."""
-    env, on = card["env"]["id"], card["run"]["env"]
-    return env if on == env else f"{env}, its outcomes in a table ({on})"

@@ -46,14 +46,9 @@ def token_observations(
 ) -> dict[str, NDArray]:
     """The input of a ``TokenEncoder``: standardised ``tokens``, float32 ``[n, length, width]``, and their ``mask``.
 
-    The mask is int8 ``[n, length]``. Shorter rows are padded with zeros, longer prompts cut.
-
-    Args:
-        hidden: The first layer's input, ``[n, longest, width]``, padded at the right.
-        mask: Which of its tokens are not padding, ``[n, longest]``.
-        mean: Of the training split's tokens, ``[width]``.
-        deviation: Of the training split's tokens, ``[width]``.
-        length: Number of tokens of each observation.
+    The mask is int8 ``[n, length]``. Shorter rows are padded with zeros, longer prompts cut. ``hidden [n, longest,
+    width]`` is the first layer's input and ``mask`` that of its tokens, both padded at the right. Mean and deviation
+    ``[width]`` are those of the training split's tokens.
     """
     values, present = hidden[:, :length].float().cpu().numpy(), mask[:, :length].bool().cpu().numpy()
     tokens = np.zeros((len(values), length, len(mean)), dtype=np.float32)
@@ -67,14 +62,10 @@ def standardised(features: Values, mean: Values, deviation: Values) -> Values:
 
 
 def stage_observation(number: int, share: NDArray, features: NDArray, mean: NDArray, deviation: NDArray) -> NDArray:
-    """The observation of a pass at a stage, float32 ``[n, stages + 1 + features]``.
+    """The observation of a pass at the stage of that number, float32 ``[n, stages + 1 + features]``.
 
-    Args:
-        number: Of the stage.
-        share: The share of the dense FLOPs if all the rest is skipped, ``[n]``.
-        features: Not standardised, ``[n, features]``.
-        mean: Of the training split, ``[stages, features]``.
-        deviation: Of the training split, ``[stages, features]``.
+    ``share [n]`` is that of the dense FLOPs if all the rest is skipped. ``features [n, features]`` are standardised
+    here, by mean and deviation ``[stages, features]`` of the training split.
     """
     progress = np.zeros((len(features), len(mean) + 1), dtype=np.float32)
     progress[:, number], progress[:, -1] = 1, share

@@ -80,10 +80,8 @@ def read_weights(file: Path, policy: nn.Module) -> dict[str, Tensor]:
     """The weights in a file; ``ValueError`` if names, shapes or types are not the policy's, or values not finite."""
     weights = read_tensors(file)
     expected, parameters = policy.state_dict(), dict(policy.named_parameters())
-    if names := sorted(expected.keys() ^ weights.keys()):
-        raise ValueError(
-            f"{file}: expected the weights {', '.join(sorted(expected))}; missing or unknown: {', '.join(names)}"
-        )
+    if names := ", ".join(sorted(expected.keys() ^ weights.keys())):
+        raise ValueError(f"{file}: expected the weights {', '.join(sorted(expected))}; missing or unknown: {names}")
     for name, weight in weights.items():
         if (weight.shape, weight.dtype) != (expected[name].shape, expected[name].dtype):
             raise ValueError(

@@ -42,11 +42,9 @@ class Resumption:
         self._from = resumed_from(masks, self._points)
 
     def keep(self, state: PassState, keep: NDArray | Tensor | None) -> None:
-        """Keep the rows whose first skipped sublayer is in the next layer.
+        """Keep the rows whose first skipped sublayer is in the next layer, from the state of the pass at a stage.
 
-        Args:
-            state: Of the pass at a stage.
-            keep: The tokens that the pass keeps, bool ``[n, length]``; ``None``: all.
+        ``keep``: the tokens that the pass keeps, bool ``[n, length]``; ``None``: all.
         """
         rows = np.flatnonzero(self._from == self._point_of.get(state.stage, -1))
         if not len(rows):

@@ -32,11 +32,6 @@ class StagedRollout:
         keeps: From token levels ``[n]`` to the tokens that the pass keeps, and their number for each input.
         judge: Runs the pass again for its logits ``[n, classes]``, where the head judges the output of a layer.
         first: Hidden states and mask that are observed before the first layer, if not those of the pass itself.
-
-    Attributes:
-        decisions: The masks so far, int64 ``[n, switches + 1]``.
-        keep: Which tokens stay.
-        went_on: Which rows go on, bool ``[n]``.
     """
 
     def __init__(
@@ -60,9 +55,9 @@ class StagedRollout:
             decided = next(iter(self._columns.values())).start
             self._resumption = Resumption(board, head.resume_points(board), decided)
             self._passing = board.decided_at([*self._columns, *self._resumption.stages])
-        self.decisions = np.zeros((len(length), len(board) + 1), dtype=np.int64)
-        self.keep: Keep = None
-        self.went_on = np.zeros(len(length), dtype=np.bool_)
+        self.decisions = np.zeros((len(length), len(board) + 1), dtype=np.int64)  # the masks so far
+        self.keep: Keep = None  # which tokens stay
+        self.went_on = np.zeros(len(length), dtype=np.bool_)  # which rows go on
         self._kept = length
         self._features = np.zeros((0, 0), dtype=np.float32)  # of the last stage
         self._tokens: dict[str, NDArray] = {}  # if the policy observes them
@@ -99,7 +94,10 @@ class StagedRollout:
         exits[:, columns.start : -1] = 1
         judged = np.zeros((len(exits), self._judges + self._answer_size), dtype=np.float32)
         if self._judges and not is_first:
-            judged[:, 0] = self._judged(state, exits)
+            confidence = self._head.confidence
+            assert confidence is not None  # every head that judges has it
+            with self._board.decide(exits[:, :-1], self.keep, resume_from=state):
+                judged[:, 0] = log_odds(confidence(self._judge()).double().detach().cpu().numpy())
         self._features = np.concatenate([pooled_features(hidden, mask).float().cpu().numpy(), judged], axis=1)
         if is_first and (of_tokens := self._policy.of_tokens) is not None:
             self._tokens = token_observations(hidden, mask, *of_tokens, self._policy.longest)
@@ -117,10 +115,3 @@ class StagedRollout:
         number = policy.network.stages.index(stage)
         observed = stage_observation(number, share, self._features, policy.mean, policy.deviation)
         return policy.network.decide({"stage": observed, **self._tokens} if self._tokens else observed)
-
-    def _judged(self, state: PassState, exits: NDArray) -> NDArray:
-        """Log-odds of the head's answer if all the rest is skipped, ``[n]``."""
-        confidence = self._head.confidence
-        assert confidence is not None  # every head that judges has it
-        with self._board.decide(exits[:, :-1], self.keep, resume_from=state):
-            return log_odds(confidence(self._judge()).double().detach().cpu().numpy())

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -78,10 +77,8 @@ class TablePolicy:
         if self.projection is not None and not isinstance(array, dict):
             array = self.projection(array)
         decisions = self.network.decide(array)
-        return decisions if self.masks is None else self._masks_of(decisions)
-
-    def _masks_of(self, decisions: NDArray) -> NDArray:
-        assert self.masks is not None  # the callers check it
+        if self.masks is None:
+            return decisions
         return self.masks[np.ravel_multi_index(tuple(decisions.T), self.network.nvec)]
 
     def with_margin(self, margin: float) -> TablePolicy:
@@ -89,15 +86,14 @@ class TablePolicy:
         return replace(self, network=self.network.with_margin(margin))
 
     def save(self, folder: Path) -> None:
-        """Write the files of the network; masks and projection are in ``tensors``."""
+        """Write the files of the network; masks and projection are in ``arrays``."""
         self.network.save(folder)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def arrays(self) -> dict[str, NDArray]:
         """Masks and projection, by name."""
         arrays = {} if self.masks is None else {MASKS: self.masks}
-        if self.projection is not None:
-            arrays |= {PROJECTION + name: values for name, values in self.projection._asdict().items()}
-        return {name: torch.from_numpy(np.array(values)) for name, values in arrays.items()}
+        projection = {} if self.projection is None else self.projection._asdict()
+        return arrays | {PROJECTION + name: values for name, values in projection.items()}
 
     @classmethod
     def of_files(cls, network: DecisionPolicy, values: dict[str, Any], tensors: dict[str, Tensor]) -> TablePolicy:

@@ -146,7 +146,7 @@ def test_a_copied_vector_env_goes_on_with_the_running_episodes(mode, seed, twin_
 def test_a_pickled_env_holds_no_backbone():
     env = make_vec()
     env.reset(seed=0)
-    assert len(pickle.dumps(env)) < 20_000
+    assert len(pickle.dumps(env)) < 30_000  # three observations are in it
 
 
 def test_a_vector_step_draws_new_instances_and_is_seeded():

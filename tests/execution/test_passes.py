@@ -20,7 +20,7 @@ def test_masks_that_agree_on_the_encoder_share_its_pass_where_texts_are_generate
     core.backbone.model.base_model.encoder.layers[0].fc1.register_forward_hook(lambda *_: encoder.append(1))
     texts = split.passes.generated_under_all(rows, masks)
     assert len(encoder) == 3
-    assert texts == [split.passes.generated(rows, np.tile(mask, (8, 1))) for mask in masks]
+    assert texts == [split.passes.answers(rows, np.tile(mask, (8, 1))) for mask in masks]
     found = split.scoring.under_all(rows, masks)
     alone = [split.scoring.quality_and_likelihood(rows, np.tile(mask, (8, 1))) for mask in masks]
     for values, expected in zip(found, zip(*alone, strict=True), strict=True):

@@ -16,17 +16,11 @@ from sd_gym.registration import CONFIG_FOLDER, serving_file
 
 
 class Point(StrictModel):
-    """An operating point of the server: a mask, and the time of a group of ``n`` requests, ``a*n + b``.
+    """An operating point of the server: a mask, and the time of a group of ``n`` requests, ``a*n + b`` seconds."""
 
-    Attributes:
-        mask: The decision of each switch, 1 = skip; then the token level.
-        per_request: ``a``, seconds.
-        per_group: ``b``, seconds.
-    """
-
-    mask: tuple[int, ...]
-    per_request: float = Field(gt=0, le=1e3)
-    per_group: float = Field(ge=0, le=1e3)
+    mask: tuple[int, ...]  # the decision of each switch, 1 = skip; then the token level
+    per_request: float = Field(gt=0, le=1e3)  # a
+    per_group: float = Field(ge=0, le=1e3)  # b
 
 
 class ServingConfig(StrictModel):

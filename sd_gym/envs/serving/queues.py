@@ -61,12 +61,8 @@ def expected_loss(config: ServingConfig) -> Array:
 def features(config: ServingConfig, queue: Array, wait: Array, rate: Array, loss: Array) -> Array:
     """Observations of queues, float32 ``[n, 4]``, in units that do not depend on the server.
 
-    Args:
-        config: Configuration of the env.
-        queue: Number of waiting requests, ``[n]``.
-        wait: Seconds that the oldest of them has waited, ``[n]``.
-        rate: Requests per second within the last ``deadline`` seconds, ``[n]``.
-        loss: Mean expected loss of recent answers, ``[n]``.
+    Of each queue ``[n]``: the number of waiting requests, the seconds that the oldest has waited, the requests per
+    second within the last ``deadline`` seconds, and the mean expected loss of recent answers.
     """
     load = queue / (config.capacity * config.deadline), wait / config.deadline, rate / config.capacity
     units = *load, loss / config.epsilon
@@ -175,6 +171,5 @@ class Queues:
         return refused
 
     def _before(self, times: Array) -> Array:
-        """Number of requests of each queue that have arrived by a time."""
         times = np.minimum(times, self._times[:, -1])
         return np.searchsorted(self._flat, self._envs * self._span + times, side="right") - self._first

@@ -168,14 +168,12 @@ class ServingVectorEnv(VectorEnv[Array, Any, Array]):
 
 
 def _served(queues: Queues, actions: Any) -> tuple[dict[str, Array], Array]:
-    """Infos and rewards of a step."""
     infos = queues.serve(queues.actions.decisions(actions, queues.n)[:, 0])
     rewards = -infos["refused"] - queues.config.penalty * infos["cost"]
     return infos | {"vector_reward": np.stack([infos["answers"], -infos["cost"]], axis=1)}, rewards
 
 
 def _no_infos(n: int) -> dict[str, Array]:
-    """Infos of a reset."""
     counts = {key: np.zeros(n, dtype=np.int64) for key in ("answers", "refused", "point")}
     sums = {key: np.zeros(n) for key in ("quality", "quality_ref", "cost", "flops_ratio", "seconds")}
     return counts | sums | {"vector_reward": np.zeros((n, 2))}

@@ -29,7 +29,7 @@ CORE = SimpleNamespace(
     stages=STAGES,
     nvec=NVEC,
     observation_space=SimpleNamespace(shape=(SIZE,)),
-    steps=Steps([np.array([0]), np.array([1])], [np.array([0]), np.array([0])], NVEC),
+    steps=Steps([np.array([0]), np.array([1])], NVEC),
 )
 SPLIT = SimpleNamespace(costs=SimpleNamespace(flops_ratio=flops_ratio))
 
@@ -133,9 +133,7 @@ def test_its_state_goes_on_as_if_nothing_had_happened():
 
 
 def test_one_late_look_alone_is_fitted_as_well():
-    core = SimpleNamespace(
-        **{**vars(CORE), "stages": ["encoder.1"], "steps": Steps([np.arange(2)], [np.arange(2)], NVEC)}
-    )
+    core = SimpleNamespace(**{**vars(CORE), "stages": ["encoder.1"], "steps": Steps([np.arange(2)], NVEC)})
     new, (rows, decisions, lost, seen) = StagedForesight(core, SPLIT), scored(100, seed=1)
     new.remember(rows, decisions, lost, seen[:, 1:])
     assert np.isfinite(new.fit_stages(8, np.random.default_rng(0), cautious))
