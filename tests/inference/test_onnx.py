@@ -154,8 +154,9 @@ def test_evaluate_counts_that_rows_go_on(exported_judging):
     assert result["flops_ratio_with_policy"] == pytest.approx(np.mean([one.flops_ratio for one in wanted]))
 
 
-def test_graphs_share_one_file_of_weights(exported):
+def test_all_masks_share_one_graph_and_its_weights(exported):
     _, folder, _ = exported
+    assert {file.name for file in folder.glob("*.onnx")} == {"decide.onnx", "model.onnx"}
     backbone = folder.parent / "backbone" / "model.safetensors"
     assert (folder / "weights.bin").stat().st_size < 4 * backbone.stat().st_size  # weights begin at whole pages
     assert not (folder / "export.tmp").exists()
