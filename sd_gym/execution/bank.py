@@ -62,9 +62,7 @@ class MaskModels(Protocol):
 class Bank:
     """The models of a board's masks, made at their first use; the last 64 are kept.
 
-    Attributes:
-        compiles: Whether each is compiled, once for single inputs and once for batches, of any length. Then no pass may
-            have rows of several masks.
+    ``compiles``: each is compiled, once for single inputs and once for batches, of any length.
     """
 
     def __init__(self, board: Switchboard, *, compiles: bool = False) -> None:

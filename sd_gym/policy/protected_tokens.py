@@ -28,12 +28,8 @@ class ProtectedTokens(NamedTuple):
     ) -> ProtectedTokens | None:
         """The rule that protects exactly the tokens that are not droppable; ``None`` if there is no such rule.
 
-        Args:
-            input_ids: ``[n, longest]``, padded at the right.
-            length: Number of tokens of each input, ``[n]``.
-            droppable: Which tokens may be dropped, bool ``[n, longest]``.
-            special: Ids of the special tokens.
-            separator: Id of the token between two texts, if the tokenizer has one.
+        Inputs ``[n, longest]`` of ``length [n]`` are padded at the right, and ``droppable`` is bool of their shape.
+        ``special`` are the ids of the special tokens, ``separator`` that of the token between two texts, if any.
         """
         wanted, lengths = torch.from_numpy(droppable), torch.from_numpy(length)
         mask = torch.arange(input_ids.shape[1]) < lengths[:, None]

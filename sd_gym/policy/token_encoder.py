@@ -36,10 +36,9 @@ class TokenEncoder(nn.Module):
     def forward(self, observations: dict[str, Tensor]) -> Tensor:
         """Standardised features ``[n, size]``; zeros for a text without tokens.
 
-        Args:
-            observations: ``tokens [n, length, width]``, zeros after the text, and ``mask [n, length]``. With several
-                stages also ``stage [n * stages, stage_size]``, those of the same text one after the other; then there
-                are as many rows of features.
+        Observations are ``tokens [n, length, width]``, zeros after the text, and ``mask [n, length]``. With several
+        stages they also have ``stage [n * stages, stage_size]``, those of the same text one after the other; then there
+        are as many rows of features.
         """
         count = observations["mask"].sum(dim=1, keepdim=True)
         features = (self._read(observations) - self.mean) / self.deviation * (count > 0)
