@@ -130,8 +130,7 @@ class SwitchableEnv(gym.Env):
         episode = self._episode
         episode.split, row = chosen(self.core, 1, options)
         episode.begin(_ONE, self.np_random.integers(len(episode.split), size=1) if row is None else row)
-        self._show({}, episode.no_rewards(1))
-        return each(episode.observe())[0], info_of_one(episode.infos(_ONE))
+        return self._begun()
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Run the backbone under the decision that an action of the action space stands for.
@@ -146,7 +145,19 @@ class SwitchableEnv(gym.Env):
         action = as_array(action)
         if action.shape != self.action_space.shape:
             raise ValueError(f"expected an action of shape {self.action_space.shape}, got {action.shape}")
-        episode.decide(_ONE, self.core.actions.decisions(action[None], 1))
+        decisions = self.core.actions.decisions(action[None], 1)
+        episode.decide(_ONE, decisions)
+        return self._outcome(decisions)
+
+    def _begun(self) -> tuple[Any, dict[str, Any]]:
+        """What a reset gives."""
+        episode = self._episode
+        self._show({}, episode.no_rewards(1))
+        return each(episode.observe())[0], info_of_one(episode.infos(_ONE))
+
+    def _outcome(self, decisions: NDArray) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """What a step gives, after ``decisions [1, components]`` were taken."""
+        episode = self._episode
         infos, rewards = episode.results(_ONE)
         self._show(infos, rewards)
         reward = rewards[0] if self.config.reward.vector else float(rewards[0])

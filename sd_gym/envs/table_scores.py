@@ -40,7 +40,15 @@ class TableScoring:
             return self._decoded(self._codes[rows, masks])
         return self._decoded((self._codes[rows, masks >> 3] >> (7 - (masks & 7)).astype(np.uint8)) & 1)
 
+    def of_one(self, row: int, mask: int) -> tuple[float, float]:
+        """Quality of a row under the mask of that number, and dense quality."""
+        code = self._codes[row, mask >> 3 if self._is_packed else mask]
+        if self._is_packed:
+            code = (int(code) >> (7 - (mask & 7))) & 1
+        return float(code if self._values is None else self._values[code]), self._dense.item(row)
+
     def _decoded(self, codes: Array) -> Array:
+        """The qualities, float64, of their indices."""
         return codes.astype(np.float64) if self._values is None else self._values[codes]
 
     def quality(self, rows: Array, decisions: Array, seen: object = None) -> tuple[Array, Array]:
@@ -123,6 +131,10 @@ class TableCosts:
                 for always, switched in zip(self._always[:, 0], self._switched[:, 0], strict=True)
             ]
         )
+
+    def ratio_of_one(self, row: int, mask: int) -> float:
+        """FLOPs ratio of a row under the mask of that number."""
+        return self._ratio.item(self._costs_of[row], mask)
 
     def dense_flops(self, rows: Array) -> Array:
         """FLOPs of the dense backbone, int64 ``[n]``."""

@@ -1,8 +1,13 @@
 """Envs that look up the outcomes of decisions in a table: no backbone, no data set, no torch."""
 
+from typing import Any, cast
+
+import numpy as np
 from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray as Array
 
 from sd_gym.envs.single import SwitchableEnv
+from sd_gym.envs.table import TableCore, TableSplit
 from sd_gym.envs.vector import SwitchableVectorEnv
 
 METADATA = {"render_modes": [], "render_fps": 1}
@@ -58,6 +63,49 @@ class TableEnv(SwitchableEnv):
     """
 
     metadata = METADATA
+    core: TableCore
+
+    # With one stage, numbers are looked up instead of arrays of one, which would take three times as long.
+
+    def _begun(self) -> tuple[Any, dict[str, Any]]:
+        if self.core.is_staged:
+            return super()._begun()
+        return self._observation(), self._info(np.zeros_like(self.core.decision_nvec), None)
+
+    def _outcome(self, decisions: Array) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        core, split, row = self.core, self._split, int(self._episode.rows[0])
+        if core.is_staged:
+            return super()._outcome(decisions)
+        number = int(core.masks_of(decisions)[0])
+        outcome = (*split.scoring.of_one(row, number), split.costs.ratio_of_one(row, number))
+        if self.config.reward.vector:
+            reward: Any = np.array([outcome[0], -outcome[2]], dtype=np.float32)
+        else:
+            reward = float(self.objective.rewards(*np.array(outcome)[:, None])[0])
+        return self._observation(), reward, True, False, self._info(core.masks[number].copy(), outcome)
+
+    @property
+    def _split(self) -> TableSplit:
+        return cast("TableSplit", self._episode.split)
+
+    def _observation(self) -> Array:
+        return self._split.tensors["observations"][self._episode.rows[0]].astype(np.float32)
+
+    def _info(self, mask: Array, outcome: tuple[float, float, float] | None) -> dict[str, Any]:
+        """The info of ``Episodes.infos``, of quality, dense quality and FLOPs ratio."""
+        quality, quality_ref, flops_ratio = outcome or (0.0, 0.0, 0.0)
+        split, row = self._split, int(self._episode.rows[0])
+        return {
+            "quality": quality,
+            "quality_ref": quality_ref,
+            "cost": quality_ref - quality,
+            "flops_ratio": flops_ratio,
+            "vector_reward": np.array([quality, 0 - flops_ratio]),
+            "is_success": outcome is not None and quality_ref - quality <= self.config.reward.epsilon,
+            "instance": split.ids[row],
+            "difficulty": split.difficulty.item(row),
+            "decision": mask,
+        }
 
 
 class TableVectorEnv(SwitchableVectorEnv):
