@@ -44,12 +44,12 @@ def branched(model: Any, sides: dict[int, Sides], hidden: dict[int, str]) -> Any
         if ends.adds_residual:
             skips = helper.make_node("Identity", [ends.enters], [skipped])
         returns = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in (skipped, own)]
-        names = {
+        parts: dict[str, Any] = {
             "then_branch": helper.make_graph([skips], skipped, [], returns[:1]),
             "else_branch": helper.make_graph(runs, own, [], returns[1:]),
         }
         replaced |= dict.fromkeys(inside)
-        replaced[inside[-1]] = helper.make_node("If", [skip_input(switch)], [ends.leaves], **names)
+        replaced[inside[-1]] = helper.make_node("If", [skip_input(switch)], [ends.leaves], **parts)
         graph.input.append(helper.make_tensor_value_info(skip_input(switch), TensorProto.BOOL, []))
     kept = [replaced.get(at, node) for at, node in enumerate(nodes)]
     kept += [helper.make_node("Identity", [value], [hidden_output(switch)]) for switch, value in hidden.items()]
