@@ -35,12 +35,12 @@ class HullAgent(StaticAgent):
         else:
             super().learn(total_steps, logger, on_rollout)
             masks, rows = np.unique(self.masks, axis=0), policy_rows(core)
-            loss = search.path_losses(split, rows, list(masks), lambda scored: None).mean(axis=0)
+            loss = search.path_losses(split, rows, masks).mean(axis=0)
             flops = [split.costs.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in masks]
             corners = lower_hull(loss, np.array(flops))
             masks = masks[corners.number]
         saves = corners.flops < 1 - 1e-9  # dense is first, even if a mask loses less
-        self.masks = [np.zeros_like(core.nvec), *masks[saves]]
+        self.masks = np.concatenate([np.zeros_like(masks[:1]), masks[saves]])
         self._loss, self._flops = np.append(0.0, corners.loss[saves]), np.append(1.0, corners.flops[saves])
 
     def operating_points(self) -> list[Version]:

@@ -2,12 +2,12 @@
 
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sd_gym.agents.experiment.run import check_same_run, identity, is_setting, split_settings, train
+from sd_gym.agents.experiment.run import OnProgress, check_same_run, is_setting, split_settings, train
 from sd_gym.agents.registry import BLIND, agent_class, agent_names, is_control, make_settings
 from sd_gym.agents.runs.folder import read_description
 from sd_gym.agents.runs.verdict import CONFIDENCE
@@ -15,7 +15,6 @@ from sd_gym.agents.serving import run as dials
 
 from sd_gym.envs.config import load_config
 from sd_gym.envs.serving.config import serving_config
-from sd_gym.files import as_json
 from sd_gym.registration import SERVING, config_of
 
 CONTROLS = ("hull", "early-exit", "random", "hash", "dense")  # of every comparison, with a blind agent
@@ -53,11 +52,11 @@ class PlannedRun:
         parts += [] if self.confidence == CONFIDENCE else ["--confidence", str(self.confidence)]
         return shlex.join([*parts, *(part for name in imports for part in ("--import", name))])
 
-    def train(self, imports: Sequence[str], on_progress: Callable[[int, dict[str, float]], None]) -> None:
+    def train(self, imports: Sequence[str], on_progress: OnProgress) -> None:
         """Train the run, or resume it. Raises: see ``run.train``."""
-        options: dict[str, Any] = {"steps": self.steps, "seed": self.seed, "confidence": self.confidence}
-        options |= {"settings": self.settings, "imports": imports, "on_progress": on_progress}
-        train(self.env, self.algo, self.folder, resume=True, **options)
+        options: dict[str, Any] = {"imports": imports, "on_progress": on_progress, **self.settings}
+        names: dict[str, Any] = {"steps": self.steps, "seed": self.seed, "confidence": self.confidence}
+        train(self.env, self.algo, self.folder, resume=True, **names, **options)
 
     def is_finished(self) -> bool:
         """Whether the folder holds this run, finished; raises ``ValueError`` if it holds another one."""
@@ -65,15 +64,16 @@ class PlannedRun:
             return False
         if self.env in SERVING:
             values = self.steps, self.seed, self.settings, self.confidence
-            return dials.is_finished(self.folder, dials.describe(self.env, self.algo, *values))
-        of_env, of_agent = split_settings(self.algo, self.settings)
-        description = {key: getattr(self, key) for key in ("env", "algo", "steps", "seed", "confidence")}
-        description["env_config"] = load_config(config_of(self.env), of_env).model_dump()
-        description["agent_settings"] = make_settings(self.algo, of_agent).model_dump()
-        was, now = identity(read_description(self.folder)), identity(json.loads(as_json(description)))
-        now.pop("backbone.device")
-        for values in (was, now):  # the same folder may be given by another path
-            values |= {key: Path(values[key]).name for key in STARTS if values.get(key) is not None}
+            now = dials.describe(self.env, self.algo, *values)
+        else:
+            of_env, of_agent = split_settings(self.algo, self.settings)
+            now = {key: getattr(self, key) for key in ("env", "algo", "steps", "seed", "confidence")}
+            now["env_config"] = load_config(config_of(self.env), of_env).model_dump()
+            now["env_config"]["backbone"].pop("device")
+            now["agent_settings"] = make_settings(self.algo, of_agent).model_dump()
+        was = read_description(self.folder)
+        for settings in (was["agent_settings"], now["agent_settings"]):  # the same folder may be given by another path
+            settings |= {key: Path(settings[key]).name for key in STARTS if settings.get(key) is not None}
         check_same_run(self.folder, was, now, "; choose another --output")
         return True
 

@@ -47,7 +47,7 @@ class StagedForesight(Foresight):
 
     learning_starts = 2048  # a policy that learns sooner over-reacts to losses that it cannot attribute
 
-    def __init__(self, core: Core, split: Split, tokens: Callable[[NDArray], dict[str, Tensor]] | None = None) -> None:
+    def __init__(self, core: Core, split: Split, tokens: Callable[[NDArray], Any] | None = None) -> None:
         super().__init__(core.observation_space, core.nvec, outputs=3)
         size = flat_size(core.observation_space)
         torch.nn.init.zeros_(self.network.get_parameter(f"{len(self.network) - 1}.bias")[2:])
