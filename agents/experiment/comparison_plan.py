@@ -96,7 +96,9 @@ def plan_comparison(
     """
     settings, names = settings or {}, {}
     shared: dict[str, Any] = {"steps": steps, "settings": settings, "confidence": confidence}
-    runs = [run for env in envs if env in SERVING for run in _serving_runs(env, algos, controls, seeds, output, shared)]
+    folders, runs = {env: output / env.removeprefix("SD/").removesuffix("-v0") for env in envs}, list[PlannedRun]()
+    for env in filter(SERVING.__contains__, envs):
+        runs += _serving_runs(env, algos, controls, seeds, folders[env], shared)
     envs = [env for env in envs if env not in SERVING]
     if not envs:
         return runs
@@ -112,7 +114,6 @@ def plan_comparison(
     split_settings("dense", {key: value for key, value in settings.items() if key not in of_agents})  # raises
     for env in envs:
         config_of(env)  # raises if the name is unknown
-        folder = output / env.removeprefix("SD/").removesuffix("-v0")
         for seed in range(seeds):
             for name in names:
                 algo, start = _parts(name)
@@ -121,23 +122,19 @@ def plan_comparison(
                 known = agent_class(algo).Settings.model_fields
                 own = {key: value for key, value in settings.items() if is_setting(key) or key in known}
                 if start:
-                    own[_start_key(algo)] = folder / f"{start}-{seed if agent_class(start).draws else 0}"
-                runs.append(PlannedRun(env, algo, folder / f"{name}-{seed}", steps, seed, own, confidence))
+                    own[_start_key(algo)] = folders[env] / f"{start}-{seed if agent_class(start).draws else 0}"
+                runs.append(PlannedRun(env, algo, folders[env] / f"{name}-{seed}", steps, seed, own, confidence))
     return runs
 
 
 def _serving_runs(
-    env: str, algos: Sequence[str], controls: bool, seeds: int, output: Path, shared: dict[str, Any]
+    env: str, algos: Sequence[str], controls: bool, seeds: int, folder: Path, shared: dict[str, Any]
 ) -> list[PlannedRun]:
     """The runs on a serving env, which has agents and controls of its own; the latter draw nothing."""
-    folder, names = (
-        output / env.removeprefix("SD/").removesuffix("-v0"),
-        [*algos, *(dials.CONTROLS if controls else ())],
-    )
     of_env, _ = dials.split_settings("ppo", shared["settings"])
     serving_config(env, of_env)  # raises if a setting is unknown
     runs = []
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys([*algos, *(dials.CONTROLS if controls else ())]):
         own = shared if name in dials.LEARNERS else {**shared, "settings": of_env}
         for seed in range(seeds if name in dials.LEARNERS else 1):
             runs.append(PlannedRun(env, name, folder / f"{name}-{seed}", seed=seed, **own))

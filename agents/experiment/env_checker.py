@@ -54,7 +54,8 @@ def check_env(env_id: str, settings: dict[str, Any] | None = None) -> list[Check
     if env.config.reward.vector:
         raise ValueError("expected rewards of the objective, got reward.vector=True; leave it out")
     panel = _panel(env)
-    checks = [_gymnasium(env), *_seeds(env), *_panel_checks(panel), _rewards(env, panel), _optimum(env, panel)]
+    checks = [_gymnasium(env), *_seeds(env), *(_panel_check(*item) for item in panel.items())]
+    checks += [_rewards(env, panel), _optimum(env, panel)]
     env.close()
     return checks
 
@@ -101,16 +102,13 @@ def _panel(env: SwitchableEnv) -> dict[str, list[Episode]]:
     return {name: [_episode(env, act, seed=seed) for seed in range(EPISODES)] for name, act in choose.items()}
 
 
-def _panel_checks(panel: dict[str, list[Episode]]) -> list[Check]:
-    checks = []
-    for name, episodes in panel.items():
-        infos = [episode.info for episode in episodes]
-        reward = np.mean([episode.total for episode in episodes])
-        quality, flops = (np.mean([info[key] for info in infos]) for key in ("quality", "flops_ratio"))
-        is_dense = all(info["quality"] == info["quality_ref"] for info in infos) and abs(flops - 1) < SLACK
-        passed = {"nothing skipped": is_dense, "all skipped": flops < 1}.get(name, True)
-        checks.append(Check(name, bool(passed), f"reward {reward:+.3f}, quality {quality:.1%}, FLOPs {flops:.1%}"))
-    return checks
+def _panel_check(name: str, episodes: list[Episode]) -> Check:
+    infos = [episode.info for episode in episodes]
+    reward = np.mean([episode.total for episode in episodes])
+    quality, flops = (np.mean([info[key] for info in infos]) for key in ("quality", "flops_ratio"))
+    is_dense = all(info["quality"] == info["quality_ref"] for info in infos) and abs(flops - 1) < SLACK
+    passed = {"nothing skipped": is_dense, "all skipped": flops < 1}.get(name, True)
+    return Check(name, bool(passed), f"reward {reward:+.3f}, quality {quality:.1%}, FLOPs {flops:.1%}")
 
 
 def _rewards(env: SwitchableEnv, panel: dict[str, list[Episode]]) -> Check:

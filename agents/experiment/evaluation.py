@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,9 @@ def evaluate(
     decisions = core.joined(masks, scored["goes_on"])
     if table is not None:
         write_instances(split, scored, table)
-    epsilon = core.config.reward.epsilon
+    epsilon, metrics = core.config.reward.epsilon, split.scoring.metrics
     return {
-        "metrics": {
-            "policy": split.scoring.metrics(rows, decisions),
-            "dense": split.scoring.metrics(rows, np.zeros_like(masks)),
-        },
+        "metrics": {"policy": metrics(rows, decisions), "dense": metrics(rows, np.zeros_like(masks))},
         "split": split_name,
         "instances": len(split),
         **_means(core, split, scored),
@@ -148,45 +146,26 @@ def time_ratio(
     Returns:
         Medians over batches of times over the dense one: ``time_ratio``; ``dense_by_length``, the dense backbone in
         passes by length alone; ``dense_shortened``, the dense backbone on inputs that are all cut to the share of
-        tokens that the policy keeps (``None`` if the env drops none). And sums over the same batches: ``flops_ratio``
-        of the rows alone, and ``executed_ratio``, executed FLOPs, including padding, over those of the dense pass.
+        tokens that the policy keeps (``None`` if the env drops none).
     """
     split = core.split(split_name)
     # A policy with an answer stage runs like an artefact, in one pass and the rest for rows that go on; else as in the
     # env.
-    artefact = None
-    if core.has_answer_stage and isinstance(policy, DecisionPolicy):
-        artefact = export(core, policy, (), {})
-    random = np.random.default_rng(0)
-    times: list[list[float]] = []
-    flops = np.zeros(4)
+    as_artefact = core.has_answer_stage and isinstance(policy, DecisionPolicy)
+    artefact = export(core, policy, (), {}) if as_artefact else None
+    random, times = np.random.default_rng(0), list[list[float]]()
     started = time.perf_counter()
     for number in range(batches + WARM_UP):
         if len(times) >= LEAST_TIMED and time.perf_counter() - started > TIMED_SECONDS:
             break
         rows = random.integers(len(split), size=min(batch_size, len(split)))
         decisions, _ = core.rollout(split, rows, policy.decide)
-        level = core.to_masks(decisions)[:, -1]
-        runs = _contestants(core, policy, artefact, split, rows, level)
+        runs = _contestants(core, policy, artefact, split, rows, core.to_masks(decisions)[:, -1])
         dense, *others = [_seconds(run, core.backbone) for run in runs]
-        if number < WARM_UP:
-            continue
-        times.append([seconds / dense for seconds in others])
-        nothing, costs = np.zeros_like(decisions), split.costs
-        parts = core.stage_observation.parts(split, rows, decisions)
-        if artefact is not None:
-            parts = [picked for picked, _ in split.passes.planned(rows, core.to_masks(nothing))]
-        executed = costs.executed_flops(rows, decisions, parts)
-        dense_executed = costs.executed_flops(rows, nothing, [np.arange(len(rows))])
-        flops += costs.flops(rows, decisions).sum(), costs.dense_flops(rows).sum(), executed, dense_executed
-    switched, by_length, *shortened = (statistics.median(ratios) for ratios in zip(*times, strict=True))
-    return {
-        "time_ratio": switched,
-        "dense_by_length": by_length,
-        "dense_shortened": shortened[0] if shortened else None,
-        "flops_ratio": float(flops[0] / flops[1]),
-        "executed_ratio": float(flops[2] / flops[3]),
-    }
+        if number >= WARM_UP:
+            times.append([seconds / dense for seconds in others])
+    medians = [statistics.median(ratios) for ratios in zip(*times, strict=True)]
+    return dict(zip_longest(("time_ratio", "dense_by_length", "dense_shortened"), medians))
 
 
 def _contestants(

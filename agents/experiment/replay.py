@@ -46,12 +46,12 @@ class Replay(NamedTuple):
 
 
 class RecordedInstances(NamedTuple):
-    """The content of ``instances.csv``, one value per instance."""
+    """The content of ``instances.csv``."""
 
     ids: list[str]
     decisions: NDArray  # masks, int64 [n, switches + 1]
     goes_on: NDArray  # which rows went on after their answer, bool [n]
-    scores: dict[str, NDArray]  # quality, quality_ref, flops_ratio and flops_ratio_with_policy; float64 [n] each
+    scores: dict[str, NDArray]  # those of ``SCORES``, and flops_ratio_with_policy; float64 [n] each
 
 
 def replay(folder: Path) -> Replay:

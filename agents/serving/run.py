@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import NDArray as Array
 from sd_gym.agents.learning.agent import NotApplicableError
 from sd_gym.agents.runs.folder import run_description
 from sd_gym.agents.runs.guarantee import guarantee, on_other_rows
 from sd_gym.agents.runs.statistics import bootstrap_interval
 from sd_gym.agents.runs.verdict import Verdict, fewest_instances, losses_allowed, verdict
 from sd_gym.agents.serving import controls
+from sd_gym.agents.serving.controls import Played, play
 from sd_gym.agents.serving.learn import DialSettings, learned
-from sd_gym.agents.serving.play import Played, play
 from stable_baselines3.common.logger import configure
 
 from sd_gym.envs.exact import lower_hull
@@ -25,7 +25,6 @@ from sd_gym.files import write_json
 from sd_gym.registration import serving_file
 from sd_gym.tasks.data import SPLITS
 
-Array = NDArray
 LEARNERS = ("ppo", "a2c")
 SEARCHED = {"fixed": controls.fixed, "threshold": controls.threshold, "staircase": controls.staircase}
 CONTROLS = (*SEARCHED, "foresight")
