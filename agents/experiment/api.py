@@ -202,7 +202,6 @@ def _selected(
 
 
 def _versions(policy: Any, flops: int | None, core: Core) -> list[Version]:
-    """The operating points of a policy or a mask."""
     if isinstance(policy, DecisionPolicy | TablePolicy):
         points = versions(core, policy)
         return [point._replace(policy=_policy_like(point.policy, flops, core)) for point in points]

@@ -4,6 +4,7 @@ import hashlib
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -18,11 +19,10 @@ from sd_gym.agents.runs.statistics import bootstrap_interval
 from sd_gym.agents.runs.verdict import Verdict, fewest_instances, losses_allowed, verdict
 
 from sd_gym.backbones import Backbone
-from sd_gym.config import RewardConfig
 from sd_gym.envs.core import BackboneCore
 from sd_gym.envs.exact import best_rewards, normalised_score
 from sd_gym.envs.protocols import Core, Split
-from sd_gym.envs.report import by_facts, write_instances
+from sd_gym.envs.report import SCORES, by_facts, write_instances
 from sd_gym.envs.table import TableCore, TableSplit
 from sd_gym.execution.passes import Passes
 from sd_gym.execution.split import BackboneSplit
@@ -85,12 +85,14 @@ def summary(core: Core, policy: PolicyLike | SplitPolicy, split_name: str) -> di
 
 
 def _means(core: Core, split: Split, scored: dict[str, NDArray]) -> dict[str, Any]:
-    """Means and the verdict of ``outcomes`` on a split."""
-    difference = scored["quality"] - scored["quality_ref"]
-    judged = verdict(scored["quality"], scored["quality_ref"], core.config.reward.epsilon)
-    flops, score = float(scored["flops_ratio_with_policy"].mean()), None
+    reward, difference = core.config.reward, scored["quality"] - scored["quality_ref"]
+    judged = verdict(scored["quality"], scored["quality_ref"], reward.epsilon)
+    flops, score, mean, regret = float(scored["flops_ratio_with_policy"].mean()), None, None, None
     if isinstance(core, TableCore) and split.name == "test":
         score = normalised_score(core.folder, float(-difference.mean()), flops)
+    with suppress(UnknownNameError):  # a run's own objective is registered only where it was trained
+        mean = float(Objective(reward).rewards(*(scored[name] for name in SCORES)).mean())
+        regret = float(best_rewards(split).mean()) - mean if isinstance(split, TableSplit) else None
     return {
         "quality": float(scored["quality"].mean()),
         "quality_ref": float(scored["quality_ref"].mean()),
@@ -100,19 +102,9 @@ def _means(core: Core, split: Split, scored: dict[str, NDArray]) -> dict[str, An
         "flops_ratio": float(scored["flops_ratio"].mean()),
         "flops_ratio_with_policy": flops,
         "normalised_score": score,
-        **_rewards(core.config.reward, split, scored),
+        "return": mean,
+        "regret": regret,
     }
-
-
-def _rewards(reward: RewardConfig, split: Split, scored: dict[str, NDArray]) -> dict[str, float | None]:
-    """The mean reward of scored decisions, and their regret."""
-    try:
-        objective = Objective(reward)
-    except UnknownNameError:  # a run's own objective, which is registered only where it was trained
-        return {"return": None, "regret": None}
-    mean = float(objective.rewards(*(scored[name] for name in ("quality", "quality_ref", "flops_ratio"))).mean())
-    best = float(best_rewards(split).mean()) if isinstance(split, TableSplit) else None
-    return {"return": mean, "regret": None if best is None else best - mean}
 
 
 def decisions_hash(decisions: NDArray) -> str:
@@ -125,7 +117,7 @@ def by_difficulty(scored: dict[str, NDArray], levels: NDArray) -> list[dict[str,
     entries = []
     for level in np.unique(levels):
         chosen = levels == level
-        means = {name: float(scored[name][chosen].mean()) for name in ("quality", "quality_ref", "flops_ratio")}
+        means = {name: float(scored[name][chosen].mean()) for name in SCORES}
         skip_rate = scored["decision"][chosen, :-1].mean(axis=0).tolist()
         entries.append({"difficulty": int(level), "instances": int(chosen.sum()), **means, "skip_rate": skip_rate})
     return entries

@@ -100,7 +100,6 @@ class _Schedule:
 
 
 def _attempt(run: PlannedRun, imports: Sequence[str], on_status: OnStatus = lambda status: None) -> RunStatus:
-    """Train a run; returns its last status."""
 
     def on_progress(steps: int, figures: dict[str, float]) -> None:
         on_status(RunStatus(run, "learning" if figures else "searching", steps))
@@ -119,7 +118,6 @@ def _message(error: BaseException) -> str:
 
 
 def _share(schedule: _Schedule, jobs: int, imports: Sequence[str]) -> None:
-    """Train the waiting runs in processes."""
     workers = [_Worker(imports) for _ in range(min(jobs, len(schedule.waiting)))]
     try:
         while True:

@@ -313,7 +313,6 @@ def _finish(
 
 
 def _make(env_id: str, algo: str, seed: int, settings: dict[str, Any]) -> BaseAgent:
-    """The untrained agent on a vector env of its own."""
     env_settings, agent_settings = split_settings(algo, settings)
     num_envs = make_settings(algo, agent_settings).num_envs
     try:

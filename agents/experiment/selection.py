@@ -105,9 +105,12 @@ class Selection:
         self._points = [point for path in paths for point in path]
         self.tested, self.selected = [], None
         for version in self._order(paths):
-            result = self._test(version)
-            self.tested.append((version, result))
-            if not result.passed:
+            scored = outcomes(self.core, version.policy, self.core.split("validation"))
+            loss = float((scored["quality_ref"] - scored["quality"]).mean())
+            flops = (float(scored[name].mean()) for name in ("flops_ratio", "flops_ratio_with_policy"))
+            highest = highest_loss(scored["quality"], scored["quality_ref"], self.confidence)
+            self.tested.append((version, Tested(*flops, loss, highest, self._kept(scored))))
+            if not self.tested[-1][1].passed:
                 break
             self.selected = version
         return self.selected
@@ -184,16 +187,6 @@ class Selection:
         number = np.repeat(np.unique(policies, return_inverse=True)[1], [len(path) for path in paths])
         flops, most = np.array([point.flops for point in points]), PASSES if self.core.config.table is None else POINTS
         return [points[index].version for index in sequence(flops, losses, number, most)]
-
-    def _test(self, version: Version) -> Tested:
-        scored = outcomes(self.core, version.policy, self.core.split("validation"))
-        return Tested(
-            float(scored["flops_ratio"].mean()),
-            float(scored["flops_ratio_with_policy"].mean()),
-            float((scored["quality_ref"] - scored["quality"]).mean()),
-            highest_loss(scored["quality"], scored["quality_ref"], self.confidence),
-            self._kept(scored),
-        )
 
     def _kept(self, scored: dict[str, NDArray]) -> bool:
         epsilon = self.core.config.reward.epsilon

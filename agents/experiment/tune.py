@@ -163,7 +163,6 @@ def _distributions(space: dict[str, list[Any] | tuple[float, float]]) -> dict[st
 
 
 def _record(study: Study, trial: Trial, statuses: list[RunStatus]) -> TrialResult:
-    """Record the outcome of a trial's runs in the study."""
     from optuna.trial import TrialState
 
     if messages := [status.message for status in statuses if status.message]:
@@ -177,7 +176,6 @@ def _record(study: Study, trial: Trial, statuses: list[RunStatus]) -> TrialResul
 
 
 def _write_best(study: Study, file: Path, algo: str, what: dict[str, Any]) -> Path:
-    """Write the best settings that differ from the defaults."""
     complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
     if not complete:
         raise ValueError(f"all trials of {file.parent} failed; see their messages")

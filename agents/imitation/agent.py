@@ -108,7 +108,6 @@ class ImitationAgent(Agent[ImitationSettings]):
         (self._learn_stages if core.is_staged else self._learn_once)(rows, path, on_round, logger)
 
     def _learn_once(self, rows: NDArray, path: NDArray, on_round: OnRound, logger: Logger) -> None:
-        """Learn the risk under each mask, and the policy from it."""
         core, split = self.env.core, self.env.core.split("train")
         lost = path_losses(split, rows, path, on_round).astype(np.float32)
         self.searched = SearchResult(rows, path, lost)

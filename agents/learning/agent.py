@@ -130,11 +130,10 @@ class BaseAgent(ABC, Generic[SettingsT]):
     def make_settings(cls, settings: dict[str, Any], blind: bool = False) -> AgentSettings:
         """Checked settings, defaults included; arguments and errors are those of the class."""
         known = list(cls.Settings.model_fields)
-        for key in settings:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else "."
-                raise ValueError(f"unknown setting {key!r} of {cls.__name__}{hint} Known: {', '.join(known)}.")
+        if key := next((key for key in settings if key not in known), None):
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ValueError(f"unknown setting {key!r} of {cls.__name__}{hint} Known: {', '.join(known)}.")
         return cls.Settings(**settings)
 
     @abstractmethod

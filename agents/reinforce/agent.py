@@ -247,7 +247,6 @@ class ReinforceAgent(Agent[ReinforceSettings]):
         return logits, self.network.choose(logits.repeat(tries, 1), self._draw)
 
     def _decide_at_once(self, rows: NDArray) -> tuple[Tensor, Tensor, None, None]:
-        """Logits and decisions of the policy on rows before the first layer."""
         return *self._sample(self._observe(rows), self.settings.samples), None, None
 
     def _rollout(self, rows: NDArray) -> tuple[Tensor, Tensor, PassState | None, Tensor]:

@@ -125,6 +125,5 @@ def _means(results: list[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def _mean(results: list[dict[str, Any]], key: str) -> float | None:
-    """The mean over results that have a value, if any."""
     values = [result[key] for result in results if result.get(key) is not None]
     return fmean(values) if values else None

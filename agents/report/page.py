@@ -83,7 +83,6 @@ def write_report(folders: Iterable[str | Path], output: str | Path, *, also: boo
 
 
 def _section(number: str, env: EnvRuns, styles: dict[str, AgentStyle]) -> dict[str, Any]:
-    """The part of the report about one env."""
     return {
         "name": env.name,
         "sentences": text.verdict_sentences(env),
@@ -95,7 +94,6 @@ def _section(number: str, env: EnvRuns, styles: dict[str, AgentStyle]) -> dict[s
 
 
 def _main_pictures(number: str, env: EnvRuns, styles: dict[str, AgentStyle]) -> list[Picture]:
-    """Results of all agents, their curves, and single decisions of the best agent."""
     results = figure(3.9)
     charts.draw_results(results.subplots(), {agent.name: _points(agent) for agent in env.agents}, styles, env.epsilon)
     caption = "Quality and FLOPs on the test split. Filled: policies as selected. Hollow: as learned, before selection."
@@ -128,7 +126,6 @@ def _points(agent: AgentRuns) -> list[NDArray]:
 
 
 def _level_pictures(number: str, env: EnvRuns) -> list[Picture]:
-    """The skip rates of the first agents against difficulty."""
     pictures = []
     for n, agent in enumerate(env.agents[:MOST_LEVEL_PICTURES] if env.switches else []):
         caption = f"{agent.name}: skip rate of each switch against difficulty, mean over {len(agent.runs)} runs."

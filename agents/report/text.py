@@ -98,7 +98,6 @@ def _interval(mean: float, low: float, high: float, form: str = ".0%") -> str:
 
 
 def _against_controls(env: EnvRuns, best: AgentRuns) -> list[str]:
-    """How the best agent compares with the hull and the oracle."""
     sentences, by_algo = [], {agent.runs[0].config["algo"]: agent for agent in reversed(env.agents)}
     if hull := by_algo.get("hull"):
         every = best.score.min() > hull.score.max()

@@ -137,11 +137,6 @@ def read_description(folder: Path) -> dict[str, Any]:
     return _read(folder, "config.json", _Description)
 
 
-def has_policy(folder: Path) -> bool:
-    """Whether a run left a policy; a ``PrivilegedAgent`` and ``sd_gym.evaluate`` leave none."""
-    return (folder / "policy.safetensors").exists()
-
-
 def read_result(folder: Path) -> dict[str, Any]:
     """A run's ``result.json``. Raises: see ``read_description``."""
     return _read(folder, "result.json", _Result)

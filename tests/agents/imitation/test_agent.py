@@ -37,7 +37,7 @@ def test_what_is_learned_is_worth_more_than_any_mask_of_the_path(env, tmp_path):
     split = env.core.split("train")
     rows, path, lost = agent.searched
     assert sorted(rows) == list(range(len(split)))
-    np.testing.assert_array_equal(lost, path_losses(split, rows, list(path), lambda scored: None))
+    np.testing.assert_array_equal(lost, path_losses(split, rows, path))
     assert lost.min() < 0 < lost.max()  # gains count
     assert not path[0].any()
     assert all(np.abs(after - before).sum() == 1 for before, after in pairwise(path))
