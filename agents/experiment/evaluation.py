@@ -143,8 +143,9 @@ def time_ratio(
     split = core.split(split_name)
     # A policy with an answer stage runs like an artefact, in one pass and the rest for rows that go on; else as in the
     # env.
-    as_artefact = core.has_answer_stage and isinstance(policy, DecisionPolicy)
-    artefact = export(core, policy, (), {}) if as_artefact else None
+    artefact = None
+    if core.has_answer_stage and isinstance(policy, DecisionPolicy):
+        artefact = export(core, policy, (), {})
     random, times = np.random.default_rng(0), list[list[float]]()
     started = time.perf_counter()
     for number in range(batches + WARM_UP):

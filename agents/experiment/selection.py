@@ -106,11 +106,15 @@ class Selection:
         self.tested, self.selected = [], None
         for version in self._order(paths):
             scored = outcomes(self.core, version.policy, self.core.split("validation"))
-            loss = float((scored["quality_ref"] - scored["quality"]).mean())
-            flops = (float(scored[name].mean()) for name in ("flops_ratio", "flops_ratio_with_policy"))
-            highest = highest_loss(scored["quality"], scored["quality_ref"], self.confidence)
-            self.tested.append((version, Tested(*flops, loss, highest, self._kept(scored))))
-            if not self.tested[-1][1].passed:
+            result = Tested(
+                float(scored["flops_ratio"].mean()),
+                float(scored["flops_ratio_with_policy"].mean()),
+                float((scored["quality_ref"] - scored["quality"]).mean()),
+                highest_loss(scored["quality"], scored["quality_ref"], self.confidence),
+                self._kept(scored),
+            )
+            self.tested.append((version, result))
+            if not result.passed:
                 break
             self.selected = version
         return self.selected

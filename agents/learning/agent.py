@@ -178,7 +178,7 @@ class Agent(BaseAgent[SettingsT]):
 
     def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, blind: bool = False, **settings: Any) -> None:
         super().__init__(env, seed=seed, blind=blind, **settings)
-        own = self.settings if isinstance(self.settings, LearnerSettings) else LearnerSettings()
+        own = self.settings if isinstance(self.settings, LearnerSettings) else LearnerSettings.model_construct()
         self._network, self._channels = own.network, own.channels
         self.per_stage = type(self).per_stage and len(env.core.stages) > 1 and self._network is None
         self.start = None if own.start is None else self._load_start(own.start)
