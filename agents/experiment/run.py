@@ -179,10 +179,8 @@ def _train(
             if state := learner.state():
                 saved = {"agent": state, "history": selection.history, "scores": core.scores()}
                 write_checkpoint(checkpoint, saved)
-        on_progress(
-            rollout.steps,
-            {key: float(np.mean(values)) for key, values in rollout.infos.items() if key in INFO_TAGS},
-        )
+        figures = {key: float(np.mean(values)) for key, values in rollout.infos.items() if key in INFO_TAGS}
+        on_progress(rollout.steps, figures)
 
     agent.learn(steps, logger, after_rollout)
     reached = reached or steps  # an agent that learns nothing has no rollouts
