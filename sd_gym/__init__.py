@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from sd_gym.version import __version__
 
 if TYPE_CHECKING:
-    from sd_gym.agents.experiment.api import evaluate, train, train_all
-    from sd_gym.agents.experiment.run import reduce
+    from sd_gym.agents.experiment.api import evaluate, train_all
+    from sd_gym.agents.experiment.run import reduce, train
     from sd_gym.agents.experiment.tabulation import tabulate
     from sd_gym.agents.registry import register_agent
     from sd_gym.agents.report.compare import compare
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from sd_gym.tasks.ranking import register_ranking
 
 _MODULES = {  # of names that need torch, or are slow to import
-    "agents.experiment.api": ["evaluate", "train", "train_all"],
-    "agents.experiment.run": ["reduce"],
+    "agents.experiment.api": ["evaluate", "train_all"],
+    "agents.experiment.run": ["reduce", "train"],
     "agents.experiment.tabulation": ["tabulate"],
     "agents.registry": ["register_agent"],
     "agents.report.compare": ["compare"],

@@ -90,11 +90,11 @@ def _apply(key: str, make: Callable[[], Callable[[Any], Any]], value: Any) -> An
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...], imports: list[str], folder: str) -> Any:
-    _prepare(folder, imports)
+    prepare(folder, imports)
     return function(*arguments)
 
 
-def _prepare(folder: str, imports: list[str]) -> None:
+def prepare(folder: str, imports: list[str]) -> None:
     """Prepare a process: the folder that relative paths start from, one thread, and the user's modules."""
     import torch
 

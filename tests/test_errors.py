@@ -280,7 +280,7 @@ def cut_off(tmp_path, reviews, tiny_backbone):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(CUSTOM, "ppo", tmp_path / "run", steps=1024, settings=settings, on_progress=cut)
+        train(CUSTOM, "ppo", tmp_path / "run", steps=1024, **settings, on_progress=cut)
     assert (tmp_path / "run" / "checkpoint.pt").exists()
     arguments = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     return ["train", CUSTOM, "--steps", 1024, "--output", "run", "--resume", *arguments]
@@ -322,7 +322,7 @@ def test_damaged_checkpoints_of_a_preparation(tmp_path, reviews, tiny_backbone):
 @pytest.mark.parametrize("content", [b"", b"garbage", b"[]", b'{"env": 1}', b"\xff\xfe", b"[" * 100_000])
 def test_damaged_json_of_a_run(content, tmp_path, reviews, tiny_backbone):
     settings = {"dataset": str(reviews), "backbone": str(tiny_backbone)}
-    train(CUSTOM, "dense", tmp_path / "run", steps=1, settings=settings)
+    train(CUSTOM, "dense", tmp_path / "run", steps=1, **settings)
     whole = (tmp_path / "run" / "policy.safetensors").read_bytes()
     (tmp_path / "run" / "policy.safetensors").write_bytes(whole[:-10])
     assert "policy.safetensors is damaged" in call("evaluate", "run")

@@ -36,8 +36,8 @@ class CutError(Exception):
 def commands(settings, reviews, tiny_backbone):
     """What writes to a folder, by name."""
     return {
-        "train": lambda folder: train(CUSTOM, "hash", folder, steps=1, settings=settings),
-        "resume": lambda folder: train(CUSTOM, "hash", folder, steps=1, settings=settings, resume=True),
+        "train": lambda folder: train(CUSTOM, "hash", folder, steps=1, **settings),
+        "resume": lambda folder: train(CUSTOM, "hash", folder, steps=1, **settings, resume=True),
         "evaluate": lambda folder: sd_gym.evaluate(CUSTOM, dense, "test", folder, **settings),
         "prepare": lambda folder: prepared(tiny_backbone, reviews, folder),
     }

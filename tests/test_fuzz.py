@@ -93,7 +93,7 @@ def place(tmp_path_factory, tiny_backbone):
     with pytest.MonkeyPatch.context() as patch:
         for module in ("huggingface_hub.constants", "datasets.config"):
             patch.setattr(f"{module}.HF_HUB_OFFLINE", True)
-        train(CUSTOM, "static", folder / "run", steps=1, settings=arguments)
+        train(CUSTOM, "static", folder / "run", steps=1, **arguments)
         env = gym.make(CUSTOM, token_shares=[0.0, 0.5], **arguments)
         yield Place(tiny_backbone, folder / "data.jsonl", folder / "run", env)
 

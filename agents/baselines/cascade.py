@@ -59,8 +59,7 @@ class Cascade(PrivilegedAgent[StaticSettings]):
         if self.settings.path is not None:
             masks = np.unique(searched_masks(self.settings.path, core.nvec), axis=0)
         else:
-            on_round = partial(report_scored, on_rollout)
-            masks = np.stack(greedy_path(core, core.split("train"), policy_rows(core), on_round))
+            masks = greedy_path(core, core.split("train"), policy_rows(core), partial(report_scored, on_rollout))
         self.masks = nested_masks(core, masks)
 
     def operating_points(self) -> list[Version]:

@@ -4,15 +4,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
-from sd_gym.agents.learning.agent import (
-    Agent,
-    AgentSettings,
-    NotApplicableError,
-    OnRollout,
-    SettingsT,
-    decision_logits,
-    initial_bias,
-)
+from sd_gym.agents.learning.agent import Agent, AgentSettings, NotApplicableError, OnRollout, SettingsT, decision_logits
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.policy import DecisionPolicy
@@ -44,7 +36,7 @@ class DenseAgent(_FixedPolicyAgent[AgentSettings]):
     def policy(self) -> DecisionPolicy:
         """Everything runs."""
         nvec = self.env.core.nvec
-        return self._constant_policy(decision_logits(nvec, np.zeros(len(nvec)), CERTAIN))
+        return self._constant_policy(decision_logits(nvec, np.zeros_like(nvec), CERTAIN))
 
 
 class EveryOtherAgent(_FixedPolicyAgent[AgentSettings]):
@@ -68,7 +60,8 @@ class RandomAgent(_FixedPolicyAgent[RateSettings]):
 
     def policy(self) -> DecisionPolicy:
         """The same probabilities for every input."""
-        return self._constant_policy(initial_bias(self.env.core.nvec, self.settings.rate), noise=self.noise)
+        nvec = self.env.core.nvec
+        return self._constant_policy(decision_logits(nvec, np.zeros_like(nvec), 1 - self.settings.rate), self.noise)
 
 
 class HashAgent(RandomAgent):

@@ -137,7 +137,6 @@ class Confidence(EarlyExit):
 
     @property
     def _ends(self) -> NDArray:
-        """At the stages of the env."""
         core = self.env.core
         stages = core.backbone.board.decided_at(stages_of_pass(core.stages)).values()
         starts = [columns.start for columns in stages if columns.start]

@@ -35,12 +35,12 @@ class HullAgent(StaticAgent):
         else:
             super().learn(total_steps, logger, on_rollout)
             masks, rows = np.unique(self.masks, axis=0), policy_rows(core)
-            loss = search.path_losses(split, rows, list(masks), lambda scored: None).mean(axis=0)
+            loss = search.path_losses(split, rows, masks).mean(axis=0)
             flops = [split.costs.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in masks]
             corners = lower_hull(loss, np.array(flops))
             masks = masks[corners.number]
         saves = corners.flops < 1 - 1e-9  # dense is first, even if a mask loses less
-        self.masks = [np.zeros_like(core.nvec), *masks[saves]]
+        self.masks = np.concatenate([np.zeros_like(masks[:1]), masks[saves]])
         self._loss, self._flops = np.append(0.0, corners.loss[saves]), np.append(1.0, corners.flops[saves])
 
     def operating_points(self) -> list[Version]:
@@ -60,20 +60,12 @@ class HullAgent(StaticAgent):
         share = float((flops - costs[1]) / (costs[0] - costs[1]))  # of inputs that get the dear one
         if not 0 < share < 1:
             return self._mask_policy(dear if share >= 1 else cheap)
-        logits = torch.zeros(int(self.env.core.nvec.sum()))
-        differ = np.flatnonzero(dear != cheap)
-        logits[int(self.env.core.nvec[: differ[0]].sum()) + int(dear[differ[0]])] = mixture_logit(share, len(differ))
+        nvec, differ = self.env.core.nvec, np.flatnonzero(dear != cheap)
+        # Each component that differs adds logistic noise to the preference of a mask.
+        noise = np.random.default_rng(0).logistic(size=(DRAWS, len(differ))).sum(axis=1)
+        logit = math.log(share / (1 - share)) if len(differ) == 1 else -float(np.quantile(noise, 1 - share))
+        logits = torch.zeros(int(nvec.sum()))
+        logits[int(nvec[: differ[0]].sum()) + int(dear[differ[0]])] = logit
         policy = self._constant_policy(logits, noise="hash")
         policy.codebook = torch.from_numpy(np.stack([dear, cheap]))
         return policy
-
-
-def mixture_logit(share: float, components: int) -> float:
-    """The logit by which a mask is preferred on a share of the inputs; the masks differ in so many components.
-
-    Each of these adds logistic noise.
-    """
-    if components == 1:
-        return math.log(share / (1 - share))
-    noise = np.random.default_rng(0).logistic(size=(DRAWS, components)).sum(axis=1)
-    return -float(np.quantile(noise, 1 - share))

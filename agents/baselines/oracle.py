@@ -37,6 +37,6 @@ class Oracle(PrivilegedAgent[AgentSettings]):
         else:
             validation = core.split("validation")
             few = np.arange(min(ORDER_INSTANCES, len(validation)))
-            order = path_steps(greedy_path(core, validation, few, lambda scored: None))
+            order = path_steps(greedy_path(core, validation, few))
             decisions = beam_search(core, split, rows, order, good, width=WIDTH)
         return SplitDecisions(decisions, np.zeros(len(rows)))

@@ -1,12 +1,11 @@
 """Searches over decisions: good static masks, and the cheapest good decision of each instance."""
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import NDArray as Array
 from torch.nn import functional as F
 
 from sd_gym.envs.actions import all_decisions
@@ -26,7 +25,6 @@ BATCH = 4096  # decisions scored in one call
 ALONG = 1024  # instances that run under all masks of a path in one call
 CODEBOOK_SIZE = 16
 
-Array = NDArray
 Per = Literal["sublayer", "layer"]  # what a step of a search skips
 OnRound = Callable[[int], None]  # called with the decisions scored so far
 IsGood = Callable[[Array, Array], Array]  # of rows [n] and decisions [n, components], bool [n]
@@ -51,20 +49,22 @@ def skip_units(core: Core, per: Per = "sublayer") -> list[Array]:
     return [*map(np.array, layers.values()), alone[-1]]
 
 
-def all_masks(nvec: Array, units: list[Array]) -> list[Array]:
-    """All decisions ``[components]`` with one choice per unit, the dense one first."""
+def all_masks(nvec: Array, units: list[Array]) -> Array:
+    """All decisions with one choice per unit, int64 ``[masks, components]``, the dense one first."""
     choices = all_decisions(nvec[[unit[0] for unit in units]])
     masks = np.zeros((len(choices), len(nvec)), dtype=np.int64)
     for column, unit in enumerate(units):
         masks[:, unit] = choices[:, [column]]
-    return list(masks)
+    return masks
 
 
-def greedy_path(core: Core, split: Split, rows: Array, on_round: OnRound, *, per: Per = "sublayer") -> list[Array]:
+def greedy_path(
+    core: Core, split: Split, rows: Array, on_round: OnRound = lambda scored: None, *, per: Per = "sublayer"
+) -> Array:
     """Greedy search of static masks: each round skips one more candidate, that with the least loss per saved FLOPs.
 
     All moves of a round are scored on a few of ``rows [n]``, the best of them on all; then ``on_round`` is called.
-    Returns decisions ``[components]`` from dense to nothing.
+    Returns decisions from dense to nothing, int64 ``[masks, components]``.
     """
     path, units = [np.zeros_like(core.nvec)], skip_units(core, per)
     scored, known = 0, {}
@@ -95,12 +95,12 @@ def greedy_path(core: Core, split: Split, rows: Array, on_round: OnRound, *, per
         finalists = best_first(candidates, rows[:SCREENED])[:FINALISTS]
         path.append(best_first(finalists, rows)[0] if len(rows) > SCREENED else finalists[0])
         on_round(scored)
-    return path
+    return np.stack(path)
 
 
 def learned_path(
     core: Core, split: Split, rows: Array, on_round: OnRound, seed: int, *, per: Per = "sublayer"
-) -> list[Array]:
+) -> Array:
     """Learn a path of static masks for all penalties at once, by REINFORCE with the mean of a few tries as baseline.
 
     Every candidate (a switch, all those of a layer, or a step of the token level) has a threshold: it is skipped if a
@@ -108,8 +108,7 @@ def learned_path(
     value is the saved FLOPs less the penalty times the lost quality. Sorted by threshold, the candidates are a path.
     Unlike in a greedy search no choice is final: the thresholds are equal and soft at first, and harden.
 
-    Arguments as in ``greedy_path``, and the random ``seed``. Returns decisions ``[components]`` from dense to nothing,
-    each raising one candidate by one.
+    Arguments and result as in ``greedy_path``; each decision raises one candidate by one.
     """
     candidates = [unit for unit in skip_units(core, per) for _ in range(core.nvec[unit[0]] - 1)]
     belongs = np.stack([np.isin(np.arange(len(core.nvec)), unit) for unit in candidates]).astype(np.int64)
@@ -136,23 +135,21 @@ def learned_path(
         optimizer.step()
         schedule.step()
         on_round(update * len(drawn))
-    path = [np.zeros_like(core.nvec)]
-    for candidate in torch.argsort(threshold.detach(), descending=True, stable=True).tolist():
-        path.append(path[-1] + belongs[candidate])
-    return path
+    order = torch.argsort(threshold.detach(), descending=True, stable=True).numpy()
+    return np.cumsum(np.concatenate([np.zeros_like(core.nvec)[None], belongs[order]]), axis=0)
 
 
-def path_steps(path: list[Array]) -> list[Array]:
-    """The components that each step of a path raises, int64."""
-    return [np.flatnonzero(after != before) for before, after in pairwise(path)]
+def path_steps(path: Array) -> list[Array]:
+    """The components that each step of a path ``[masks, components]`` changes, int64."""
+    return [np.flatnonzero(step) for step in np.diff(path, axis=0)]
 
 
-def path_losses(split: Split, rows: Array, path: list[Array], on_round: OnRound) -> Array:
+def path_losses(split: Split, rows: Array, path: Array, on_round: OnRound = lambda scored: None) -> Array:
     """Quality that ``rows [n]`` lose under each mask of a path that begins densely; float64 ``[n, masks]``."""
-    masks, quality = np.stack(path), []
+    quality = []
     for start in range(0, len(rows), ALONG):
-        quality.append(split.scoring.under_all(rows[start : start + ALONG], masks)[0])
-        on_round((start + len(quality[-1])) * len(masks))
+        quality.append(split.scoring.under_all(rows[start : start + ALONG], path)[0])
+        on_round((start + len(quality[-1])) * len(path))
     qualities = np.concatenate(quality)
     return qualities[:, :1] - qualities
 

@@ -45,7 +45,7 @@ class StaticAgent(Agent[StaticSettings]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.masks: list[NDArray] = [np.zeros_like(self.env.core.nvec)]
+        self.masks = np.zeros((1, len(self.env.core.nvec)), dtype=np.int64)  # dense, until it has searched
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Search; ``total_steps`` is not used."""
@@ -60,7 +60,8 @@ class StaticAgent(Agent[StaticSettings]):
             return
         on_round = partial(report_scored, on_rollout)
         greedy = search.greedy_path(core, split, rows, on_round, per=per)
-        self.masks = [*greedy, *search.learned_path(core, split, rows, on_round, self.seed, per=per)]
+        learned = search.learned_path(core, split, rows, on_round, self.seed, per=per)
+        self.masks = np.concatenate([greedy, learned])
 
     def policy(self) -> DecisionPolicy:
         """The first mask: dense."""
@@ -72,7 +73,7 @@ class StaticAgent(Agent[StaticSettings]):
 
     def save_extra(self, folder: Path) -> None:
         """Write ``masks.json``, and ``codebook.json``, a few nested ones for an env with ``action="discrete"``."""
-        write_masks(np.stack(self.masks), folder / MASKS)
+        write_masks(self.masks, folder / MASKS)
         write_masks(nested_masks(self.env.core, np.unique(self.masks, axis=0)), folder / "codebook.json")
 
     def _mask_policy(self, mask: NDArray) -> DecisionPolicy:
@@ -86,29 +87,29 @@ def nested_masks(core: Core, masks: NDArray) -> NDArray:
     return masks[search.nested_codebook(masks, quality, flops)]
 
 
-def searched_masks(folder: Path, nvec: NDArray) -> list[NDArray]:
-    """The masks of a run of ``static``, or the path of a run of ``imitation``.
+def searched_masks(folder: Path, nvec: NDArray) -> NDArray:
+    """The masks of a run of ``static``, or the path of a run of ``imitation``, int64 ``[masks, components]``.
 
     Raises ``FileNotFoundError`` if the folder holds no masks, ``ValueError`` if they do not fit ``nvec``.
     """
     file = folder / MASKS
     if not file.exists():
         raise FileNotFoundError(f"no {MASKS} in {folder}; expected a run of the agent static or imitation")
-    return list(read_masks(file, nvec))
+    return read_masks(file, nvec)
 
 
-def nested_path(folder: Path, nvec: NDArray) -> list[NDArray]:
+def nested_path(folder: Path, nvec: NDArray) -> NDArray:
     """The masks of a run from dense to nothing, each skipping one candidate more than the previous one.
 
     Raises ``ValueError`` if they are no such path; see ``searched_masks``.
     """
-    masks = np.stack(searched_masks(folder, nvec))
+    masks = searched_masks(folder, nvec)
     nothing = np.flatnonzero((masks == nvec - 1).all(axis=1))
     path = masks[: nothing[0] + 1] if len(nothing) else masks[:0]
     steps = np.diff(path, axis=0)
     if len(path) < 2 or path[0].any() or (steps < 0).any() or (steps > 1).any() or not steps.any(axis=1).all():
         raise ValueError(f"the masks in {folder} are no path from dense to nothing")
-    return list(path)
+    return path
 
 
 def report_scored(on_rollout: OnRollout, scored: int) -> None:

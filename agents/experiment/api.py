@@ -1,4 +1,4 @@
-"""Training and evaluation from Python, as ``sd_gym.train`` and ``sd_gym.evaluate``."""
+"""Evaluation of any policy, and training of all agents, as ``sd_gym.evaluate`` and ``sd_gym.train_all``."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -15,7 +15,7 @@ from sd_gym.agents.experiment.exported import ExportedCore, ExportedPolicy, expo
 from sd_gym.agents.experiment.parallel import OnStatus, RunStatus, train_many
 from sd_gym.agents.experiment.selection import Selection
 from sd_gym.agents.learning.decisions import DENSE_MARGIN, Dense, PolicyLike, SplitPolicy, Version, check_fits, versions
-from sd_gym.agents.runs.folder import check_backbone, read_description
+from sd_gym.agents.runs.folder import check_backbone, read_description, run_description
 from sd_gym.agents.runs.verdict import CONFIDENCE
 
 from sd_gym.config import EnvConfig, dotted, stored_config
@@ -24,7 +24,7 @@ from sd_gym.envs.protocols import Core, Observations
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import each
 from sd_gym.files import write_json
-from sd_gym.folders import MARKER, contents, foreign, locked
+from sd_gym.folders import contents, foreign, locked
 from sd_gym.inference.onnx import OnnxModel
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy
@@ -33,55 +33,9 @@ from sd_gym.policy.table_export import TablePolicy
 from sd_gym.registration import config_of, is_of_table
 from sd_gym.tasks.data import SPLITS
 from sd_gym.tasks.splits import check_unchanged
-from sd_gym.version import __version__
 
 Policy = DecisionPolicy | str | Path | Callable[[Observations], Any]
 KEPT = ("steps", "seed", "confidence", "agent_settings", "data")  # keys of a run's config.json that evaluate copies
-
-
-def train(
-    env_id: str,
-    algo: str = "ppo",
-    output: str | Path | None = None,
-    *,
-    steps: int = 50_000,
-    seed: int = 0,
-    confidence: float = CONFIDENCE,
-    resume: bool = False,
-    imports: Sequence[str] = (),
-    on_progress: Callable[[int, dict[str, float]], None] | None = None,
-    **settings: Any,
-) -> dict[str, Any]:
-    """Train an agent, select its best policy on validation, and evaluate that on the test split: ``sd-gym train``.
-
-    Args:
-        env_id: A registered id.
-        algo: An agent's name.
-        output: Run folder; ``None``: ``default_folder``.
-        steps: Decisions to learn from.
-        seed: Seed of the agent and of the drawn instances.
-        confidence: One-sided confidence of the guarantee that the selected policy loses less than ``epsilon``.
-        resume: Whether to go on with an interrupted run.
-        imports: Modules and files that register what the run needs; errors name them if they are missing later.
-        on_progress: Called after each rollout with (steps so far, figures to show).
-        settings: Keys of the env's config and settings of the agent.
-
-    Returns:
-        The result, as in the folder's ``result.json``: ``quality``, ``quality_ref`` (dense), ``flops_ratio``,
-        ``flops_ratio_with_policy``, the verdict ``quality_kept`` at ``epsilon``, ``quality_difference_interval``,
-        ``by_difficulty``, ``time`` by batch size, and more. ``guarantee`` is the selection in words, and
-        ``last_policy`` has the results of the policy as learned.
-
-    Raises:
-        FileExistsError: If the folder holds a finished run, an interrupted one without ``resume``, or anything else.
-        ValueError: If a name or setting is unknown, the data of a split are malformed, or the run to resume is another
-            one, on other data, or damaged.
-    """
-    folder = default_folder(env_id, algo, seed) if output is None else Path(output)
-    options: dict[str, Any] = {"confidence": confidence, "resume": resume, "imports": imports}
-    return run.train(
-        env_id, algo, folder, steps=steps, seed=seed, settings=settings, on_progress=on_progress, **options
-    )
 
 
 def train_all(
@@ -131,12 +85,6 @@ def train_all(
     more = {"seeds": seeds, "steps": steps, "confidence": confidence}
     runs = plan_comparison(env_ids, algos, output=Path(output), controls=controls, settings=settings, **more)
     return train_many(runs, jobs=jobs, ray=ray, imports=imports, on_status=on_status)
-
-
-def default_folder(env_id: str, algo: str, seed: int) -> Path:
-    """``runs/TASK-ALGO-SEED``, such as ``runs/Classification-Mini-ppo-0``."""
-    name = env_id.removeprefix("SD/").removesuffix("-v0").replace("/", "-")
-    return Path("runs") / f"{name}-{algo}-{seed}"
 
 
 def evaluate(
@@ -212,22 +160,20 @@ def evaluate(
         if origin is not None:
             same_data = _check_origin(origin, env_id, core, dotted(settings))
             evaluated = origin.exported.network if origin.exported else DecisionPolicy.load(origin.folder)
-        selection, last = Selection(core, confidence) if select else None, None
-        if selection is not None:
+        selection, last = Selection(core, confidence), None
+        if select:
             evaluated, last = _selected(selection, evaluated, policy_flops, split)
         elif isinstance(evaluated, list | tuple):
             raise ValueError("expected one policy, got a list; to select from it, pass select=True")
         else:
             evaluated = _policy_like(evaluated, policy_flops, core)
-        used = list(dict.fromkeys(("train", split)))  # observations are standardised by the training split
+        splits = list(dict.fromkeys(("train", split)))  # observations are standardised by the training split
         if folder is not None:
-            algo = name or (origin.description["algo"] if origin else folder.resolve().name)
-            description = {MARKER: __version__, "env": env_id, "algo": algo, "agent_settings": {}}
-            description["named"] = name is not None or origin is not None
-            description["control"] = bool(origin and origin.description["control"])
-            description |= run.run_metadata(core.config)
-            description["weights"] = core.backbone.weights
-            description["data"] = {name: core.data[name].identity for name in used}
+            names = {"env": env_id, "algo": name or (origin.description["algo"] if origin else folder.resolve().name)}
+            names |= {"named": name is not None or origin is not None, "agent_settings": {}}
+            names["control"] = bool(origin and origin.description["control"])
+            data = {name: core.data[name].identity for name in splits}
+            description = run_description(names, core.config, core.backbone, data)
             if origin is not None and same_data:  # compare then counts it as the same seed as the run
                 description |= {key: origin.description[key] for key in KEPT if key in origin.description}
                 was = stored_config(origin.description["env_config"], str(policy))
@@ -235,8 +181,7 @@ def evaluate(
             if select:
                 description["confidence"] = confidence
             write_json(folder / "config.json", description)
-        result = run.measure(core, evaluated, split, folder, selection, last)
-        result["data"] = {name: core.split(name).provenance for name in used}
+        result = run.measure(selection, evaluated, split, splits, folder, last)
         if folder is not None:
             run.write_result(result, core, folder)
         return result
@@ -257,7 +202,6 @@ def _selected(
 
 
 def _versions(policy: Any, flops: int | None, core: Core) -> list[Version]:
-    """The operating points of a policy or a mask."""
     if isinstance(policy, DecisionPolicy | TablePolicy):
         points = versions(core, policy)
         return [point._replace(policy=_policy_like(point.policy, flops, core)) for point in points]

@@ -2,12 +2,12 @@
 
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sd_gym.agents.experiment.run import check_same_run, identity, is_setting, split_settings, train
+from sd_gym.agents.experiment.run import OnProgress, check_same_run, is_setting, split_settings, train
 from sd_gym.agents.registry import BLIND, agent_class, agent_names, is_control, make_settings
 from sd_gym.agents.runs.folder import read_description
 from sd_gym.agents.runs.verdict import CONFIDENCE
@@ -15,7 +15,6 @@ from sd_gym.agents.serving import run as dials
 
 from sd_gym.envs.config import load_config
 from sd_gym.envs.serving.config import serving_config
-from sd_gym.files import as_json
 from sd_gym.registration import SERVING, config_of
 
 CONTROLS = ("hull", "early-exit", "random", "hash", "dense")  # of every comparison, with a blind agent
@@ -53,11 +52,11 @@ class PlannedRun:
         parts += [] if self.confidence == CONFIDENCE else ["--confidence", str(self.confidence)]
         return shlex.join([*parts, *(part for name in imports for part in ("--import", name))])
 
-    def train(self, imports: Sequence[str], on_progress: Callable[[int, dict[str, float]], None]) -> None:
+    def train(self, imports: Sequence[str], on_progress: OnProgress) -> None:
         """Train the run, or resume it. Raises: see ``run.train``."""
-        options: dict[str, Any] = {"steps": self.steps, "seed": self.seed, "confidence": self.confidence}
-        options |= {"settings": self.settings, "imports": imports, "on_progress": on_progress}
-        train(self.env, self.algo, self.folder, resume=True, **options)
+        options: dict[str, Any] = {"imports": imports, "on_progress": on_progress, **self.settings}
+        names: dict[str, Any] = {"steps": self.steps, "seed": self.seed, "confidence": self.confidence}
+        train(self.env, self.algo, self.folder, resume=True, **names, **options)
 
     def is_finished(self) -> bool:
         """Whether the folder holds this run, finished; raises ``ValueError`` if it holds another one."""
@@ -65,15 +64,16 @@ class PlannedRun:
             return False
         if self.env in SERVING:
             values = self.steps, self.seed, self.settings, self.confidence
-            return dials.is_finished(self.folder, dials.describe(self.env, self.algo, *values))
-        of_env, of_agent = split_settings(self.algo, self.settings)
-        description = {key: getattr(self, key) for key in ("env", "algo", "steps", "seed", "confidence")}
-        description["env_config"] = load_config(config_of(self.env), of_env).model_dump()
-        description["agent_settings"] = make_settings(self.algo, of_agent).model_dump()
-        was, now = identity(read_description(self.folder)), identity(json.loads(as_json(description)))
-        now.pop("backbone.device")
-        for values in (was, now):  # the same folder may be given by another path
-            values |= {key: Path(values[key]).name for key in STARTS if values.get(key) is not None}
+            now = dials.describe(self.env, self.algo, *values)
+        else:
+            of_env, of_agent = split_settings(self.algo, self.settings)
+            now = {key: getattr(self, key) for key in ("env", "algo", "steps", "seed", "confidence")}
+            now["env_config"] = load_config(config_of(self.env), of_env).model_dump()
+            now["env_config"]["backbone"].pop("device")
+            now["agent_settings"] = make_settings(self.algo, of_agent).model_dump()
+        was = read_description(self.folder)
+        for settings in (was["agent_settings"], now["agent_settings"]):  # the same folder may be given by another path
+            settings |= {key: Path(settings[key]).name for key in STARTS if settings.get(key) is not None}
         check_same_run(self.folder, was, now, "; choose another --output")
         return True
 
@@ -96,7 +96,9 @@ def plan_comparison(
     """
     settings, names = settings or {}, {}
     shared: dict[str, Any] = {"steps": steps, "settings": settings, "confidence": confidence}
-    runs = [run for env in envs if env in SERVING for run in _serving_runs(env, algos, controls, seeds, output, shared)]
+    folders, runs = {env: output / env.removeprefix("SD/").removesuffix("-v0") for env in envs}, list[PlannedRun]()
+    for env in filter(SERVING.__contains__, envs):
+        runs += _serving_runs(env, algos, controls, seeds, folders[env], shared)
     envs = [env for env in envs if env not in SERVING]
     if not envs:
         return runs
@@ -112,7 +114,6 @@ def plan_comparison(
     split_settings("dense", {key: value for key, value in settings.items() if key not in of_agents})  # raises
     for env in envs:
         config_of(env)  # raises if the name is unknown
-        folder = output / env.removeprefix("SD/").removesuffix("-v0")
         for seed in range(seeds):
             for name in names:
                 algo, start = _parts(name)
@@ -121,23 +122,19 @@ def plan_comparison(
                 known = agent_class(algo).Settings.model_fields
                 own = {key: value for key, value in settings.items() if is_setting(key) or key in known}
                 if start:
-                    own[_start_key(algo)] = folder / f"{start}-{seed if agent_class(start).draws else 0}"
-                runs.append(PlannedRun(env, algo, folder / f"{name}-{seed}", steps, seed, own, confidence))
+                    own[_start_key(algo)] = folders[env] / f"{start}-{seed if agent_class(start).draws else 0}"
+                runs.append(PlannedRun(env, algo, folders[env] / f"{name}-{seed}", steps, seed, own, confidence))
     return runs
 
 
 def _serving_runs(
-    env: str, algos: Sequence[str], controls: bool, seeds: int, output: Path, shared: dict[str, Any]
+    env: str, algos: Sequence[str], controls: bool, seeds: int, folder: Path, shared: dict[str, Any]
 ) -> list[PlannedRun]:
     """The runs on a serving env, which has agents and controls of its own; the latter draw nothing."""
-    folder, names = (
-        output / env.removeprefix("SD/").removesuffix("-v0"),
-        [*algos, *(dials.CONTROLS if controls else ())],
-    )
     of_env, _ = dials.split_settings("ppo", shared["settings"])
     serving_config(env, of_env)  # raises if a setting is unknown
     runs = []
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys([*algos, *(dials.CONTROLS if controls else ())]):
         own = shared if name in dials.LEARNERS else {**shared, "settings": of_env}
         for seed in range(seeds if name in dials.LEARNERS else 1):
             runs.append(PlannedRun(env, name, folder / f"{name}-{seed}", seed=seed, **own))

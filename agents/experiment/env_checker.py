@@ -54,7 +54,8 @@ def check_env(env_id: str, settings: dict[str, Any] | None = None) -> list[Check
     if env.config.reward.vector:
         raise ValueError("expected rewards of the objective, got reward.vector=True; leave it out")
     panel = _panel(env)
-    checks = [_gymnasium(env), *_seeds(env), *_panel_checks(panel), _rewards(env, panel), _optimum(env, panel)]
+    checks = [_gymnasium(env), *_seeds(env), *(_panel_check(*item) for item in panel.items())]
+    checks += [_rewards(env, panel), _optimum(env, panel)]
     env.close()
     return checks
 
@@ -96,21 +97,18 @@ def _panel(env: SwitchableEnv) -> dict[str, list[Episode]]:
     space.seed(0)
     choose: dict[str, Callable[[], Any]] = {"random": space.sample}
     if not isinstance(space, gym.spaces.Discrete):  # no mask of a codebook skips everything
-        choose["all skipped"] = lambda: (_sizes(space) - 1).astype(space.dtype)
+        choose["all skipped"] = lambda: (env.core.actions.nvec - 1).astype(space.dtype)
         choose["nothing skipped"] = lambda: np.zeros_like(choose["all skipped"]())
     return {name: [_episode(env, act, seed=seed) for seed in range(EPISODES)] for name, act in choose.items()}
 
 
-def _panel_checks(panel: dict[str, list[Episode]]) -> list[Check]:
-    checks = []
-    for name, episodes in panel.items():
-        infos = [episode.info for episode in episodes]
-        reward = np.mean([episode.total for episode in episodes])
-        quality, flops = (np.mean([info[key] for info in infos]) for key in ("quality", "flops_ratio"))
-        is_dense = all(info["quality"] == info["quality_ref"] for info in infos) and abs(flops - 1) < SLACK
-        passed = {"nothing skipped": is_dense, "all skipped": flops < 1}.get(name, True)
-        checks.append(Check(name, bool(passed), f"reward {reward:+.3f}, quality {quality:.1%}, FLOPs {flops:.1%}"))
-    return checks
+def _panel_check(name: str, episodes: list[Episode]) -> Check:
+    infos = [episode.info for episode in episodes]
+    reward = np.mean([episode.total for episode in episodes])
+    quality, flops = (np.mean([info[key] for info in infos]) for key in ("quality", "flops_ratio"))
+    is_dense = all(info["quality"] == info["quality_ref"] for info in infos) and abs(flops - 1) < SLACK
+    passed = {"nothing skipped": is_dense, "all skipped": flops < 1}.get(name, True)
+    return Check(name, bool(passed), f"reward {reward:+.3f}, quality {quality:.1%}, FLOPs {flops:.1%}")
 
 
 def _rewards(env: SwitchableEnv, panel: dict[str, list[Episode]]) -> Check:
@@ -124,7 +122,7 @@ def _rewards(env: SwitchableEnv, panel: dict[str, list[Episode]]) -> Check:
 
 def _optimum(env: SwitchableEnv, panel: dict[str, list[Episode]]) -> Check:
     """Whether the best of all decisions on a few instances is at least as good as those of the panel."""
-    sizes = _sizes(env.action_space)
+    sizes = env.core.actions.nvec
     if number_of_decisions(sizes) > EXHAUSTIVE or len(env.core.stages) > 1:
         return Check("best of all decisions", True, "not tried: there are too many, or several stages")
     actions = list(all_decisions(sizes).astype(env.action_space.dtype).reshape(-1, *env.action_space.shape or ()))
@@ -141,13 +139,6 @@ def _optimum(env: SwitchableEnv, panel: dict[str, list[Episode]]) -> Check:
     ]
     finding = ", ".join(f"{name}: {reward:+.3f}" for name, reward in best.items())
     return Check("best of all decisions", not beaten, "; ".join(beaten) or f"{len(actions)} tried; {finding}")
-
-
-def _sizes(space: gym.Space) -> Any:
-    """How many choices each component of an action has, int64 ``[components]``."""
-    if isinstance(space, gym.spaces.Discrete):
-        return np.array([space.n])
-    return space.nvec if isinstance(space, gym.spaces.MultiDiscrete) else np.full(space.shape or (), 2)
 
 
 def _episode(

@@ -4,7 +4,9 @@ import hashlib
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,10 @@ from sd_gym.agents.runs.statistics import bootstrap_interval
 from sd_gym.agents.runs.verdict import Verdict, fewest_instances, losses_allowed, verdict
 
 from sd_gym.backbones import Backbone
-from sd_gym.config import RewardConfig
 from sd_gym.envs.core import BackboneCore
 from sd_gym.envs.exact import best_rewards, normalised_score
 from sd_gym.envs.protocols import Core, Split
-from sd_gym.envs.report import by_facts, write_instances
+from sd_gym.envs.report import SCORES, by_facts, write_instances
 from sd_gym.envs.table import TableCore, TableSplit
 from sd_gym.execution.passes import Passes
 from sd_gym.execution.split import BackboneSplit
@@ -56,12 +57,9 @@ def evaluate(
     decisions = core.joined(masks, scored["goes_on"])
     if table is not None:
         write_instances(split, scored, table)
-    epsilon = core.config.reward.epsilon
+    epsilon, metrics = core.config.reward.epsilon, split.scoring.metrics
     return {
-        "metrics": {
-            "policy": split.scoring.metrics(rows, decisions),
-            "dense": split.scoring.metrics(rows, np.zeros_like(masks)),
-        },
+        "metrics": {"policy": metrics(rows, decisions), "dense": metrics(rows, np.zeros_like(masks))},
         "split": split_name,
         "instances": len(split),
         **_means(core, split, scored),
@@ -87,12 +85,14 @@ def summary(core: Core, policy: PolicyLike | SplitPolicy, split_name: str) -> di
 
 
 def _means(core: Core, split: Split, scored: dict[str, NDArray]) -> dict[str, Any]:
-    """Means and the verdict of ``outcomes`` on a split."""
-    difference = scored["quality"] - scored["quality_ref"]
-    judged = verdict(scored["quality"], scored["quality_ref"], core.config.reward.epsilon)
-    flops, score = float(scored["flops_ratio_with_policy"].mean()), None
+    reward, difference = core.config.reward, scored["quality"] - scored["quality_ref"]
+    judged = verdict(scored["quality"], scored["quality_ref"], reward.epsilon)
+    flops, score, mean, regret = float(scored["flops_ratio_with_policy"].mean()), None, None, None
     if isinstance(core, TableCore) and split.name == "test":
         score = normalised_score(core.folder, float(-difference.mean()), flops)
+    with suppress(UnknownNameError):  # a run's own objective is registered only where it was trained
+        mean = float(Objective(reward).rewards(*(scored[name] for name in SCORES)).mean())
+        regret = float(best_rewards(split).mean()) - mean if isinstance(split, TableSplit) else None
     return {
         "quality": float(scored["quality"].mean()),
         "quality_ref": float(scored["quality_ref"].mean()),
@@ -102,19 +102,9 @@ def _means(core: Core, split: Split, scored: dict[str, NDArray]) -> dict[str, An
         "flops_ratio": float(scored["flops_ratio"].mean()),
         "flops_ratio_with_policy": flops,
         "normalised_score": score,
-        **_rewards(core.config.reward, split, scored),
+        "return": mean,
+        "regret": regret,
     }
-
-
-def _rewards(reward: RewardConfig, split: Split, scored: dict[str, NDArray]) -> dict[str, float | None]:
-    """The mean reward of scored decisions, and their regret."""
-    try:
-        objective = Objective(reward)
-    except UnknownNameError:  # a run's own objective, which is registered only where it was trained
-        return {"return": None, "regret": None}
-    mean = float(objective.rewards(*(scored[name] for name in ("quality", "quality_ref", "flops_ratio"))).mean())
-    best = float(best_rewards(split).mean()) if isinstance(split, TableSplit) else None
-    return {"return": mean, "regret": None if best is None else best - mean}
 
 
 def decisions_hash(decisions: NDArray) -> str:
@@ -127,7 +117,7 @@ def by_difficulty(scored: dict[str, NDArray], levels: NDArray) -> list[dict[str,
     entries = []
     for level in np.unique(levels):
         chosen = levels == level
-        means = {name: float(scored[name][chosen].mean()) for name in ("quality", "quality_ref", "flops_ratio")}
+        means = {name: float(scored[name][chosen].mean()) for name in SCORES}
         skip_rate = scored["decision"][chosen, :-1].mean(axis=0).tolist()
         entries.append({"difficulty": int(level), "instances": int(chosen.sum()), **means, "skip_rate": skip_rate})
     return entries
@@ -148,8 +138,7 @@ def time_ratio(
     Returns:
         Medians over batches of times over the dense one: ``time_ratio``; ``dense_by_length``, the dense backbone in
         passes by length alone; ``dense_shortened``, the dense backbone on inputs that are all cut to the share of
-        tokens that the policy keeps (``None`` if the env drops none). And sums over the same batches: ``flops_ratio``
-        of the rows alone, and ``executed_ratio``, executed FLOPs, including padding, over those of the dense pass.
+        tokens that the policy keeps (``None`` if the env drops none).
     """
     split = core.split(split_name)
     # A policy with an answer stage runs like an artefact, in one pass and the rest for rows that go on; else as in the
@@ -157,36 +146,19 @@ def time_ratio(
     artefact = None
     if core.has_answer_stage and isinstance(policy, DecisionPolicy):
         artefact = export(core, policy, (), {})
-    random = np.random.default_rng(0)
-    times: list[list[float]] = []
-    flops = np.zeros(4)
+    random, times = np.random.default_rng(0), list[list[float]]()
     started = time.perf_counter()
     for number in range(batches + WARM_UP):
         if len(times) >= LEAST_TIMED and time.perf_counter() - started > TIMED_SECONDS:
             break
         rows = random.integers(len(split), size=min(batch_size, len(split)))
         decisions, _ = core.rollout(split, rows, policy.decide)
-        level = core.to_masks(decisions)[:, -1]
-        runs = _contestants(core, policy, artefact, split, rows, level)
+        runs = _contestants(core, policy, artefact, split, rows, core.to_masks(decisions)[:, -1])
         dense, *others = [_seconds(run, core.backbone) for run in runs]
-        if number < WARM_UP:
-            continue
-        times.append([seconds / dense for seconds in others])
-        nothing, costs = np.zeros_like(decisions), split.costs
-        parts = core.parts(split, rows, decisions)
-        if artefact is not None:
-            parts = [picked for picked, _ in split.passes.planned(rows, core.to_masks(nothing))]
-        executed = costs.executed_flops(rows, decisions, parts)
-        dense_executed = costs.executed_flops(rows, nothing, [np.arange(len(rows))])
-        flops += costs.flops(rows, decisions).sum(), costs.dense_flops(rows).sum(), executed, dense_executed
-    switched, by_length, *shortened = (statistics.median(ratios) for ratios in zip(*times, strict=True))
-    return {
-        "time_ratio": switched,
-        "dense_by_length": by_length,
-        "dense_shortened": shortened[0] if shortened else None,
-        "flops_ratio": float(flops[0] / flops[1]),
-        "executed_ratio": float(flops[2] / flops[3]),
-    }
+        if number >= WARM_UP:
+            times.append([seconds / dense for seconds in others])
+    medians = [statistics.median(ratios) for ratios in zip(*times, strict=True)]
+    return dict(zip_longest(("time_ratio", "dense_by_length", "dense_shortened"), medians))
 
 
 def _contestants(

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sd_gym.config import dotted, nested
 from sd_gym.envs.protocols import Core
 from sd_gym.operating_points import OperatingPoint
 from sd_gym.policy import DecisionPolicy
@@ -37,9 +36,9 @@ def export(
     if exported.masks is not None or exported.projection is not None:
         nvec = [*core.decision_nvec.tolist(), *[2] * core.has_answer_stage]
         network = TablePolicy(policy, nvec, core.backbone.board.names, exported.masks, exported.projection)
-    env = dotted(exported.env.model_dump())
-    known = nested({key: value for key, value in env.items() if key != "reward.objective"})
-    card = {"env": known, "backbone": exported.backbone, **card}
+    env = exported.env.model_dump()
+    env["reward"].pop("objective")
+    card = {"env": env, "backbone": exported.backbone, **card}
     of_input = exported.mean, exported.deviation, exported.rarity, exported.protection
     looks = exported.of_tokens, exported.ranking_costs_flops, exported.context
     return SkipPolicy(network, *of_input, tuple(operating_points), card, *looks)

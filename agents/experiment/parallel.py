@@ -10,13 +10,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from sd_gym.agents.experiment.comparison_plan import PlannedRun
 from sd_gym.agents.learning.agent import NotApplicableError
 
 from sd_gym import cluster
-from sd_gym.errors import one_line, quiet
-from sd_gym.registry import import_own
+from sd_gym.errors import one_line
 
 
 class RunStatus(NamedTuple):
@@ -101,8 +99,7 @@ class _Schedule:
         return None
 
 
-def _attempt(run: PlannedRun, imports: Sequence[str], on_status: OnStatus) -> RunStatus:
-    """Train a run; returns its last status."""
+def _attempt(run: PlannedRun, imports: Sequence[str], on_status: OnStatus = lambda status: None) -> RunStatus:
 
     def on_progress(steps: int, figures: dict[str, float]) -> None:
         on_status(RunStatus(run, "learning" if figures else "searching", steps))
@@ -121,7 +118,6 @@ def _message(error: BaseException) -> str:
 
 
 def _share(schedule: _Schedule, jobs: int, imports: Sequence[str]) -> None:
-    """Train the waiting runs in processes."""
     workers = [_Worker(imports) for _ in range(min(jobs, len(schedule.waiting)))]
     try:
         while True:
@@ -148,7 +144,7 @@ def _share_on_ray(schedule: _Schedule, address: str, imports: Sequence[str]) -> 
     running: dict[Any, PlannedRun] = {}
     while True:
         while len(running) < cores and (run := schedule.next()) is not None:
-            running[cluster.submit(ray, _attempt, run, imports, _ignore, imports=imports)] = run
+            running[cluster.submit(ray, _attempt, run, imports, imports=imports)] = run
         if not running:
             return
         (ended,), _ = ray.wait(list(running), num_returns=1)
@@ -157,17 +153,6 @@ def _share_on_ray(schedule: _Schedule, address: str, imports: Sequence[str]) -> 
             schedule.update(ray.get(ended))
         except ray.exceptions.RayError as error:  # its process or its machine died several times
             schedule.update(RunStatus(run, "failed", message=_message(error)))
-
-
-def _ignore(status: RunStatus) -> None:
-    """Report nothing: a cluster sends only the last status."""
-
-
-def _prepare_process(imports: list[str]) -> None:
-    quiet()
-    torch.set_num_threads(1)  # several processes with several threads each are many times slower
-    for name in imports:
-        import_own(name)
 
 
 class _Worker:
@@ -211,7 +196,7 @@ def _work(connection: Connection, imports: list[str]) -> None:
     """Train the runs that come over a connection, until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _prepare_process(imports)
+    cluster.prepare(os.getcwd(), imports)
     while True:
         try:
             run = connection.recv()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sd_gym.agents.experiment.evaluation import decisions_hash, evaluate
 from sd_gym.agents.experiment.run import core_of_run
 from sd_gym.agents.learning.decisions import SplitDecisions, check_fits, decide_on, decision_flops, score_decisions
-from sd_gym.agents.runs.folder import has_policy, read_description, read_result
+from sd_gym.agents.runs.folder import read_description, read_result
 
 from sd_gym.envs.protocols import Split
 from sd_gym.policy import DecisionPolicy
@@ -46,12 +46,12 @@ class Replay(NamedTuple):
 
 
 class RecordedInstances(NamedTuple):
-    """The content of ``instances.csv``, one value per instance."""
+    """The content of ``instances.csv``."""
 
     ids: list[str]
     decisions: NDArray  # masks, int64 [n, switches + 1]
     goes_on: NDArray  # which rows went on after their answer, bool [n]
-    scores: dict[str, NDArray]  # quality, quality_ref, flops_ratio and flops_ratio_with_policy; float64 [n] each
+    scores: dict[str, NDArray]  # those of ``SCORES``, and flops_ratio_with_policy; float64 [n] each
 
 
 def replay(folder: Path) -> Replay:
@@ -83,7 +83,9 @@ def replay(folder: Path) -> Replay:
     scored = score_decisions(core, split, rows, decisions)
     for name, tolerance in SCORES.items():
         _check_scores(file, recorded, name, scored[name], tolerance)
-    policy = check_fits(DecisionPolicy.load(folder), core) if has_policy(folder) else None
+    # A ``PrivilegedAgent`` and ``sd_gym.evaluate`` leave no policy.
+    has_policy = (folder / "policy.safetensors").exists()
+    policy = check_fits(DecisionPolicy.load(folder), core) if has_policy else None
     dense = split.costs.dense_flops(rows)
     if policy is None:
         own = dense * (recorded.scores["flops_ratio_with_policy"] - recorded.scores["flops_ratio"])

@@ -1,11 +1,9 @@
 """A run: its folder, training with model selection, and its result."""
 
 import json
-import platform
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from sd_gym.agents.learning.decisions import (
     versions,
 )
 from sd_gym.agents.registry import agent_class, is_control, make_agent, make_settings
-from sd_gym.agents.runs.folder import check_backbone, read_description
+from sd_gym.agents.runs.folder import check_backbone, read_description, run_description
 from sd_gym.agents.runs.guarantee import on_other_rows
 from sd_gym.agents.runs.verdict import CONFIDENCE
 from sd_gym.agents.serving import run as dials
@@ -42,7 +40,7 @@ from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import joined
 from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.files import as_json, damaged_checkpoint, read_checkpoint, write_checkpoint, write_json
-from sd_gym.folders import MARKER, contents, foreign, locked
+from sd_gym.folders import contents, foreign, locked
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.card import FILE
 from sd_gym.registration import SERVING, registered_ids
@@ -50,12 +48,10 @@ from sd_gym.registry import UnknownNameError, naming_imports, unknown
 from sd_gym.tasks.data import SPLITS
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 from sd_gym.tasks.splits import check_unchanged
-from sd_gym.version import __version__
 
 VALIDATIONS = 8  # during training
 TIMED_BATCH_SIZES = (1, 8, 32)
 OnProgress = Callable[[int, dict[str, float]], None]  # called with (steps so far, figures to show)
-LIBRARIES = ("gymnasium", "numpy", "sd-gym", "stable-baselines3", "torch", "transformers")
 
 
 def split_settings(algo: str, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -76,33 +72,64 @@ def is_setting(key: str) -> bool:
 
 def train(
     env_id: str,
-    algo: str,
-    folder: Path,
+    algo: str = "ppo",
+    output: str | Path | None = None,
     *,
-    steps: int,
+    steps: int = 50_000,
     seed: int = 0,
-    settings: dict[str, Any] | None = None,
     confidence: float = CONFIDENCE,
     resume: bool = False,
     imports: Sequence[str] = (),
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = lambda steps, figures: None,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Train an agent like ``sd_gym.train``; raises also ``FolderInUseError`` if another process uses the folder.
+    """Train an agent, select its best policy on validation, and evaluate that on the test split: ``sd-gym train``.
 
     The folder gets ``config.json``, TensorBoard events, ``policy.safetensors``, ``policy.json``, ``skip_policy.json``
     and ``skip_policy.safetensors`` (the policy as an artefact, with ``README.md``), ``result.json``,
     ``instances.csv``, ``result.png`` (and ``sb3.safetensors``); ``checkpoint.pt`` while it learns.
+
+    Args:
+        env_id: A registered id.
+        algo: An agent's name.
+        output: Run folder; ``None``: ``default_folder``.
+        steps: Decisions to learn from.
+        seed: Seed of the agent and of the drawn instances.
+        confidence: One-sided confidence of the guarantee that the selected policy loses less than ``epsilon``.
+        resume: Whether to go on with an interrupted run.
+        imports: Modules and files that register what the run needs; errors name them if they are missing later.
+        on_progress: Called after each rollout with (steps so far, figures to show).
+        settings: Keys of the env's config and settings of the agent.
+
+    Returns:
+        The result, as in the folder's ``result.json``: ``quality``, ``quality_ref`` (dense), ``flops_ratio``,
+        ``flops_ratio_with_policy``, the verdict ``quality_kept`` at ``epsilon``, ``quality_difference_interval``,
+        ``by_difficulty``, ``time`` by batch size, and more. ``guarantee`` is the selection in words, and
+        ``last_policy`` has the results of the policy as learned.
+
+    Raises:
+        FileExistsError: If the folder holds a finished run, an interrupted one without ``resume``, or anything else;
+            ``FolderInUseError`` if another process uses it.
+        ValueError: If a name or setting is unknown, the data of a split are malformed, or the run to resume is another
+            one, on other data, or damaged.
     """
-    if env_id in SERVING:
-        options: dict[str, Any] = {"steps": steps, "seed": seed, "settings": settings, "confidence": confidence}
-        return dials.train(env_id, algo, folder, resume=resume, on_progress=on_progress, **options)
+    folder = default_folder(env_id, algo, seed) if output is None else Path(output)
     with locked(folder):
         unfinished = _unfinished_run(folder, resume)
+        if env_id in SERVING:
+            described = dials.describe(env_id, algo, steps, seed, settings, confidence)
+            return dials.train(described, folder, settings, on_progress)
         with naming_imports(folder):
-            agent = _make(env_id, algo, seed, settings or {})
+            agent = _make(env_id, algo, seed, settings)
         names = {"env": env_id, "algo": algo, "control": is_control(algo), "steps": steps, "seed": seed}
         names |= {"confidence": confidence, "imports": list(imports)}
         return _train(agent, folder, names, unfinished, on_progress)
+
+
+def default_folder(env_id: str, algo: str, seed: int) -> Path:
+    """``runs/TASK-ALGO-SEED``, such as ``runs/Classification-Mini-ppo-0``."""
+    name = env_id.removeprefix("SD/").removesuffix("-v0").replace("/", "-")
+    return Path("runs") / f"{name}-{algo}-{seed}"
 
 
 def _unfinished_run(folder: Path, resume: bool) -> dict[str, Any] | None:
@@ -121,22 +148,16 @@ def _unfinished_run(folder: Path, resume: bool) -> dict[str, Any] | None:
 
 
 def _train(
-    agent: BaseAgent,
-    folder: Path,
-    names: dict[str, Any],
-    unfinished: dict[str, Any] | None,
-    on_progress: OnProgress | None,
+    agent: BaseAgent, folder: Path, names: dict[str, Any], unfinished: dict[str, Any] | None, on_progress: OnProgress
 ) -> dict[str, Any]:
     core = agent.env.core
     for split in SPLITS:  # so errors in a split are raised before learning
         core.split(split)
     agent.env.reset(seed=names["seed"])
-    description = {MARKER: __version__, **names, **run_metadata(core.config)}
+    description = run_description(names, core.config, core.backbone, core.data.identity())
     description["agent_settings"] = agent.settings.model_dump()
-    description["weights"] = core.backbone.weights
-    description["data"] = core.data.identity()
     if unfinished is not None:
-        check_same_run(folder, identity(unfinished), identity(json.loads(as_json(description))))
+        check_same_run(folder, unfinished, description)
         check_unchanged(folder, unfinished["data"], core.data)
     learner = agent if isinstance(agent, Agent) else None
     steps, checkpoint, selection = names["steps"], folder / "checkpoint.pt", Selection(core, names["confidence"])
@@ -158,9 +179,8 @@ def _train(
             if state := learner.state():
                 saved = {"agent": state, "history": selection.history, "scores": core.scores()}
                 write_checkpoint(checkpoint, saved)
-        if on_progress is not None:
-            figures = {key: float(np.mean(values)) for key, values in rollout.infos.items() if key in INFO_TAGS}
-            on_progress(rollout.steps, figures)
+        figures = {key: float(np.mean(values)) for key, values in rollout.infos.items() if key in INFO_TAGS}
+        on_progress(rollout.steps, figures)
 
     agent.learn(steps, logger, after_rollout)
     reached = reached or steps  # an agent that learns nothing has no rollouts
@@ -170,8 +190,7 @@ def _train(
             log_validation(logger, selection.validate(reached, policy, agent.env.objective), switches)
         policy.save(folder)
     agent.save_extra(folder)
-    selected = selection if agent.selects else None
-    result = _finish(folder, description, core, policy, selected, last, selection.history)
+    result = _finish(folder, description, policy, selection, last)
     log_result(logger, reached, result)
     logger.close()
     checkpoint.unlink(missing_ok=True)
@@ -193,13 +212,13 @@ def _selected(agent: BaseAgent, selection: Selection) -> tuple[PolicyLike | Spli
     return (chosen or Version(dense)).policy, summary(core, learned, "test")
 
 
-def _score_dense(agent: Agent, steps: int, checkpoint: Path, on_progress: OnProgress | None) -> None:
+def _score_dense(agent: Agent, steps: int, checkpoint: Path, on_progress: OnProgress) -> None:
     """Score the dense backbone on all rows that the run needs, and keep the scores in the checkpoint."""
     core = agent.env.core
     core.split("validation").scoring.score_dense()
     train = core.split(agent.env.config.split)
     if agent.validates and steps >= len(train):
-        train.scoring.score_dense(lambda: on_progress and on_progress(0, {}))
+        train.scoring.score_dense(lambda: on_progress(0, {}))
         if not checkpoint.exists():
             write_checkpoint(checkpoint, {"scores": core.scores()})
 
@@ -254,7 +273,7 @@ def reduce(run: str | Path, codebook: int, output: str | Path) -> dict[str, Any]
         description["agent_settings"] = {**description["agent_settings"], "codebook": codebook}
         write_json(folder / "config.json", description)
         selected.save(folder)
-        return _finish(folder, description, core, selected, selection)
+        return _finish(folder, description, selected, selection)
 
 
 def _reduced(policy: DecisionPolicy, codebook: int, core: Core) -> DecisionPolicy:
@@ -275,27 +294,23 @@ def _reduced(policy: DecisionPolicy, codebook: int, core: Core) -> DecisionPolic
 def _finish(
     folder: Path,
     description: dict[str, Any],
-    core: Core,
     policy: PolicyLike | SplitPolicy,
-    selection: Selection | None = None,
+    selection: Selection,
     last: dict[str, Any] | None = None,
-    history: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """Write the result of a run and, if the policy can decide without its env, the artefact; return the result."""
-    result = measure(core, policy, "test", folder, selection, last, history)
-    result["data"] = {name: core.split(name).provenance for name in SPLITS}
+    core = selection.core
+    result = measure(selection, policy, "test", SPLITS, folder, last)
     result["artefact"] = None
-    if isinstance(policy, DecisionPolicy):
-        points = [] if selection is None else selection.operating_points()
-        if artefact := export(core, policy, points, run_card(result, description)):
-            artefact.save_pretrained(folder)
-            result["artefact"] = FILE
+    points, card = selection.operating_points(), run_card(result, description)
+    if isinstance(policy, DecisionPolicy) and (artefact := export(core, policy, points, card)):
+        artefact.save_pretrained(folder)
+        result["artefact"] = FILE
     write_result(result, core, folder)
     return result
 
 
 def _make(env_id: str, algo: str, seed: int, settings: dict[str, Any]) -> BaseAgent:
-    """The untrained agent on a vector env of its own."""
     env_settings, agent_settings = split_settings(algo, settings)
     num_envs = make_settings(algo, agent_settings).num_envs
     try:
@@ -309,30 +324,26 @@ def _make(env_id: str, algo: str, seed: int, settings: dict[str, Any]) -> BaseAg
 
 
 def measure(
-    core: Core,
+    selection: Selection,
     policy: PolicyLike | SplitPolicy,
     split: str,
+    splits: Sequence[str],
     folder: Path | None,
-    selection: Selection | None = None,
     last: dict[str, Any] | None = None,
-    history: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The result on a split, with times of a policy on a backbone; writes ``instances.csv`` if there is a folder.
+    """The result of a policy on a split, with times if it is one on a backbone, and the provenance of ``splits``.
 
-    ``selection`` has selected the policy; ``last`` are the results of the policy as learned, and ``history`` those of
-    validations.
+    ``selection`` may have selected the policy; ``last`` are the results of the policy as learned. ``instances.csv`` is
+    written if there is a folder.
     """
+    core = selection.core
     result = evaluate(core, policy, split, table=folder and folder / "instances.csv")
-    result |= {"time": {}, "history": list(history), "last_policy": last}
-    result |= {"margin": 0.0, "selection": None, "guarantee": None}
+    result |= {"time": {}, "history": selection.history, "last_policy": last, **selection.report()}
     if isinstance(core, BackboneCore) and not isinstance(policy, SplitPolicy):
         result["time"] = {str(size): time_ratio(core, policy, split, size) for size in TIMED_BATCH_SIZES}
-    if selection is not None:
-        result |= {"margin": selection.margin, "selection": selection.report(), "guarantee": selection.guarantee}
-        if selection.selected is not None:
-            keys = ("instances", "split", "quality_difference", "quality_difference_interval")
-            result["guarantee"] += f"; {on_other_rows(*(result[key] for key in keys))}"
-    return result
+    if selection.selected is not None:
+        result["guarantee"] += f"; {on_other_rows(result)}"
+    return result | {"data": {name: core.split(name).provenance for name in splits}}
 
 
 def write_result(result: dict[str, Any], core: Core, folder: Path) -> None:
@@ -341,18 +352,20 @@ def write_result(result: dict[str, Any], core: Core, folder: Path) -> None:
     write_json(folder / "result.json", result)
 
 
-def check_same_run(folder: Path, was: dict[str, Any], now: dict[str, Any], hint: str = "") -> None:
+def check_same_run(folder: Path, present: dict[str, Any], described: dict[str, Any], hint: str = "") -> None:
     """Raise ``ValueError`` if a folder holds another run: if a key that both descriptions have differs."""
+    was, now = _identity(present), _identity(json.loads(as_json(described)))
     if differ := [key for key in now if key in was and was[key] != now[key]]:
         shown = ", ".join(f"its {key} is {was[key]}, now it is {now[key]}" for key in differ)
         raise ValueError(f"{folder} holds another run: {shown}{hint}")
 
 
-def identity(description: dict[str, Any]) -> dict[str, Any]:
+def _identity(description: dict[str, Any]) -> dict[str, Any]:
     """What identifies a run, by key: env, agent, seed, steps, the env's config and the agent's settings."""
     keys = ("env", "algo", "steps", "seed", "confidence", "weights")
     named = {key: description[key] for key in keys if key in description}
-    return {**named, **dotted(description["env_config"]), **description["agent_settings"]}
+    env = description["env_config"]
+    return {**named, **(env if description["env"] in SERVING else dotted(env)), **description["agent_settings"]}
 
 
 def load_run(folder: Path) -> tuple[dict[str, Any], Core, DecisionPolicy]:
@@ -387,12 +400,3 @@ def run_config(description: dict[str, Any], settings: dict[str, Any] | None = No
     if objective is None or "reward.objective" in overrides:
         return config
     return config.model_copy(update={"reward": config.reward.model_copy(update={"objective": objective})})
-
-
-def run_metadata(config: EnvConfig) -> dict[str, Any]:
-    """The part of ``config.json`` about the env, the command and the libraries."""
-    return {
-        "command": shlex.join(sys.argv),
-        "env_config": config.model_dump(),
-        "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
-    }

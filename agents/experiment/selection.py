@@ -79,7 +79,7 @@ class Selection:
     history: list[dict[str, Any]] = field(default_factory=list)  # an entry per validation; see ``validate``
     tested: list[tuple[Version, Tested]] = field(default_factory=list)  # in the order of the tests
     selected: Version | None = None  # None: dense
-    _paths: list[list[_Estimate]] = field(default_factory=list)
+    _points: list[_Estimate] | None = None  # those that were estimated; None: nothing was selected
 
     def __post_init__(self) -> None:
         if not 0.5 <= self.confidence < 1:
@@ -101,10 +101,18 @@ class Selection:
 
     def select(self, points: Sequence[Version]) -> Version | None:
         """Select a point, ``None``: dense. Versions of a policy are neighbours in the list, from cautious to bold."""
-        self._paths = self._estimated(points)
+        paths = self._estimated(points)
+        self._points = [point for path in paths for point in path]
         self.tested, self.selected = [], None
-        for version in (point.version for point in self._order()):
-            result = self._test(version)
+        for version in self._order(paths):
+            scored = outcomes(self.core, version.policy, self.core.split("validation"))
+            result = Tested(
+                float(scored["flops_ratio"].mean()),
+                float(scored["flops_ratio_with_policy"].mean()),
+                float((scored["quality_ref"] - scored["quality"]).mean()),
+                highest_loss(scored["quality"], scored["quality_ref"], self.confidence),
+                self._kept(scored),
+            )
             self.tested.append((version, result))
             if not result.passed:
                 break
@@ -117,7 +125,7 @@ class Selection:
         It has the fewest FLOPs of those with a mean loss of at most epsilon there, without any test.
         """
         epsilon = self.core.config.reward.epsilon
-        points = sorted((point for path in self._paths for point in path), key=lambda point: point.flops)
+        points = sorted(self._points or (), key=lambda point: point.flops)
         fitting = (point for point in points if point.flops < 1 and point.losses.mean() <= epsilon)
         return next((point.version for point in fitting), None)
 
@@ -134,7 +142,12 @@ class Selection:
         return of if isinstance(of, DecisionPolicy | TablePolicy) else None
 
     def operating_points(self) -> list[OperatingPoint]:
-        """The tested versions of the selected policy, and dense, the boldest first; margins are relative to it."""
+        """The tested versions of the selected policy, and dense, the boldest first; margins are relative to it.
+
+        Empty if nothing was selected.
+        """
+        if self._points is None:
+            return []
         points, origin = [OperatingPoint(DENSE_MARGIN - self.margin, 0.0, 0.0, 1.0, True)], self.origin
         for version, result in self.tested:
             if version is self.selected or (version.of is not None and version.of is origin):
@@ -143,16 +156,14 @@ class Selection:
         return points[::-1]
 
     def report(self) -> dict[str, Any]:
-        """For ``result.json``: rows, epsilon and confidence of the tests, and the points in the order of the tests."""
+        """For ``result.json``: ``margin``, ``guarantee`` in words, and ``selection``, the tests in their order."""
+        if self._points is None:
+            return {"margin": 0.0, "selection": None, "guarantee": None}
+        rows, epsilon = len(self.core.split("validation")), self.core.config.reward.epsilon
         points = [result._asdict() for _, result in self.tested]
-        rows, epsilon = len(self.core.split("validation")), self.core.config.reward.epsilon
-        return {"rows": rows, "epsilon": epsilon, "confidence": self.confidence, "points": points}
-
-    @property
-    def guarantee(self) -> str:
-        """The guarantee of the selected point, in words."""
-        rows, epsilon = len(self.core.split("validation")), self.core.config.reward.epsilon
-        return guarantee(rows, epsilon, self.confidence, self.selected is None)
+        selection = {"rows": rows, "epsilon": epsilon, "confidence": self.confidence, "points": points}
+        text = guarantee(rows, epsilon, self.confidence, self.selected is None)
+        return {"margin": self.margin, "selection": selection, "guarantee": text}
 
     def _estimated(self, points: Sequence[Version]) -> list[list[_Estimate]]:
         """The points of each policy, up to the first one that is hopeless on policy rows."""
@@ -167,29 +178,19 @@ class Selection:
             paths.append([_Estimate(core, version, rows) for version in versions])
         return paths
 
-    def _order(self) -> list[_Estimate]:
+    def _order(self, paths: list[list[_Estimate]]) -> list[Version]:
         """The sequence of the tests. A single path is in order already, and needs no losses."""
-        points = [point for path in self._paths for point in path]
+        points = [point for path in paths for point in path]
         if not points:
             return []
-        losses = np.zeros((len(points), 1)) if len(self._paths) == 1 else np.stack([point.losses for point in points])
+        losses = np.zeros((len(points), 1)) if len(paths) == 1 else np.stack([point.losses for point in points])
         # Variants of one policy do not exclude each other: on rows that it has learned on, its bold versions may seem
         # to lose less than they do.
-        firsts = [path[0].version for path in self._paths]
+        firsts = [path[0].version for path in paths]
         policies = [id(version if version.learned is None else version.learned) for version in firsts]
-        number = np.repeat(np.unique(policies, return_inverse=True)[1], [len(path) for path in self._paths])
+        number = np.repeat(np.unique(policies, return_inverse=True)[1], [len(path) for path in paths])
         flops, most = np.array([point.flops for point in points]), PASSES if self.core.config.table is None else POINTS
-        return [points[index] for index in sequence(flops, losses, number, most)]
-
-    def _test(self, version: Version) -> Tested:
-        scored = outcomes(self.core, version.policy, self.core.split("validation"))
-        return Tested(
-            float(scored["flops_ratio"].mean()),
-            float(scored["flops_ratio_with_policy"].mean()),
-            float((scored["quality_ref"] - scored["quality"]).mean()),
-            highest_loss(scored["quality"], scored["quality_ref"], self.confidence),
-            self._kept(scored),
-        )
+        return [points[index].version for index in sequence(flops, losses, number, most)]
 
     def _kept(self, scored: dict[str, NDArray]) -> bool:
         epsilon = self.core.config.reward.epsilon

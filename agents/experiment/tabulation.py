@@ -182,13 +182,12 @@ def _choice(core: Core, asked: str, seed: int) -> NDArray:
     if kind == "random" and value.isdecimal() and int(value) > 0:
         return random_masks(core.decision_nvec, int(value), seed)
     if asked == "path":
-        rows = policy_rows(core, PATH_INSTANCES)
-        return np.stack(greedy_path(core, core.split("train"), rows, lambda scored: None))
+        return greedy_path(core, core.split("train"), policy_rows(core, PATH_INSTANCES))
     if asked == "layers":
         units = skip_units(core, "layer")
         if number_of_decisions(core.nvec[[unit[0] for unit in units]]) > MOST:
             raise ValueError(f"{core.config.id} has too many layers: a table has at most {MOST:,} masks; choose path")
-        return np.stack(all_masks(core.nvec, units))
+        return all_masks(core.nvec, units)
     if kind == "codebook":
         name = value or core.config.codebook
         if name is None:

@@ -25,6 +25,7 @@ from sd_gym.registration import config_of
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
+    from optuna.distributions import BaseDistribution
 
 STUDY, BEST = "study.db", "best.yaml"
 FOLDER, FAILED = "folder", "failed"  # of a trial, in the study
@@ -98,23 +99,21 @@ def tune(
         study = _study(folder, {**what, "settings": settings})
         _begin(study, {key: agent_class(algo).Settings.model_fields[key].default for key in space})
         at_once = -(-(jobs if ray is None else cluster.cores(cluster.connect(ray))) // seeds)
-        while (missing := trials - _count_finished(study)) > 0:
-            asked = [study.ask() for _ in range(min(missing, at_once))]
-            values = [{key: _suggest(trial, key, choices) for key, choices in space.items()} for trial in asked]
+        while True:
+            finished = sum(trial.state.name == "COMPLETE" or FAILED in trial.user_attrs for trial in study.trials)
+            asked = [study.ask(_distributions(space)) for _ in range(min(trials - finished, at_once))]
+            if not asked:
+                break
             places = [folder / f"trial-{trial.user_attrs.get(FOLDER, trial.number)}" for trial in asked]
             runs = [
-                PlannedRun(env_id, algo, place / str(seed), steps, seed, {**settings, **own}, confidence)
-                for place, own in zip(places, values, strict=True)
+                PlannedRun(env_id, algo, place / str(seed), steps, seed, {**settings, **trial.params}, confidence)
+                for place, trial in zip(places, asked, strict=True)
                 for seed in range(seeds)
             ]
             statuses = train_many(runs, jobs=jobs, ray=ray, imports=imports)
-            for number, (trial, own) in enumerate(zip(asked, values, strict=True)):
-                on_trial(_record(study, trial, statuses[number * seeds : (number + 1) * seeds], own))
+            for number, trial in enumerate(asked):
+                on_trial(_record(study, trial, statuses[number * seeds : (number + 1) * seeds]))
         return _write_best(study, folder / BEST, algo, what)
-
-
-def _count_finished(study: Study) -> int:
-    return sum(trial.state.name == "COMPLETE" or FAILED in trial.user_attrs for trial in study.trials)
 
 
 def score(validated: dict[str, Any]) -> float:
@@ -154,28 +153,29 @@ def _begin(study: Study, defaults: dict[str, Any]) -> None:
             study.enqueue_trial(trial.params, {FOLDER: trial.user_attrs.get(FOLDER, trial.number)})
 
 
-def _suggest(trial: Trial, key: str, values: list[Any] | tuple[float, float]) -> Any:
-    if isinstance(values, tuple):
-        return trial.suggest_float(key, *values, log=True)
-    return trial.suggest_categorical(key, values)
+def _distributions(space: dict[str, list[Any] | tuple[float, float]]) -> dict[str, BaseDistribution]:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    return {
+        key: FloatDistribution(*values, log=True) if isinstance(values, tuple) else CategoricalDistribution(values)
+        for key, values in space.items()
+    }
 
 
-def _record(study: Study, trial: Trial, statuses: list[RunStatus], values: dict[str, Any]) -> TrialResult:
-    """Record the outcome of a trial's runs in the study."""
+def _record(study: Study, trial: Trial, statuses: list[RunStatus]) -> TrialResult:
     from optuna.trial import TrialState
 
     if messages := [status.message for status in statuses if status.message]:
         trial.set_user_attr(FAILED, messages[0])  # an interrupted trial has none, and does not count
         study.tell(trial, state=TrialState.FAIL)
-        return TrialResult(trial.number, values, None, messages[0])
+        return TrialResult(trial.number, trial.params, None, messages[0])
     policies = (load_run(status.run.folder)[1:] for status in statuses)
     mean = fmean(score(summary(core, policy, "validation")) for core, policy in policies)
     study.tell(trial, mean)
-    return TrialResult(trial.number, values, mean)
+    return TrialResult(trial.number, trial.params, mean)
 
 
 def _write_best(study: Study, file: Path, algo: str, what: dict[str, Any]) -> Path:
-    """Write the best settings that differ from the defaults."""
     complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
     if not complete:
         raise ValueError(f"all trials of {file.parent} failed; see their messages")

@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sd_gym.envs.actions import write_masks
-from sd_gym.envs.protocols import Split
 from sd_gym.going_on import stages_of_pass
 from sd_gym.policy import HIDDEN, DecisionPolicy, blinded
 from sd_gym.policy.observations import to_tensors
@@ -101,11 +100,16 @@ class ImitationAgent(Agent[ImitationSettings]):
         """Search and learn; ``total_steps`` plays no part."""
         core, on_round = self.env.core, partial(report_scored, on_rollout)
         split = core.split("train")
-        if core.is_staged:
-            self._learn_stages(split, logger, on_round)
-            return
-        rows, path = self._rows_of(split), np.stack(self._path(split, on_round))
-        lost = path_losses(split, rows, list(path), on_round).astype(np.float32)
+        rows = np.random.default_rng(self.seed).permutation(len(split))[: self.settings.instances]
+        if self.settings.path is not None:
+            path = nested_path(self.settings.path, core.nvec)
+        else:
+            path = greedy_path(core, split, rows[:ORDER_INSTANCES], on_round, per=self.settings.per)
+        (self._learn_stages if core.is_staged else self._learn_once)(rows, path, on_round, logger)
+
+    def _learn_once(self, rows: NDArray, path: NDArray, on_round: OnRound, logger: Logger) -> None:
+        core, split = self.env.core, self.env.core.split("train")
+        lost = path_losses(split, rows, path, on_round).astype(np.float32)
         self.searched = SearchResult(rows, path, lost)
         flops = np.array([split.costs.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in path])
         risk = self._foresee(rows, lost[:, 1:], logger)
@@ -120,11 +124,9 @@ class ImitationAgent(Agent[ImitationSettings]):
         self._fit(self.network, loss, "imitation/held_out_loss", len(rows), logger)
         self._tie(path)
 
-    def _learn_stages(self, split: Split, logger: Logger, on_round: OnRound) -> None:
+    def _learn_stages(self, rows: NDArray, path: NDArray, on_round: OnRound, logger: Logger) -> None:
         """Learn the outcomes from the last stage back, and the policy from them."""
-        rows, path = self._rows_of(split), np.stack(self._path(split, on_round))
         self.searched = SearchResult(rows, path, np.zeros((len(rows), 0), dtype=np.float32))
-
         fit, tokens = partial(self._fit, instances=len(rows), logger=logger), self.channels is not None
         bodies = list(self.foresight)
         induction = BackwardInduction(
@@ -133,10 +135,10 @@ class ImitationAgent(Agent[ImitationSettings]):
         targets, nvec = induction.learn(), self.env.core.nvec
         component = np.repeat(np.arange(len(nvec)), nvec)  # of each logit
         stages = []  # of each: observations, target logits, and 1 for logits of the stage, else 0
-        for target, choices in zip(targets, induction.stage_choices, strict=True):
-            logits = component_logits(target.steps.flatten(0, 1).clamp(-SURE, SURE), choices.ways, nvec)
+        for (observations, steps), choices in zip(targets, induction.stage_choices, strict=True):
+            logits = component_logits(steps.flatten(0, 1).clamp(-SURE, SURE), choices.ways, nvec)
             own = torch.from_numpy(np.isin(component, choices.components)).float()
-            stages.append((target.observations, logits.unflatten(0, target.steps.shape[:2]), own))
+            stages.append((observations, logits.unflatten(0, steps.shape[:2]), own))
 
         def loss(chosen: Tensor | slice) -> Tensor:
             errors, counted = torch.zeros(()), torch.zeros(())
@@ -149,16 +151,6 @@ class ImitationAgent(Agent[ImitationSettings]):
         fit(self.network, loss, "imitation/held_out_loss")
         for choices in induction.stage_choices:
             self._tie(choices.ways)
-
-    def _rows_of(self, split: Split) -> NDArray:
-        return np.random.default_rng(self.seed).permutation(len(split))[: self.settings.instances]
-
-    def _path(self, split: Split, on_round: OnRound) -> list[NDArray]:
-        """The path of a run, or a searched one."""
-        core, folder = self.env.core, self.settings.path
-        if folder is None:
-            return greedy_path(core, split, self._rows_of(split)[:ORDER_INSTANCES], on_round, per=self.settings.per)
-        return nested_path(folder, core.nvec)
 
     def save_extra(self, folder: Path) -> None:
         """Write the path as ``masks.json``."""
@@ -219,7 +211,7 @@ class ImitationAgent(Agent[ImitationSettings]):
         """Give components that are skipped together, those of a layer, their mean logits."""
         nvec, head = self.env.core.nvec, self.network.head
         first = np.cumsum([0, *nvec[:-1]])
-        for raised in path_steps(list(path)):
+        for raised in path_steps(path):
             for choice in range(int(nvec[raised].max()) if len(raised) > 1 else 0):
                 outputs = torch.from_numpy(first[raised] + choice)
                 for values in head.parameters():

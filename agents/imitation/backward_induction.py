@@ -11,13 +11,12 @@ margin on the logits of all stages is another price.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from sd_gym.agents.imitation.path_logits import accepting_logits, step_logits
-from sd_gym.agents.learning.agent import token_tensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -47,7 +46,7 @@ class StageObservations(NamedTuple):
 
     flat: Tensor  # without tokens, float32 [n, looks, features]
     rows: NDArray  # of the instances, int64 [n]
-    tokens: Callable[[NDArray], dict[str, Tensor]] | None  # embeds tokens of rows; None: none are observed
+    tokens: Callable[[NDArray], Any] | None  # embeds tokens of rows; None: none are observed
 
     def of(self, chosen: Tensor | slice) -> Tensor | dict[str, Tensor]:
         """Observations of some instances, with the looks of each in a row; they have the same tokens."""
@@ -59,13 +58,6 @@ class StageObservations(NamedTuple):
         """Outputs of a network on all instances, ``[n * looks, outputs]``."""
         size = len(self.flat) if self.tokens is None else AT_ONCE
         return torch.cat([network(self.of(part)) for part in torch.arange(len(self.flat)).split(size)])
-
-
-class StageTargets(NamedTuple):
-    """Observations at a stage, and target logits of its steps for the policy, float32 ``[n, looks, ways - 1]``."""
-
-    observations: StageObservations
-    steps: Tensor
 
 
 def stage_choices(core: Core, path: NDArray) -> list[StageChoices]:
@@ -166,11 +158,11 @@ class BackwardInduction:
         self.log_prices = LOG_PRICES + self._log_multiplier
         self._networks: dict[int, nn.Module] = {}  # by stage, predicting the outcomes of its ways
 
-    def learn(self) -> list[StageTargets]:
-        """The targets of the policy at each stage."""
+    def learn(self) -> list[tuple[StageObservations, Tensor]]:
+        """Observations at each stage, and target logits of its steps for the policy, ``[n, looks, ways - 1]``."""
         return [self._learn_stage(stage) for stage in reversed(range(len(self.stage_choices)))][::-1]
 
-    def _learn_stage(self, stage: int) -> StageTargets:
+    def _learn_stage(self, stage: int) -> tuple[StageObservations, Tensor]:
         answers = self._is_last(stage) and self.core.has_answer_stage
         before = self.stage_choices[:stage]
         under = earlier_decisions(len(self.rows), self.path.shape[1], before, self._random, answers=answers)
@@ -203,7 +195,7 @@ class BackwardInduction:
                 steps = step_logits(added, spent.mean(dim=0).double())
         else:
             steps = price_logits(costs(predicted, self.log_prices.exp()), self.log_prices)
-        return StageTargets(observations, (steps - self._log_multiplier).unflatten(0, (-1, looks)))
+        return observations, (steps - self._log_multiplier).unflatten(0, (-1, looks))
 
     def _is_last(self, stage: int) -> bool:
         return stage == len(self.stage_choices) - 1
@@ -231,10 +223,8 @@ class BackwardInduction:
         flat, spent, outcomes = (torch.cat(parts)[back] for parts in zip(*results, strict=True))
         return flat, spent, outcomes
 
-    def _read_tokens(self, rows: NDArray) -> dict[str, Tensor]:
-        tokens = self.visible(token_tensors(self.core.observe(self.split, rows)))
-        assert isinstance(tokens, dict)
-        return tokens
+    def _read_tokens(self, rows: NDArray) -> Any:
+        return self.visible(to_tensors(self.core.observe(self.split, rows)))
 
     def _outcomes(self, stage: int, rows: NDArray, decisions: NDArray, state: PassState | None) -> Tensor:
         """Final FLOPs ratio, quality lost and gained, ``[n, prices, 3]``, of decisions up to a stage."""

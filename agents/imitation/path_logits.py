@@ -50,7 +50,7 @@ def component_logits(steps: Tensor, path: NDArray, nvec: NDArray) -> Tensor:
     """
     first = np.cumsum([0, *nvec[:-1]])
     leads = torch.zeros(steps.shape[1], int(nvec.sum()))
-    for step, raised in enumerate(path_steps(list(path))):
+    for step, raised in enumerate(path_steps(path)):
         for component in raised:
             choice, start = path[step + 1, component], first[component]
             if choice > path[step, component]:

@@ -19,7 +19,7 @@ from stable_baselines3.common.logger import Logger
 from torch import nn
 
 from sd_gym.config import StrictModel
-from sd_gym.envs.protocols import Core, Observations
+from sd_gym.envs.protocols import Core
 from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.policy import DecisionPolicy
@@ -130,11 +130,10 @@ class BaseAgent(ABC, Generic[SettingsT]):
     def make_settings(cls, settings: dict[str, Any], blind: bool = False) -> AgentSettings:
         """Checked settings, defaults included; arguments and errors are those of the class."""
         known = list(cls.Settings.model_fields)
-        for key in settings:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else "."
-                raise ValueError(f"unknown setting {key!r} of {cls.__name__}{hint} Known: {', '.join(known)}.")
+        if key := next((key for key in settings if key not in known), None):
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ValueError(f"unknown setting {key!r} of {cls.__name__}{hint} Known: {', '.join(known)}.")
         return cls.Settings(**settings)
 
     @abstractmethod
@@ -179,11 +178,10 @@ class Agent(BaseAgent[SettingsT]):
 
     def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, blind: bool = False, **settings: Any) -> None:
         super().__init__(env, seed=seed, blind=blind, **settings)
-        self._network, self._channels, folder = None, None, None
-        if isinstance(self.settings, LearnerSettings):
-            self._network, self._channels, folder = self.settings.network, self.settings.channels, self.settings.start
+        own = self.settings if isinstance(self.settings, LearnerSettings) else LearnerSettings.model_construct()
+        self._network, self._channels = own.network, own.channels
         self.per_stage = type(self).per_stage and len(env.core.stages) > 1 and self._network is None
-        self.start = None if folder is None else self._load_start(folder)
+        self.start = None if own.start is None else self._load_start(own.start)
 
     @classmethod
     def make_settings(cls, settings: dict[str, Any], blind: bool = False) -> AgentSettings:
@@ -239,7 +237,7 @@ class Agent(BaseAgent[SettingsT]):
         encoders = [module for network in networks for module in network.modules() if isinstance(module, TokenEncoder)]
         if encoders:
             core, split = self.env.core, self.env.core.split("train")
-            texts = token_tensors(core.observe(split, np.arange(min(len(split), FIRST_LOOK))))
+            texts: Any = to_tensors(core.observe(split, np.arange(min(len(split), FIRST_LOOK))))
             for encoder in encoders:
                 encoder.standardise_on(texts)
 
@@ -314,13 +312,6 @@ def observation_layers(space: gym.Space, hidden: int) -> nn.Sequential:
     return nn.Sequential(encoder, *hidden_layers(encoder.size, hidden))
 
 
-def token_tensors(observations: Observations) -> dict[str, torch.Tensor]:
-    """Observations of tokens as tensors."""
-    tensors = to_tensors(observations)
-    assert isinstance(tensors, dict)  # it is called only where tokens are observed
-    return tensors
-
-
 def _check_start(
     start: DecisionPolicy, expected: DecisionPolicy, folder: Path, names: tuple[str, ...] = START_FIELDS
 ) -> None:
@@ -334,7 +325,7 @@ def _check_start(
             )
 
 
-def check_learnable(env: SwitchableVectorEnv, staged: bool = False) -> None:
+def check_learnable(env: SwitchableVectorEnv, staged: bool) -> None:
     """Raise ``ValueError`` if agents cannot learn on an env, ``NotApplicableError`` if only ``staged`` ones can."""
     if not env.core.actions.are_decisions:
         raise ValueError(
@@ -357,25 +348,19 @@ def check_learnable(env: SwitchableVectorEnv, staged: bool = False) -> None:
         )
 
 
-def initial_bias(nvec: NDArray, skip_rate: float) -> torch.Tensor:
-    """Logits, float32 ``[sum(nvec)]``, that choose other than 0 with ``skip_rate`` where there are two choices."""
-    return decision_logits(nvec, np.zeros(len(nvec), dtype=np.int64), 1 - skip_rate)
-
-
 def learning_bias(core: Core, skip_rate: float) -> torch.Tensor:
     """Initial logits, float32 ``[sum(nvec)]``: switches are skipped with ``skip_rate``.
 
     Most tokens are kept: an input without them mostly loses its answer, which says nothing about the switches.
     """
-    parts = [initial_bias(core.nvec[[component]], skip_rate) for component in range(len(core.nvec))]
+    rates = np.full(len(core.nvec), skip_rate)
     if core.switch_names:  # else the components are numbers of masks
-        level = len(core.switch_names)
-        parts[level] = initial_bias(core.nvec[[level]], min(skip_rate, TOKENS_DROPPED))
-    return torch.cat(parts)
+        rates[len(core.switch_names)] = min(skip_rate, TOKENS_DROPPED)
+    return decision_logits(core.nvec, np.zeros_like(core.nvec), 1 - rates)
 
 
-def decision_logits(nvec: NDArray, decision: NDArray, confidence: float) -> torch.Tensor:
+def decision_logits(nvec: NDArray, decision: NDArray, confidence: float | NDArray) -> torch.Tensor:
     """Logits, float32 ``[sum(nvec)]``, of a decision ``[components]``; of two choices it has the ``confidence``."""
-    half = 0.5 * float(np.log(confidence / (1 - confidence)))
-    sizes = zip(nvec, decision, strict=True)
-    return torch.cat([torch.where(torch.arange(int(size)) == int(choice), half, -half) for size, choice in sizes])
+    halves = np.broadcast_to(0.5 * np.log(confidence / (1 - confidence)), len(nvec)).tolist()
+    parts = zip(nvec, decision, halves, strict=True)
+    return torch.cat([torch.where(torch.arange(int(size)) == int(choice), half, -half) for size, choice, half in parts])

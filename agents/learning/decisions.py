@@ -45,7 +45,6 @@ class PolicyLike(Protocol):
     @property
     def flops(self) -> int | None:
         """FLOPs of one decision; ``None``: not counted."""
-        ...
 
     def decide(self, observations: Observations) -> NDArray:
         """Decisions, int64 ``[n, switches + 1]``, for ``n`` observations."""
@@ -157,11 +156,11 @@ def outcomes(
 
 def decision_flops(core: Core, policy: PolicyLike, split: Split, rows: NDArray) -> NDArray:
     """FLOPs of deciding on rows, ``[n]``: the policy's own, if they are known, and those of its observations."""
-    observing = core.observing_flops(split, rows, blind=getattr(policy, "blind", False))
+    flops = core.observing_flops(split, rows, blind=getattr(policy, "blind", False)) + (policy.flops or 0)
     if isinstance(policy, DecisionPolicy):
         tokens = np.minimum(split.encoded.source_length[rows], core.config.backbone.max_source_length)
-        observing = observing + policy.flops_per_token * tokens
-    return np.full(len(rows), policy.flops or 0) + observing
+        flops = flops + policy.flops_per_token * tokens
+    return flops
 
 
 def score_decisions(core: Core, split: Split, rows: NDArray, decisions: NDArray) -> dict[str, NDArray]:
@@ -185,15 +184,13 @@ def _score(
     """Outcomes, ``size`` rows at a time; ``decide`` maps positions in ``rows`` to decisions and a pass's state."""
     # Batches of similar length need little padding; the last line restores the order.
     order = np.argsort(split.encoded.source_length[rows], kind="stable")
-    results: dict[str, list[NDArray]] = {}
+    results = []
     for part in np.split(order, range(size, len(order), size)):
         decisions, state = decide(part)
         outcome = core.score(split, rows[part], decisions, state)
-        values = {"decision": core.to_masks(decisions), "goes_on": core.goes_on(decisions)}
-        values |= {name: getattr(outcome, name) for name in ("quality", "quality_ref", "flops_ratio")}
-        for name, value in values.items():
-            results.setdefault(name, []).append(value)
-    return {name: np.concatenate(parts)[np.argsort(order)] for name, parts in results.items()}
+        scores = {name: getattr(outcome, name) for name in ("quality", "quality_ref", "flops_ratio")}
+        results.append({"decision": core.to_masks(decisions), "goes_on": core.goes_on(decisions), **scores})
+    return {name: np.concatenate([part[name] for part in results])[np.argsort(order)] for name in results[0]}
 
 
 def policy_rows(core: Core, most: int = POLICY_ROWS) -> NDArray:

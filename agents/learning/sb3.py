@@ -186,7 +186,7 @@ class SB3Agent(Agent[SB3SettingsT]):
         vec_env = SwitchableVecEnv(self._reward_env())
         self._vec_env = ObservationVecEnv(vec_env, self.env.core.stages, blind=self.blind)
         self.algorithm = self._make_algorithm(self._vec_env)
-        self._standardise_encoders(*self._networks())
+        self._standardise_encoders(self.algorithm.policy)
         with torch.no_grad():
             if self.start is not None:
                 for theirs, ours in zip(self._actor(), _modules(self.start), strict=True):
@@ -229,9 +229,6 @@ class SB3Agent(Agent[SB3SettingsT]):
             "seed": self.seed,
             "device": "cpu",
         }
-
-    def _networks(self) -> list[nn.Module]:
-        return [self.algorithm.policy]
 
     def _actor(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         """The counterparts of ``_modules``."""

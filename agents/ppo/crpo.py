@@ -90,18 +90,15 @@ class PPOLexSettings(PPOSettings):
 
 
 class PPOLexAgent(PPOAgent[PPOLexSettings]):
-    """PPO that learns to save while the quality is kept, and to restore it while it is not.
-
-    Constraint-rectified policy optimisation (CRPO, Xu, Liang and Lan 2021, algorithm 1), with a second value head for
-    the loss. The env's own reward is not used.
-    """
+    """PPO that learns to save while the quality is kept, and to restore it while it is not: see ``RectifiedPPO``."""
 
     Settings = PPOLexSettings
     Algorithm = RectifiedPPO
     algorithm: RectifiedPPO
 
-    def _networks(self) -> list[nn.Module]:
-        return [*super()._networks(), self.algorithm.loss_critic]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._standardise_encoders(self.algorithm.loss_critic)
 
     def before_update(self, infos: dict[str, NDArray]) -> None:
         """Pass the savings and the losses to the algorithm."""

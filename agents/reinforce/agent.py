@@ -107,7 +107,7 @@ class ReinforceAgent(Agent[ReinforceSettings]):
                 if isinstance(layer, torch.nn.Linear):  # the initialisation of Stable-Baselines3
                     torch.nn.init.orthogonal_(layer.weight, gain=2**0.5)
                     torch.nn.init.zeros_(layer.bias)
-            core, tokens = self.env.core, None if self.channels is None else self._tokens
+            core, tokens = self.env.core, None if self.channels is None else self._observe
             if core.is_staged:
                 self._act, new_foresight = self._rollout, partial(StagedForesight, core, self._split, tokens)
             else:
@@ -236,15 +236,10 @@ class ReinforceAgent(Agent[ReinforceSettings]):
     def _split(self) -> Split:
         return self.env.core.split(self.env.config.split)
 
-    def _observe(self, rows: NDArray) -> Tensor | dict[str, Tensor]:
+    def _observe(self, rows: NDArray) -> Any:
         """Observations of ``rows [n]`` of the split before the first layer; zeros if blind."""
         observations = to_tensors(self.env.core.observe(self._split, rows))
         return blinded(observations, ["first"]) if self.blind else observations
-
-    def _tokens(self, rows: NDArray) -> dict[str, Tensor]:
-        observations = self._observe(rows)
-        assert isinstance(observations, dict)  # it is called only where tokens are observed
-        return observations
 
     def _sample(self, observations: Tensor | dict[str, Tensor], tries: int) -> tuple[Tensor, Tensor]:
         """Logits, and several decisions of the policy on each observation (``SampledDecisions``)."""
@@ -252,7 +247,6 @@ class ReinforceAgent(Agent[ReinforceSettings]):
         return logits, self.network.choose(logits.repeat(tries, 1), self._draw)
 
     def _decide_at_once(self, rows: NDArray) -> tuple[Tensor, Tensor, None, None]:
-        """Logits and decisions of the policy on rows before the first layer."""
         return *self._sample(self._observe(rows), self.settings.samples), None, None
 
     def _rollout(self, rows: NDArray) -> tuple[Tensor, Tensor, PassState | None, Tensor]:

@@ -47,7 +47,7 @@ class StagedForesight(Foresight):
 
     learning_starts = 2048  # a policy that learns sooner over-reacts to losses that it cannot attribute
 
-    def __init__(self, core: Core, split: Split, tokens: Callable[[NDArray], dict[str, Tensor]] | None = None) -> None:
+    def __init__(self, core: Core, split: Split, tokens: Callable[[NDArray], Any] | None = None) -> None:
         super().__init__(core.observation_space, core.nvec, outputs=3)
         size = flat_size(core.observation_space)
         torch.nn.init.zeros_(self.network.get_parameter(f"{len(self.network) - 1}.bias")[2:])
@@ -105,29 +105,27 @@ class StagedForesight(Foresight):
         return outputs[:, :2].sigmoid(), self._flops(states.rows.repeat(tries), decisions) - saved
 
     def fit_stages(self, size: int, random: np.random.Generator, choose: Choose) -> float:
-        """``FITS`` steps on ``size`` remembered states each; returns the last error.
+        """``FITS`` steps of AdamW on ``size`` remembered states each; returns the last error.
 
-        ``choose`` is the policy: it maps observations of ``n`` states to choices ``[n, components]``.
+        It is the cross-entropy of losses and gains, and the squared error of later savings. ``choose`` is the policy:
+        it maps observations of ``n`` states to choices ``[n, components]``.
         """
         error = 0.0
         for _ in range(FITS):
-            drawn = torch.from_numpy(random.integers(len(self.rows), size=size))
-            error = self._fit_stages(drawn, self._stages(size, random), choose)
+            drawn, stage = torch.from_numpy(random.integers(len(self.rows), size=size)), self._stages(size, random)
+            here, lost = self.states(drawn, stage), self.lost[drawn]
+            decisions = self.with_choices(here, self.decisions[drawn].long())
+            targets, saved = torch.stack([lost, -lost], dim=1).clamp(0, 1), torch.zeros(size)
+            early = torch.nonzero(stage < self._last)[:, 0]
+            if len(early):
+                then = self.states(drawn[early], stage[early] + 1)
+                targets[early], flops = self.outlook(then, self.with_choices(then, choose(then.observations)))
+                saved[early] = self._flops(here.rows[early], decisions[early]) - flops
+            outputs = self(here.observations, decisions)
+            predicted = torch.where(stage < self._last, outputs[:, 2], 0.0)
+            loss = F.binary_cross_entropy_with_logits(outputs[:, :2], targets) + F.mse_loss(predicted, saved)
+            error = self.step(loss)
         return error
-
-    def _fit_stages(self, drawn: Tensor, stage: Tensor, choose: Choose) -> float:
-        """One step of AdamW: the cross-entropy of losses and gains, and the squared error of later savings."""
-        here, lost = self.states(drawn, stage), self.lost[drawn]
-        decisions = self.with_choices(here, self.decisions[drawn].long())
-        targets, saved = torch.stack([lost, -lost], dim=1).clamp(0, 1), torch.zeros(len(drawn))
-        early = torch.nonzero(stage < self._last)[:, 0]
-        if len(early):
-            then = self.states(drawn[early], stage[early] + 1)
-            targets[early], flops = self.outlook(then, self.with_choices(then, choose(then.observations)))
-            saved[early] = self._flops(here.rows[early], decisions[early]) - flops
-        outputs = self(here.observations, decisions)
-        error = F.binary_cross_entropy_with_logits(outputs[:, :2], targets)
-        return self.step(error + F.mse_loss(torch.where(stage < self._last, outputs[:, 2], 0.0), saved))
 
     def _flops(self, rows: Tensor, decisions: Tensor) -> Tensor:
         """FLOPs ratios, float32 ``[n]``, if undecided components run."""

@@ -12,15 +12,6 @@ from sd_gym.agents.drawing.style import INK, LOST, PAPER, RAN, SKIP_RATE, AgentS
 from sd_gym.agents.runs.statistics import curve_interval, pareto_front
 
 
-class Points(NamedTuple):
-    """Quality against dense in points and FLOPs in % of dense, ``[runs]``: as selected, and at the end of learning."""
-
-    difference: NDArray
-    flops: NDArray
-    learned_difference: NDArray
-    learned_flops: NDArray
-
-
 class ExampleDecision(NamedTuple):
     """The decision on an instance: ``skip`` is bool ``[switches]``, ``dropped`` the share of tokens dropped."""
 
@@ -31,21 +22,27 @@ class ExampleDecision(NamedTuple):
     dropped: float
 
 
-def draw_results(axes: Axes, points: Mapping[str, Points], styles: Mapping[str, AgentStyle], epsilon: float) -> None:
-    """Quality against FLOPs: selected policies (filled), policies as learned (hollow), and the front of all runs."""
+def draw_results(
+    axes: Axes, points: Mapping[str, Sequence[NDArray]], styles: Mapping[str, AgentStyle], epsilon: float
+) -> None:
+    """Quality against FLOPs: selected policies (filled), policies as learned (hollow), and the front of all runs.
+
+    Points of an agent are quality against dense in points and FLOPs in % of dense, each ``[runs]``: as selected, and
+    then as learned.
+    """
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.axhline(-100 * epsilon, color=LOST, linewidth=1, linestyle="--")
     axes.plot(100, 0, marker="h", markersize=8, color=INK, linestyle="none", zorder=3)
     axes.annotate("dense", (100, 0), (-6, 5), textcoords="offset points", ha="right", fontsize=8.5)
     handles = []
     hollow: dict[str, Any] = {"markerfacecolor": "none", "alpha": 0.6, "markersize": 4}
-    for name, agent in points.items():
+    for name, (difference, flops, learned_difference, learned_flops) in points.items():
         color, marker, _ = styles[name]
         edge = {"markeredgecolor": INK, "markeredgewidth": 1.4} if color == INK else {"markeredgecolor": PAPER}
         filled: dict[str, Any] = {"markeredgewidth": 0.6, "markersize": 7, **edge}
         shared: dict[str, Any] = {"color": color, "marker": marker, "linestyle": "none"}
-        axes.plot(agent.learned_flops, agent.learned_difference, **shared, **hollow)
-        axes.plot(agent.flops, agent.difference, **shared, **filled, zorder=3)
+        axes.plot(learned_flops, learned_difference, **shared, **hollow)
+        axes.plot(flops, difference, **shared, **filled, zorder=3)
         handles.append(Line2D([], [], label=name, **shared, **filled))
     if reachable := [agent for name, agent in points.items() if not name.startswith("oracle")]:
         pairs = [pair for agent in reachable for pair in (agent[:2], agent[2:])]  # as selected and as learned

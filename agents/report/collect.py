@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.report.charts import ExampleDecision, Points
-from sd_gym.agents.runs.finished_runs import Run, agent_label, finished_runs, group_by_settings
+from sd_gym.agents.report.charts import ExampleDecision
+from sd_gym.agents.runs.finished_runs import Run, finished_runs, group_by_agent, grouped
 from sd_gym.agents.runs.statistics import aggregate, hypervolume
 
 WORST = 5  # epsilons lost at which the area of runs ends
@@ -24,7 +24,6 @@ class AgentRuns:
     """The runs of one agent on one env; they differ in their seed only."""
 
     name: str  # of the agent, and how these runs differ from its others
-    algo: str  # the name for ``--algo``
     runs: list[Run]
 
     @property
@@ -32,13 +31,10 @@ class AgentRuns:
         """Whether it is a control baseline."""
         return self.runs[0].config["control"]
 
-    def values(self, key: str) -> NDArray:
-        """A value of all results that have it, ``[runs]``."""
-        return _numbers([run.result for run in self.runs], key)
-
-    def values_as_learned(self, key: str) -> NDArray:
-        """The same for policies at the end of learning, before selection."""
-        return _numbers([run.result["last_policy"] or {} for run in self.runs], key)
+    def values(self, key: str, *, as_learned: bool = False) -> NDArray:
+        """A value of all results that have it, ``[runs]``; or of policies as learned, before selection."""
+        results = [(run.result["last_policy"] or {}) if as_learned else run.result for run in self.runs]
+        return np.array([float(result[key]) for result in results if result.get(key) is not None])
 
     @property
     def flops(self) -> NDArray:
@@ -50,21 +46,10 @@ class AgentRuns:
         """Which runs keep the quality, bool ``[runs]``."""
         return np.array([run.result["quality_kept"] for run in self.runs])
 
-    @property
-    def verdicts(self) -> list[str]:
-        """The verdict of each run."""
-        return [run.result["verdict"] for run in self.runs]
-
     @cached_property
     def score(self) -> NDArray:
         """The share of FLOPs that each run saves; 0 if its quality is not shown to be kept."""
         return np.where(self.kept, 1 - self.values("flops_ratio_with_policy"), 0.0)
-
-    @property
-    def points(self) -> Points:
-        """The results to draw."""
-        keys = ("quality_difference", "flops_ratio_with_policy")
-        return Points(*(100 * values(key) for values in (self.values, self.values_as_learned) for key in keys))
 
     @property
     def areas(self) -> NDArray:
@@ -88,11 +73,6 @@ class AgentRuns:
             keys = [key for key in ("flops_ratio", "skip_rate") if key in levels[0]]
             means.append(levels[0] | {key: np.mean([level[key] for level in levels], axis=0) for key in keys})
         return means
-
-    @property
-    def histories(self) -> list[list[dict[str, Any]]]:
-        """The validations of each run that learned step by step."""
-        return [history for run in self.runs if len(history := run.result["history"]) > 1]
 
     @property
     def median_run(self) -> Run:
@@ -128,11 +108,6 @@ class EnvRuns:
         return self.first.result["epsilon"]
 
     @property
-    def instances(self) -> int:
-        """Size of the test split."""
-        return self.first.result["instances"]
-
-    @property
     def switches(self) -> list[str]:
         """Names of the switches."""
         return list(self.first.result["skip_rate"])
@@ -143,19 +118,19 @@ def collect(folders: Iterable[str | Path]) -> list[EnvRuns]:
 
     Runs of serving envs are left out, with a warning; ``ValueError`` if there are no others.
     """
-    envs: dict[tuple[str, str, str, str], dict[str, list[Run]]] = {}
     runs = finished_runs(folders)
     if serving := [str(run.folder) for run in runs if run.is_serving]:
         message = f"a report shows no runs of serving envs ({', '.join(serving)}); use sd-gym compare"
         if len(serving) == len(runs):
             raise ValueError(message)
         warnings.warn(message, stacklevel=2)
-    for run in (run for run in runs if not run.is_serving):
-        envs.setdefault(_key(run), {}).setdefault(agent_label(run.config), []).append(run)
-    ids, collected = [key[0] for key in envs], []
-    for (env, data, epsilon, backbone), agents in sorted(envs.items()):
+    by_env, collected = grouped((run for run in runs if not run.is_serving), _key), []
+    ids = [env for env, *_ in by_env]
+    for (env, data, epsilon, backbone), of_env in by_env.items():
         apart = f" (test rows {data}, epsilon {epsilon}, backbone {backbone[:12]})"
-        collected.append(EnvRuns(env if ids.count(env) == 1 else env + apart, _agents(agents)))
+        agents = [AgentRuns(name, of_agent) for name, of_agent in group_by_agent(of_env)]
+        agents.sort(key=lambda agent: (agent.is_control, -aggregate([agent.score], samples=1)[0], agent.name))
+        collected.append(EnvRuns(env if ids.count(env) == 1 else env + apart, agents))
     return collected
 
 
@@ -191,20 +166,7 @@ def example_decisions(run: Run) -> list[ExampleDecision]:
     ]
 
 
-def _numbers(results: list[dict[str, Any]], key: str) -> NDArray:
-    return np.array([float(result[key]) for result in results if result.get(key) is not None])
-
-
 def _key(run: Run) -> tuple[str, str, str, str]:
     """Env, test rows, epsilon and backbone."""
     result = run.result
     return run.config["env"], result["data"]["test"]["hash"], f"{result['epsilon']:g}", run.config["weights"]
-
-
-def _agents(agents: dict[str, list[Run]]) -> list[AgentRuns]:
-    all_runs = [
-        AgentRuns(name, runs[0].config["algo"], runs)
-        for agent, of_agent in agents.items()
-        for name, runs in group_by_settings(agent, of_agent)
-    ]
-    return sorted(all_runs, key=lambda agent: (agent.is_control, -aggregate([agent.score], samples=1)[0], agent.name))

@@ -6,18 +6,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 from scipy.stats import t
-from sd_gym.agents.runs.finished_runs import Run, agent_label, finished_runs, group_by_settings
+from sd_gym.agents.runs.finished_runs import finished_runs, group_by_agent, grouped
 
 COLUMNS = ["env", "agent", "test rows", "dense quality", "against dense, points (worst, its 95% interval)"]
-COLUMNS += [
-    "goodput (95%)",
-    "goodput at 0.25 / 0.5 / 0.75 / 1 epsilon lost (95%)",
-    "FLOPs (worst)",
-    "as learned: FLOPs (points)",
-    "return",
-    "regret",
-    "score",
-]
+COLUMNS += ["goodput (95%)", "goodput at 0.25 / 0.5 / 0.75 / 1 epsilon lost (95%)", "FLOPs (worst)"]
+COLUMNS += ["as learned: FLOPs (points)", "return", "regret", "score"]
 COLUMNS += ["FLOPs easy / hard", "time, batch 32 (dense by length)", "masks used", "quality kept"]
 
 
@@ -50,13 +43,11 @@ def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
     Warns:
         UserWarning: If a folder holds no finished run (it is ignored), or a run is given twice (it counts once).
     """
-    groups: dict[tuple[str, str], list[Run]] = {}
-    for run in finished_runs(folders):
-        groups.setdefault((run.config["env"], agent_label(run.config)), []).append(run)
+    by_env = grouped(finished_runs(folders), lambda run: run.config["env"])
     return [
         _row(env, name, [run.result for run in runs])
-        for (env, agent), of_agent in sorted(groups.items())
-        for name, runs in group_by_settings(agent, of_agent)
+        for env, of_env in by_env.items()
+        for name, runs in group_by_agent(of_env)
     ]
 
 
@@ -134,6 +125,5 @@ def _means(results: list[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def _mean(results: list[dict[str, Any]], key: str) -> float | None:
-    """The mean over results that have a value, if any."""
     values = [result[key] for result in results if result.get(key) is not None]
     return fmean(values) if values else None

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, Template
 from matplotlib.figure import Figure
-from sd_gym.agents.drawing.run_picture import draw_skip_rates
+from numpy.typing import NDArray
+from sd_gym.agents.drawing.run_picture import plot_skip_rates
 from sd_gym.agents.drawing.style import AgentStyle, agent_styles, as_svg, figure, style, write_png
 from sd_gym.agents.report import charts, text
-from sd_gym.agents.report.collect import EnvRuns, collect, example_decisions
+from sd_gym.agents.report.collect import AgentRuns, EnvRuns, collect, example_decisions
 from sd_gym.agents.report.compare import markdown
 from sd_gym.agents.runs.statistics import performance_profile
 
@@ -82,7 +83,6 @@ def write_report(folders: Iterable[str | Path], output: str | Path, *, also: boo
 
 
 def _section(number: str, env: EnvRuns, styles: dict[str, AgentStyle]) -> dict[str, Any]:
-    """The part of the report about one env."""
     return {
         "name": env.name,
         "sentences": text.verdict_sentences(env),
@@ -94,12 +94,15 @@ def _section(number: str, env: EnvRuns, styles: dict[str, AgentStyle]) -> dict[s
 
 
 def _main_pictures(number: str, env: EnvRuns, styles: dict[str, AgentStyle]) -> list[Picture]:
-    """Results of all agents, their curves, and single decisions of the best agent."""
     results = figure(3.9)
-    charts.draw_results(results.subplots(), {agent.name: agent.points for agent in env.agents}, styles, env.epsilon)
+    charts.draw_results(results.subplots(), {agent.name: _points(agent) for agent in env.agents}, styles, env.epsilon)
     caption = "Quality and FLOPs on the test split. Filled: policies as selected. Hollow: as learned, before selection."
     pictures = [Picture(f"{number}-plane", caption, results)]
-    if histories := {agent.name: agent.histories for agent in env.agents if agent.histories}:
+    histories: dict[str, list[list[dict[str, Any]]]] = {}
+    for agent, run in env.runs:
+        if len(run.result["history"]) > 1:  # it learned step by step
+            histories.setdefault(agent.name, []).append(run.result["history"])
+    if histories:
         curves = figure(4.2)
         quality, flops = curves.subplots(2, 1, sharex=True)
         charts.draw_curves(quality, flops, histories, styles, env.epsilon)
@@ -117,13 +120,16 @@ def _main_pictures(number: str, env: EnvRuns, styles: dict[str, AgentStyle]) -> 
     return pictures
 
 
+def _points(agent: AgentRuns) -> list[NDArray]:
+    keys = ("quality_difference", "flops_ratio_with_policy")
+    return [100 * agent.values(key, as_learned=learned) for learned in (False, True) for key in keys]
+
+
 def _level_pictures(number: str, env: EnvRuns) -> list[Picture]:
-    """The skip rates of the first agents against difficulty."""
     pictures = []
     for n, agent in enumerate(env.agents[:MOST_LEVEL_PICTURES] if env.switches else []):
-        picture = figure(1.4 + 0.15 * len(env.switches))
-        draw_skip_rates(picture.subplots(), agent.levels, env.switches)
         caption = f"{agent.name}: skip rate of each switch against difficulty, mean over {len(agent.runs)} runs."
+        picture = plot_skip_rates(agent.levels, env.switches)
         pictures.append(Picture(f"{number}-skipped-{n}", caption, picture))
     return pictures
 

@@ -55,6 +55,10 @@ def result_tables(title: str, result: dict[str, Any]) -> Iterator[RenderableType
 
 def comparison_tables(rows: list[list[str]]) -> Iterator[Table]:
     """Rows of ``compare.COLUMNS``: a table for each env, with a title, so that 80 characters are wide enough."""
+
+    def broken(cell: str) -> str:  # text in brackets gets its own line
+        return cell.replace(" (", "\n(")
+
     keys = [COLUMNS.index(name) for name in IN_TITLE]
     groups: dict[tuple[str, ...], list[list[str]]] = {}
     for row in rows:
@@ -66,9 +70,9 @@ def comparison_tables(rows: list[list[str]]) -> Iterator[Table]:
         shown = [number for number in known if number not in keys]
         for number in shown:
             words = " ".join([COLUMNS[number], *(row[number] for row in group)]).split()
-            table.add_column(_broken(COLUMNS[number]), min_width=max(map(len, words)))
+            table.add_column(broken(COLUMNS[number]), min_width=max(map(len, words)))
         for row in group:
-            table.add_row(*(_broken(row[number]) for number in shown))
+            table.add_row(*(broken(row[number]) for number in shown))
         yield table
 
 
@@ -124,11 +128,6 @@ def _data(data: dict[str, dict[str, Any]]) -> Iterator[Text]:
         for other, count in counts["also_in"].items():
             line = f"{split} overlaps {other}: {count} of its {counts['instances']} instances stand there too."
             yield Text(line, style="bold yellow")
-
-
-def _broken(cell: str) -> str:
-    """Text in brackets gets its own line."""
-    return cell.replace(" (", "\n(")
 
 
 def _dim(line: str) -> Text:

@@ -30,7 +30,7 @@ class Table(NamedTuple):
 
 def verdict_sentences(env: EnvRuns) -> list[str]:
     """Sentences about an env: its controls, the power of the tests, and the best agent, compared with the others."""
-    n, epsilon, dense = env.instances, env.epsilon, env.first.result["quality_ref"]
+    n, epsilon, dense = env.first.result["instances"], env.epsilon, env.first.result["quality_ref"]
     fewest, losses = fewest_instances(epsilon), losses_allowed(n, epsilon)
     sentences = [
         _controls(env),
@@ -98,8 +98,7 @@ def _interval(mean: float, low: float, high: float, form: str = ".0%") -> str:
 
 
 def _against_controls(env: EnvRuns, best: AgentRuns) -> list[str]:
-    """How the best agent compares with the hull and the oracle."""
-    sentences, by_algo = [], {agent.algo: agent for agent in reversed(env.agents)}
+    sentences, by_algo = [], {agent.runs[0].config["algo"]: agent for agent in reversed(env.agents)}
     if hull := by_algo.get("hull"):
         every = best.score.min() > hull.score.max()
         if enough_runs([best.score], [hull.score]):
@@ -136,10 +135,10 @@ def _row(agent: AgentRuns) -> list[str]:
     figures = [
         _figures(scale * values, form) if len(values) else "-"
         for key, scale, form in FIGURES
-        for values in (agent.values(key), agent.values_as_learned(key))
+        for values in (agent.values(key), agent.values(key, as_learned=True))
     ]
     times = [run.result["time"]["32"]["time_ratio"] for run in agent.runs if run.result["time"]]
-    verdicts = agent.verdicts
+    verdicts = [run.result["verdict"] for run in agent.runs]
     differ = len(set(verdicts)) > 1
     counted = all(run.result["policy_flops_counted"] for run in agent.runs)
     return [
@@ -159,23 +158,20 @@ def _figures(values: NDArray, form: str) -> str:
 
 
 def agents_on_all(envs: Sequence[EnvRuns]) -> dict[str, list[AgentRuns]]:
-    """The agents that have runs on every env, by name."""
+    """The agents that have runs on every env, by name, the best first."""
     by_name = [{agent.name: agent for agent in env.agents} for env in envs]
-    shared = sorted(set.intersection(*map(set, by_name))) if by_name else []
-    return {name: [agents[name] for agents in by_name] for name in shared}
+    shared = {name: [agents[name] for agents in by_name] for name in sorted(set.intersection(*map(set, by_name)))}
+    return dict(sorted(shared.items(), key=lambda item: -aggregate(_scores(item[1]))[0]))
 
 
 def overall_tables(envs: Sequence[EnvRuns]) -> list[Table]:
     """Over all envs: savings with the quality kept, and the probability that one agent is better than another."""
-    shared, ranked, means = _ranking(envs)
-    rows = []
-    for name in ranked:
-        agents = shared[name]
+    shared, rows, pairs = agents_on_all(envs), [], []
+    for name, agents in shared.items():
         runs, kept = sum(len(agent.runs) for agent in agents), sum(int(agent.kept.sum()) for agent in agents)
-        rows.append([name, str(runs), _interval(*means[name], "z.1%"), f"{kept} of {runs}"])
+        rows.append([name, str(runs), _interval(*aggregate(_scores(agents)), "z.1%"), f"{kept} of {runs}"])
     tables = [Table("FLOPs saved with the quality kept, over all envs", ["agent", "runs", "saved", "kept"], rows)]
-    pairs = []
-    for first, second in combinations(ranked, 2):
+    for first, second in combinations(shared, 2):
         scores = _scores(shared[first]), _scores(shared[second])
         better, low, high = probability_of_improvement(*scores)
         differ = "yes" if low > 0.5 or high < 0.5 else "no"
@@ -189,27 +185,19 @@ def overall_tables(envs: Sequence[EnvRuns]) -> list[Table]:
 
 def overall_sentences(envs: Sequence[EnvRuns]) -> list[str]:
     """Which agent is best over all envs; empty if no learned agent has runs on several envs."""
-    shared, ranked, means = _ranking(envs)
-    learned = [name for name in ranked if not shared[name][0].is_control]
+    shared = agents_on_all(envs)
+    means = {name: aggregate(_scores(agents)) for name, agents in shared.items()}
+    learned = [name for name, agents in shared.items() if not agents[0].is_control]
     if len(envs) < 2 or not learned:
         return []
     first, *others = learned
     mean, low, high = means[first]
-    controls = ", ".join(f"{name} {means[name][0]:.1%}" for name in ranked if name not in learned)
+    controls = ", ".join(f"{name} {means[name][0]:.1%}" for name in shared if name not in learned)
     against = f"; the controls save: {controls}" if controls else ""
     return [
         f"{first} saves most with the quality kept: {mean:.1%} of the FLOPs ({low:.1%} to {high:.1%}){against}.",
         *(_against(shared[first], shared[other]) for other in others),
     ]
-
-
-def _ranking(
-    envs: Sequence[EnvRuns],
-) -> tuple[dict[str, list[AgentRuns]], list[str], dict[str, tuple[float, float, float]]]:
-    """Agents with runs on all envs by name, their names from the best, and their scores with intervals."""
-    shared = agents_on_all(envs)
-    means = {name: aggregate(_scores(agents)) for name, agents in shared.items()}
-    return shared, sorted(shared, key=lambda name: -means[name][0]), means
 
 
 def levels_table(env: EnvRuns) -> Table:

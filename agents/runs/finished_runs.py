@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,18 +48,31 @@ class Run(NamedTuple):
         return {key: value for key, value in values.items() if key not in INCIDENTAL}
 
 
-def agent_label(config: dict[str, Any]) -> str:
+def agent_label(run: Run) -> str:
     """The agent's name, with that of the run it started from."""
-    start = config["agent_settings"].get("start")
+    start = run.config["agent_settings"].get("start")
     if start is None:
-        return config["algo"]
+        return run.config["algo"]
     file = Path(start) / "config.json"
     name = read_description(file.parent)["algo"] if file.exists() else Path(start).name
-    return f"{config['algo']} from {name}"
+    return f"{run.config['algo']} from {name}"
 
 
-def group_by_settings(agent: str, runs: list[Run]) -> list[tuple[str, list[Run]]]:
-    """Runs of an agent that differ only in their seed; the name of a group says how it differs from the others."""
+def grouped(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
+    """Runs by a key, which is sorted."""
+    groups: dict[Any, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return dict(sorted(groups.items()))
+
+
+def group_by_agent(runs: Iterable[Run]) -> list[tuple[str, list[Run]]]:
+    """Runs of one env by agent; those of a group differ only in their seed, and its name says how from other groups."""
+    by_label = grouped(runs, agent_label)
+    return [group for label, of_agent in by_label.items() for group in _by_settings(label, of_agent)]
+
+
+def _by_settings(agent: str, runs: list[Run]) -> list[tuple[str, list[Run]]]:
     keys = {key for run in runs for key in run.identity}
     differ = sorted(key for key in keys if len({json.dumps(run.identity.get(key)) for run in runs}) > 1)
     groups: dict[str, dict[str, Run]] = {}
@@ -71,7 +84,7 @@ def group_by_settings(agent: str, runs: list[Run]) -> list[tuple[str, list[Run]]
         starts = [run.config["agent_settings"].get(key) for key in ("start", "path")]
         key = str(run.folder) if run.seed is None else json.dumps([run.seed, *starts])
         if key in group:
-            warnings.warn(f"a copy, counted once: {run.folder} has the same seed as another run", stacklevel=3)
+            warnings.warn(f"a copy, counted once: {run.folder} has the same seed as another run", stacklevel=4)
         group[key] = run
     return [(name, list(group.values())) for name, group in sorted(groups.items())]
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import shlex
+import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,8 +14,11 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from sd_gym.backbones.load import Backbone
 from sd_gym.errors import short
 from sd_gym.files import read_json
+from sd_gym.folders import MARKER
+from sd_gym.version import __version__
 
 BLIND = "blind-"  # prefix of an agent's name: it observes zeros
+LIBRARIES = ("gymnasium", "numpy", "sd-gym", "stable-baselines3", "torch", "transformers")
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -107,6 +114,19 @@ class _Result(_Means):
         return self
 
 
+def run_description(names: dict[str, Any], config: BaseModel, backbone: Any, data: dict[str, Any]) -> dict[str, Any]:
+    """``config.json``: what names the run, the env's config, and the command, versions, backbone and data of today."""
+    return {
+        MARKER: __version__,
+        **names,
+        "command": shlex.join(sys.argv),
+        "env_config": config.model_dump(),
+        "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+        "weights": backbone.weights,
+        "data": data,
+    }
+
+
 def read_description(folder: Path) -> dict[str, Any]:
     """A run's ``config.json``.
 
@@ -115,11 +135,6 @@ def read_description(folder: Path) -> dict[str, Any]:
         ValueError: If it is damaged, or not of a run.
     """
     return _read(folder, "config.json", _Description)
-
-
-def has_policy(folder: Path) -> bool:
-    """Whether a run left a policy; a ``PrivilegedAgent`` and ``sd_gym.evaluate`` leave none."""
-    return (folder / "policy.safetensors").exists()
 
 
 def read_result(folder: Path) -> dict[str, Any]:

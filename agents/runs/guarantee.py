@@ -6,7 +6,7 @@ selected point loses epsilon or more is then at most one minus the confidence: s
 first of them in the sequence passes its test. The order affects only the power.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,10 +71,11 @@ def guarantee(rows: int, epsilon: float, confidence: float, is_dense: bool) -> s
     return f"selected on {rows:,} rows: loses {less}"
 
 
-def on_other_rows(instances: int, split: str, difference: float, interval: tuple[float, float]) -> str:
-    """The loss on other rows, in words; ``difference`` is ``quality - quality_ref``, with its 95% interval."""
-    low, high = (100 * bound + 0.0 for bound in (-interval[1], -interval[0]))
-    return f"on {instances:,} {split} rows it lost {-100 * difference + 0.0:.1f} ({low:.1f} to {high:.1f})"
+def on_other_rows(result: dict[str, Any]) -> str:
+    """The loss of a result on the rows of its split, with the 95% interval, in words."""
+    low, high = (100 * bound + 0.0 for bound in sorted(-bound for bound in result["quality_difference_interval"]))
+    lost = -100 * result["quality_difference"] + 0.0
+    return f"on {result['instances']:,} {result['split']} rows it lost {lost:.1f} ({low:.1f} to {high:.1f})"
 
 
 def in_points(epsilon: float) -> str:

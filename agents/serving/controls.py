@@ -1,26 +1,28 @@
-"""Baselines of a learned dial: fixed operating points, thresholds on the queue, and a bound with foresight."""
+"""Baselines of a learned dial (fixed points, thresholds on the queue, a bound), and how dials are played."""
 
+from collections.abc import Sequence
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 from gymnasium.utils import seeding
-from numpy.typing import NDArray
+from numpy.typing import NDArray as Array
 from scipy.optimize import linprog
 from scipy.sparse import csr_array, diags_array, eye_array, hstack, kron, vstack
-from sd_gym.agents.serving.play import FIRST_SEED
 
 from sd_gym.envs.serving.arrivals import arrival_times
 from sd_gym.envs.serving.config import ServingConfig
 from sd_gym.envs.serving.dial import Network
-from sd_gym.envs.serving.queues import FEATURES, expected_loss
+from sd_gym.envs.serving.queues import FEATURES, Queues, expected_loss
 
-Array = NDArray
 NEVER = -1e9  # score of a point that is never chosen
 STEEP = 1e3  # slope of scores by the queue
 THRESHOLDS = (0.05, 0.15, 0.3, 0.6, 1.0, 1.5, 2.0)  # waiting requests, over what dense answers within a deadline
 SPACINGS = (0.03, 0.1, 0.2, 0.4)  # between the thresholds of a staircase
 COINS = (0.25, 0.5, 0.75)
 BINS = 4  # per deadline, in the bound
+# Seeds of the arrivals for search, selection and test; all agents use the same.
+FIRST_SEED = {"train": 1_000_000, "validation": 2_000_000, "test": 3_000_000}
 
 
 def fixed(config: ServingConfig) -> list[Network]:
@@ -98,3 +100,38 @@ def foresight(config: ServingConfig, split: str, episodes: int, losses: Array) -
         solved = linprog(-served, **limits, A_eq=sums, b_eq=np.zeros(bins), bounds=bounds, method="highs")
         goodput.append(-solved.fun / len(arrivals))
     return np.array(goodput)
+
+
+class Played(NamedTuple):
+    """Counts of answers and of refused requests."""
+
+    answers: Array  # [dials, episodes, points]
+    refused: Array  # [dials, episodes]
+
+    @property
+    def goodput(self) -> Array:
+        """Share of the requests that were answered in time, ``[dials, episodes]``."""
+        answered = self.answers.sum(axis=2)
+        return answered / (answered + self.refused)
+
+    @property
+    def shares(self) -> Array:
+        """Share of each operating point in the answers of all episodes, ``[dials, points]``."""
+        answers = self.answers.sum(axis=1)
+        return answers / np.maximum(answers.sum(axis=1, keepdims=True), 1)
+
+
+def play(config: ServingConfig, networks: Sequence[Network], split: str, episodes: int) -> Played:
+    """Play each network for ``episodes`` episodes; all networks get the same requests."""
+    seeds = FIRST_SEED[split] + np.arange(episodes)
+    stacked, shape = Network.stacked(networks), (len(networks), episodes)
+    queues, random = Queues(config, len(networks) * episodes), np.random.default_rng(0)
+    randoms = [seeding.np_random(int(seed))[0] for _ in networks for seed in seeds]
+    queues.reset(np.arange(queues.n), randoms, split)
+    answers, refused = np.zeros((queues.n, len(config.points))), np.zeros(queues.n)
+    while not queues.over.all():
+        points = stacked.choose(queues.observe().reshape(*shape, -1), random).ravel()
+        infos = queues.serve(points)
+        answers[np.arange(queues.n), points] += infos["answers"]
+        refused += infos["refused"]
+    return Played(answers.reshape(*shape, -1), refused.reshape(shape))

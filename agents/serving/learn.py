@@ -5,7 +5,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import NDArray as Array
 from pydantic import Field
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
@@ -19,7 +19,6 @@ from sd_gym.envs.serving.dial import Network
 from sd_gym.envs.serving.queues import BOUND, FEATURES, expected_loss
 from sd_gym.envs.serving.shells import ServingVectorEnv
 
-Array = NDArray
 PRICES = 0.05, 2.0  # cost of a lost quality of epsilon, in answers
 VERSIONS = 24  # of a network, one per price
 SEEDS_OF_A_RUN = 1000

@@ -1,23 +1,19 @@
 """A run on a serving env learns or searches dials, selects one, and plays it on test rows and arrivals."""
 
-import platform
-import shlex
-import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import NDArray as Array
 from sd_gym.agents.learning.agent import NotApplicableError
-from sd_gym.agents.runs.folder import read_description
+from sd_gym.agents.runs.folder import run_description
 from sd_gym.agents.runs.guarantee import guarantee, on_other_rows
 from sd_gym.agents.runs.statistics import bootstrap_interval
 from sd_gym.agents.runs.verdict import Verdict, fewest_instances, losses_allowed, verdict
 from sd_gym.agents.serving import controls
+from sd_gym.agents.serving.controls import Played, play
 from sd_gym.agents.serving.learn import DialSettings, learned
-from sd_gym.agents.serving.play import Played, play
 from stable_baselines3.common.logger import configure
 
 from sd_gym.envs.exact import lower_hull
@@ -26,40 +22,27 @@ from sd_gym.envs.serving.dial import Dial, Network
 from sd_gym.envs.serving.queues import core_of, expected_loss, outcomes
 from sd_gym.envs.serving.shells import ServingVectorEnv
 from sd_gym.files import write_json
-from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.registration import serving_file
-from sd_gym.version import __version__
+from sd_gym.tasks.data import SPLITS
 
-Array = NDArray
 LEARNERS = ("ppo", "a2c")
 SEARCHED = {"fixed": controls.fixed, "threshold": controls.threshold, "staircase": controls.staircase}
 CONTROLS = (*SEARCHED, "foresight")
 SEARCH_EPISODES, EPISODES = 6, 32
 FRONT = 0.25, 0.5, 0.75, 1.0  # losses in epsilons, at which goodputs are compared
-LIBRARIES = ("gymnasium", "numpy", "sd-gym", "stable-baselines3", "torch")
 OnProgress = Callable[[int, dict[str, float]], None]
 
 
-class Candidates(NamedTuple):
-    """Dials on the hull of loss and goodput on policy rows and training arrivals, from dense to bold."""
+def split_settings(algo: str, settings: dict[str, Any]) -> tuple[dict[str, Any], DialSettings | None]:
+    """Split settings into those of the env and those of the agent; controls have none.
 
-    networks: list[Network]
-    loss: Array
-    goodput: Array
-
-
-def check_serving_agent(algo: str) -> None:
-    """Raise ``NotApplicableError`` if an agent does not apply to serving envs."""
+    Raises ``NotApplicableError`` if the agent does not apply to serving envs, ``ValueError`` if a value is wrong.
+    """
     if algo not in (*LEARNERS, *CONTROLS):
         known = ", ".join((*LEARNERS, *CONTROLS))
         why = " (it compares several decisions for one input; an episode here is thousands of decisions)"
         why = why if algo == "reinforce" else ""
         raise NotApplicableError(f"the agent {algo!r} does not apply to a serving env{why}; expected one of {known}")
-
-
-def split_settings(algo: str, settings: dict[str, Any]) -> tuple[dict[str, Any], DialSettings | None]:
-    """Split settings into those of the env and those of the agent. Raises ``ValueError`` if a value is wrong."""
-    check_serving_agent(algo)
     if algo not in LEARNERS:
         return settings, None
     own = {key: value for key, value in settings.items() if key in DialSettings.model_fields}
@@ -77,80 +60,65 @@ def describe(
     return {**names, "confidence": confidence, "env_config": config, "agent_settings": own}
 
 
-def train(
-    env_id: str,
-    algo: str,
-    folder: Path,
-    *,
-    steps: int,
-    seed: int = 0,
-    settings: dict[str, Any] | None = None,
-    confidence: float,
-    resume: bool = False,
-    on_progress: OnProgress | None = None,
-) -> dict[str, Any]:
-    """Train a dial as ``sd_gym.train`` does; an interrupted run restarts from the beginning.
+def train(described: dict[str, Any], folder: Path, settings: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
+    """Train the dial of a run ``described`` by ``describe``, from the beginning, as ``sd_gym.train`` does.
 
     The folder gets ``config.json``, TensorBoard events, ``dial.json``, ``dial.safetensors`` and ``result.json``.
     """
-    described = describe(env_id, algo, steps, seed, settings or {}, confidence)
-    of_env, of_agent = split_settings(algo, settings or {})
+    env_id, algo, seed = (described[key] for key in ("env", "algo", "seed"))
+    of_env, of_agent = split_settings(algo, settings)
     config = serving_config(env_id, of_env)
-    with locked(folder):
-        if (folder / "result.json").exists():
-            raise FileExistsError(f"{folder} holds a finished run; choose another --output")
-        if contents(folder) and not (folder / "config.json").exists():
-            raise foreign(folder, "run folder")
-        if contents(folder) and not resume:
-            raise FileExistsError(f"{folder} holds an interrupted run; restart it with --resume")
-        core = core_of(config)
-        described |= {MARKER: __version__, "command": shlex.join(sys.argv)}
-        described |= {"weights": core.backbone.weights, "data": core.data.identity()}
-        described["versions"] = {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()}
-        write_json(folder / "config.json", described)
-        if algo == "foresight":
-            result = _bound(config)
+    core = core_of(config)
+    write_json(folder / "config.json", run_description(described, config, core.backbone, core.data.identity()))
+    if algo == "foresight":
+        result = _bound(config)
+    else:
+        if of_agent is None:
+            networks = SEARCHED[algo](config)
         else:
-            if of_agent is None:
-                networks = SEARCHED[algo](config)
-            else:
-                env = ServingVectorEnv(str(serving_file(env_id)), of_agent.num_envs, **of_env)
-                logger = configure(str(folder), ["tensorboard"])
-                networks = learned(algo, env, of_agent, steps, seed, logger, on_progress or (lambda *_: None))
-                logger.close()
-            result = _selected(config, candidates(config, networks), confidence, folder)
-        result["data"] = {name: core.split(name).provenance for name in ("train", "validation", "test")}
-        write_json(folder / "result.json", result)
-        return result
+            env = ServingVectorEnv(str(serving_file(env_id)), of_agent.num_envs, **of_env)
+            logger = configure(str(folder), ["tensorboard"])
+            networks = learned(algo, env, of_agent, described["steps"], seed, logger, on_progress)
+            logger.close()
+        result = _selected(config, _on_hull(config, networks), described["confidence"], folder)
+    result["data"] = {name: core.split(name).provenance for name in SPLITS}
+    write_json(folder / "result.json", result)
+    return result
 
 
-def candidates(config: ServingConfig, networks: Sequence[Network]) -> Candidates:
-    """The hull of networks on training arrivals and policy rows."""
+def _on_hull(config: ServingConfig, networks: Sequence[Network]) -> list[Network]:
+    """Those on the hull of loss and goodput on policy rows and training arrivals, from dense to bold."""
     played = play(config, networks, "train", SEARCH_EPISODES)
-    loss, goodput = played.shares @ expected_loss(config), played.goodput.mean(axis=1)
-    hull = lower_hull(loss, -goodput)
-    return Candidates([networks[number] for number in hull.number], hull.loss, -hull.flops)
+    hull = lower_hull(played.shares @ expected_loss(config), -played.goodput.mean(axis=1))
+    return [networks[number] for number in hull.number]
 
 
-def _selected(config: ServingConfig, tried: Candidates, confidence: float, folder: Path) -> dict[str, Any]:
+def _selected(config: ServingConfig, tried: Sequence[Network], confidence: float, folder: Path) -> dict[str, Any]:
     """Select a dial by fixed-sequence testing on validation rows and arrivals, save it, and test all dials."""
-    dense = controls.fixed(config)[0]
     quality = outcomes(config, "validation").quality
     passed = 0
-    for shares in play(config, tried.networks, "validation", SEARCH_EPISODES).shares:
+    for shares in play(config, tried, "validation", SEARCH_EPISODES).shares:
         if verdict(quality @ shares, quality[:, 0], config.epsilon, confidence) != Verdict.KEPT:
             break
         passed += 1
-    chosen = tried.networks[passed - 1] if passed else dense
+    chosen = tried[passed - 1] if passed else controls.fixed(config)[0]
     Dial(config, expected_loss(config), chosen).save(folder)
-    tested = play(config, tried.networks, "test", EPISODES)
-    own = Played(*(values[[passed - 1]] for values in tested)) if passed else play(config, [dense], "test", EPISODES)
-    result = _measured(config, own)
-    text = guarantee(len(quality), config.epsilon, confidence, passed == 0)
-    keys = ("instances", "split", "quality_difference", "quality_difference_interval")
-    result["guarantee"] = f"{text}; {on_other_rows(*(result[key] for key in keys))}"
-    cost = outcomes(config, "test").cost.mean(axis=0)
-    return result | _front(config, tested.shares @ cost, tested.goodput.mean(axis=1))
+    tested, dense = play(config, tried, "test", EPISODES), _play_dense(config, EPISODES)
+    result = _measured(config, Played(*(values[[passed - 1]] for values in tested)) if passed else dense)
+    result["guarantee"] = f"{guarantee(len(quality), config.epsilon, confidence, passed == 0)}; {on_other_rows(result)}"
+    # Coins between the dials and dense, which loses nothing.
+    loss = np.append(tested.shares @ outcomes(config, "test").cost.mean(axis=0), 0.0)
+    hull = lower_hull(loss, -np.append(tested.goodput.mean(axis=1), dense.goodput.mean()))
+    at = -np.interp(np.array(FRONT) * config.epsilon, hull.loss, hull.flops)
+    return result | {"goodput_at": _at_front(at)}
+
+
+def _play_dense(config: ServingConfig, episodes: int) -> Played:
+    return play(config, controls.fixed(config)[:1], "test", episodes)
+
+
+def _at_front(goodput: Array) -> dict[str, float]:
+    return dict(zip(map(str, FRONT), goodput.tolist(), strict=True))
 
 
 def _measured(config: ServingConfig, played: Played) -> dict[str, Any]:
@@ -195,32 +163,10 @@ def _measured(config: ServingConfig, played: Played) -> dict[str, Any]:
     }
 
 
-def _front(config: ServingConfig, loss: Array, goodput: Array) -> dict[str, Any]:
-    """Goodput at the losses ``FRONT`` of coins between the dials and dense, which loses nothing."""
-    dense = play(config, [controls.fixed(config)[0]], "test", EPISODES).goodput.mean()
-    hull = lower_hull(np.append(loss, 0.0), -np.append(goodput, dense))
-    return {
-        "goodput_at": {str(part): float(-np.interp(part * config.epsilon, hull.loss, hull.flops)) for part in FRONT}
-    }
-
-
 def _bound(config: ServingConfig) -> dict[str, Any]:
     """The bound of all dials, as a result that loses epsilon."""
-    bounds = controls.foresight(config, "test", EPISODES, np.array(FRONT) * config.epsilon)
-    dense = _measured(config, play(config, [controls.fixed(config)[0]], "test", 1))
-    at = dict(zip(map(str, FRONT), bounds.tolist(), strict=True))
-    return (
-        dense
-        | {"goodput": at["1.0"], "goodput_interval": [at["1.0"]] * 2, "goodput_at": at, "guarantee": None}
-        | {"verdict": "a bound", "quality_kept": False, "quality_difference": -config.epsilon}
-    )
-
-
-def is_finished(folder: Path, described: dict[str, Any]) -> bool:
-    """Whether the folder holds this run, finished; raises ``ValueError`` if it holds another run."""
-    if not (folder / "result.json").exists():
-        return False
-    present = read_description(folder)
-    if differ := [key for key, value in described.items() if present.get(key) != value]:
-        raise ValueError(f"{folder} holds another run, of another {differ[0]}; choose another --output")
-    return True
+    at = _at_front(controls.foresight(config, "test", EPISODES, np.array(FRONT) * config.epsilon))
+    return _measured(config, _play_dense(config, 1)) | {
+        **{"goodput": at["1.0"], "goodput_interval": [at["1.0"]] * 2, "goodput_at": at, "guarantee": None},
+        **{"verdict": "a bound", "quality_kept": False, "quality_difference": -config.epsilon},
+    }

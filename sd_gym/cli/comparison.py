@@ -151,7 +151,7 @@ def tune(
     imported = terminal.import_all(imports)
     with terminal.errors_as_lines(), terminal.progress_bar() as progress:
         bar = progress.add_task("trials", total=trials, figures="")
-        from sd_gym.agents.experiment.api import default_folder
+        from sd_gym.agents.experiment.run import default_folder
         from sd_gym.agents.experiment.tune import TrialResult
         from sd_gym.agents.experiment.tune import tune as search
         from sd_gym.envs.config import read_yaml

@@ -36,36 +36,24 @@ def train(
     Example: `sd-gym train SD/Classification-Mini-v0 --algo reinforce --seed 1 --set learning_rate=0.002`
     """
     imported = terminal.import_all(imports)
-    with terminal.errors_as_lines():
-        settings = terminal.settings_of(set_)
-        with terminal.progress_bar() as progress:
-            bar = progress.add_task("loading", total=steps, figures="")
+    with terminal.errors_as_lines(), terminal.progress_bar() as progress:
+        bar = progress.add_task("loading", total=steps, figures="")
 
-            def on_progress(done: int, figures: dict[str, float]) -> None:
-                state, shown = "learning" if done < steps else "evaluating", terminal.figures_text(figures)
-                if not figures:  # a search has no fixed number of steps
-                    progress.tasks[0].total = None
-                    state, shown = "searching", "decisions scored"
-                completed = min(done, steps) if figures else done
-                progress.update(bar, completed=completed, description=state, figures=shown)
+        def on_progress(done: int, figures: dict[str, float]) -> None:
+            state, shown = "learning" if done < steps else "evaluating", terminal.figures_text(figures)
+            if not figures:  # a search has no fixed number of steps
+                progress.tasks[0].total = None
+                state, shown = "searching", "decisions scored"
+            completed = min(done, steps) if figures else done
+            progress.update(bar, completed=completed, description=state, figures=shown)
 
-            import sd_gym  # noqa: F401  (registers the ids)
-            from sd_gym.agents.experiment.api import default_folder
-            from sd_gym.agents.experiment.run import train as run_training
+        import sd_gym  # noqa: F401  (registers the ids)
+        from sd_gym.agents.experiment.run import default_folder
+        from sd_gym.agents.experiment.run import train as run_training
 
-            folder = output or default_folder(env, algo, seed)
-            result = run_training(
-                env,
-                algo,
-                folder,
-                steps=steps,
-                seed=seed,
-                settings=settings,
-                confidence=confidence,
-                resume=resume,
-                imports=imported,
-                on_progress=on_progress,
-            )
+        settings, folder = terminal.settings_of(set_, call=run_training), output or default_folder(env, algo, seed)
+        options = {"confidence": confidence, "resume": resume, "imports": imported, "on_progress": on_progress}
+        result = run_training(env, algo, folder, steps=steps, seed=seed, **options, **settings)
     terminal.print_result(f"{env}, {algo}, seed {seed}", result)
     if result["artefact"] is None and "goodput" not in result:
         terminal.print_line(

@@ -46,7 +46,7 @@ def finished(custom, tmp_path_factory):
 
 def asked(custom):
     """What the finished runs were asked for."""
-    return {"steps": 640, "seed": 3, "settings": {**custom, "penalty": 3.0, "num_envs": 16}}
+    return {"steps": 640, "seed": 3, **{**custom, "penalty": 3.0, "num_envs": 16}}
 
 
 @pytest.fixture

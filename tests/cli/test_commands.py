@@ -121,6 +121,7 @@ def test_errors_say_what_to_do_and_exit_with_2(arguments, message, tmp_path, mon
     "command",
     [
         ["tune", "SD/Table-v0", "--set", "seeds=3"],
+        ["train", "SD/Table-v0", "--set", "seed=3"],
         ["tabulate", "SD/Table-v0", "--set", "jobs=3", "--output", "never"],
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode
 from sd_gym.agents.experiment.export import export, run_card
-from sd_gym.agents.experiment.run import run_metadata
+from sd_gym.agents.runs.folder import run_description
 from tokenizers import processors
 from transformers import AutoModelForSequenceClassification
 
@@ -227,7 +227,8 @@ def trained(task, ranking, folder, tokenizer, observation="pooled", stages=("fir
     settings |= {"token_shares": [0.0, 0.4], "token_ranking": ranking} if ranking else {}
     core = gym.make_vec(env_id, num_envs=1, **settings).unwrapped.core
     policy = looking(core)
-    description = {**run_metadata(core.config), "env": env_id, "algo": "ppo", "steps": 1, "seed": 0, "data": {}}
+    names = {"env": env_id, "algo": "ppo", "steps": 1, "seed": 0}
+    description = run_description(names, core.config, core.backbone, {})
     artefact = export(core, policy, (), run_card(RESULT, json.loads(json.dumps(description, default=str))))
     artefact.save_pretrained(folder / "artefact")
     return core, policy, artefact, [texts_of(task, one) for one in rows["test"]]

@@ -41,7 +41,7 @@ def test_reports_take_the_dense_loss_where_the_data_have_no_level(settings, tiny
 
 
 def test_a_run_keeps_what_came_of_each_instance(settings, tmp_path):
-    result = train("SD/Classification-Custom-v0", "random", tmp_path / "run", steps=10, settings=settings)
+    result = train("SD/Classification-Custom-v0", "random", tmp_path / "run", steps=10, **settings)
     with (tmp_path / "run" / "instances.csv").open(encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines))
     assert [row["id"] for row in rows] == [f"test-{n}" for n in range(4)]

@@ -164,7 +164,7 @@ def test_the_nested_codebook_is_the_best_chain_there_is(data):
 
 def test_a_run_of_static_is_a_codebook(tiny, tmp_path):
     settings = {key: value for key, value in tiny.items() if key not in ("id", "codebook")}
-    train(tiny["id"], "static", tmp_path / "run", steps=1, settings=settings)
+    train(tiny["id"], "static", tmp_path / "run", steps=1, **settings)
     env = gym.make(**tiny | {"codebook": str(tmp_path / "run")}, action="discrete")
     masks = env.unwrapped.core.actions.codebook
     assert not masks[0].any()
@@ -282,7 +282,7 @@ def test_the_multi_input_policy_learns_on_tokens(tiny):
 
 def test_agents_learn_on_a_registered_observation(tiny, tmp_path):
     settings = {key: value for key, value in tiny.items() if key != "id"} | {"observation": "lengths", "num_envs": 64}
-    result = train(tiny["id"], "ppo", tmp_path / "run", steps=256, settings=settings)
+    result = train(tiny["id"], "ppo", tmp_path / "run", steps=256, **settings)
     _, core, policy = load_run(tmp_path / "run")
     assert policy.observation_size == 2
     split = core.split("train")

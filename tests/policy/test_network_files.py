@@ -112,7 +112,7 @@ def test_files_that_are_cut_off_or_garbage_are_refused(folder):
 @pytest.mark.parametrize("order", ["reversed", "foreign"])
 def test_a_policy_of_other_switches_is_refused_by_the_run(order, reviews, tiny_backbone, tmp_path):
     run, settings = tmp_path / "run", {"dataset": str(reviews), "backbone": str(tiny_backbone)}
-    train(CUSTOM, "hash", run, steps=1, settings=settings)
+    train(CUSTOM, "hash", run, steps=1, **settings)
     switches = json.loads((run / "policy.json").read_text())["switches"]
     changed = switches[::-1] if order == "reversed" else [f"decoder.{number}" for number in range(len(switches))]
     edit(run, switches=changed)

@@ -226,7 +226,7 @@ def test_a_backbone_is_tuned_under_a_policy(tmp_path, reviews, tiny_backbone):
         backbone, DataConfig(dataset=str(reviews)), "classification", prepared, Recipe(120, 0.003), rows=1.0
     )
     overrides = {"dataset": str(reviews), "backbone": str(prepared), "rate": 0.7, "policy_rows": "all"}
-    train("SD/Classification-Custom-v0", "hash", run, steps=1, settings=overrides)
+    train("SD/Classification-Custom-v0", "hash", run, steps=1, **overrides)
     options = ["--policy", run, "--output", tuned, "--steps", 150, "--learning-rate", 0.003]
     result = CliRunner().invoke(app, ["prepare", *map(str, options), "--set", "train_size=24"])
     assert result.exit_code == 0, result.output

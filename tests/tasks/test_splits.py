@@ -135,7 +135,7 @@ def test_a_folder_without_a_test_file_can_be_learned_on_but_not_silently_tested(
     settings = {"dataset": str(tmp_path), "backbone": str(tiny_backbone)}
     gym.make(CUSTOM, **settings).reset(seed=0)
     with pytest.raises(FileNotFoundError, match="no split 'test'"):
-        train(CUSTOM, "dense", tmp_path / "run", steps=1, settings=settings)
+        train(CUSTOM, "dense", tmp_path / "run", steps=1, **settings)
     assert not (tmp_path / "run").exists()  # refused before anything is learned or written
     with pytest.raises(DataError, match=r"2 of the 2 rows of validation .* are also in test"):
         sd_gym.train(CUSTOM, "dense", tmp_path / "run", **settings, splits={"test": "validation"})

@@ -28,7 +28,7 @@ def test_a_cascade_runs_again_where_it_is_not_sure(settings, tmp_path):
     agent.learn(1, None, lambda rollout: None)
     assert {len(point.policy.mask) for point in agent.operating_points()} == {7}
     keys = {**settings, "epsilon": 1.0}
-    result = train("SD/Classification-Custom-v0", "cascade", tmp_path / "run", steps=1, settings=keys, confidence=0.5)
+    result = train("SD/Classification-Custom-v0", "cascade", tmp_path / "run", steps=1, **keys, confidence=0.5)
     assert result["flops_ratio_with_policy"] >= result["flops_ratio"]
     assert result["guarantee"].startswith("selected on 4 rows: loses less than 100 points with 50% confidence; on ")
     assert result["flops_ratio_with_policy"] < 1

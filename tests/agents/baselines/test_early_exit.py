@@ -30,7 +30,7 @@ def test_early_exit_leaves_at_the_first_sure_layer(env):
 
 def test_early_exit_is_selected_as_policies_are(settings, tmp_path):
     result = train(
-        "SD/Classification-Custom-v0", "early-exit", tmp_path / "run", steps=1, settings={**settings, "epsilon": 0.3}
+        "SD/Classification-Custom-v0", "early-exit", tmp_path / "run", steps=1, **{**settings, "epsilon": 0.3}
     )
     assert result["flops_ratio_with_policy"] == result["flops_ratio"] == 1  # four rows show nothing
     assert result["last_policy"]["flops_ratio"] < 1

@@ -19,7 +19,7 @@ def test_the_static_agent_finds_the_best_of_all_masks(settings, tmp_path):
     """By what policy rows say; the one that is selected is shown to keep the quality on the selection rows."""
     settings["epsilon"] = 0.3  # which few instances without a loss show, if no certainty is asked for
     run = tmp_path / "run"
-    result = train("SD/Classification-Custom-v0", "static", run, steps=1, settings=settings, confidence=0.5)
+    result = train("SD/Classification-Custom-v0", "static", run, steps=1, **settings, confidence=0.5)
     core = gym.make_vec("SD/Classification-Custom-v0", num_envs=1, **settings).unwrapped.core
     masks, quality, ratio = everything(core, core.split("train"))
     fitting = quality[0].mean() - quality.mean(axis=1) <= 0.3
@@ -37,7 +37,7 @@ def test_the_static_agent_finds_the_best_of_all_masks(settings, tmp_path):
 
 def test_the_static_agent_skips_whole_layers(settings, tmp_path):
     settings |= {"epsilon": 1.0, "per": "layer"}
-    train("SD/Classification-Custom-v0", "static", tmp_path / "run", steps=1, settings=settings, confidence=0.5)
+    train("SD/Classification-Custom-v0", "static", tmp_path / "run", steps=1, **settings, confidence=0.5)
     masks = read_masks(tmp_path / "run" / MASKS, np.full(7, 2))
     assert len(masks) == 2**3  # all there are
     np.testing.assert_array_equal(masks[:, 0:6:2], masks[:, 1:6:2])

@@ -29,7 +29,7 @@ def warm_start(request, tmp_path_factory):
 @pytest.mark.parametrize("algo", ["ppo", "a2c", "reinforce"])
 def test_saves_half_at_most_one_point_under_dense(warm_start, algo, tmp_path):
     env, start = warm_start
-    result = train(env, algo, tmp_path / "run", steps=20_000, settings={"start": start})
+    result = train(env, algo, tmp_path / "run", steps=20_000, **{"start": start})
     assert result["instances"] == 2000
     assert result["flops_ratio_with_policy"] <= 0.5
     assert result["quality_difference"] >= -0.01
@@ -54,5 +54,5 @@ def test_minilm_on_sst2(tmp_path):
     )
     assert report["quality"]["after"]["0.0"] > 0.75
     settings = {"dataset": str(DATA / "sst2"), "backbone": str(tmp_path / "minilm"), "train_size": 4000}
-    result = train("SD/Classification-Custom-v0", "reinforce", tmp_path / "run", steps=5_000, settings=settings)
+    result = train("SD/Classification-Custom-v0", "reinforce", tmp_path / "run", steps=5_000, **settings)
     assert result["quality_difference"] > -0.03

@@ -50,19 +50,17 @@ def test_deciding_is_timed_from_the_tokenised_inputs_on(settings, monkeypatch):
             decided.append(len(observations))
             return super().decide(observations)
 
-    timed = time_ratio(core, Policy(core), "test", 8, batches=3)
+    time_ratio(core, Policy(core), "test", 8, batches=3)
     rounds = 5
     assert ranked == [8] * rounds
     assert looked[0] + looked[1] == [8] * (2 * rounds if settings else rounds)  # tokens are never kept by the split
     assert set(decided) == {8}
-    assert 0 < timed["flops_ratio"] < 1
-    assert timed["executed_ratio"] > 0
 
 
 def test_controls_stand_beside_each_time():
     core = gym.make("SD/Summarization-Mini-v0", **SMALL).unwrapped.core
     timed = time_ratio(core, Drawn(core), "test", 8, batches=3)
-    assert set(timed) == {"time_ratio", "dense_by_length", "dense_shortened", "flops_ratio", "executed_ratio"}
+    assert set(timed) == {"time_ratio", "dense_by_length", "dense_shortened"}
     core = gym.make("SD/Summarization-Mini-v0", **{**SMALL, "token_shares": [0.0]}).unwrapped.core
     assert time_ratio(core, Drawn(core), "test", 1, batches=3)["dense_shortened"] is None
 
@@ -135,4 +133,4 @@ def test_a_policy_that_looks_at_answers_is_timed_going_on(settings):
             executed, rel=0.3 * (keys is small)
         )  # texts have lengths of their own
     timed = time_ratio(core, policy, "test", 2, batches=1)
-    assert timed["executed_ratio"] >= timed["flops_ratio"] - 1e-9
+    assert timed["time_ratio"] > 0

@@ -46,7 +46,7 @@ def settings(tmp_path_factory, tiny_backbone):
 
 
 def result_of(algo, folder, settings, steps=1, **more):
-    return train("SD/Classification-Custom-v0", algo, folder / algo, steps=steps, settings={**settings, **more})
+    return train("SD/Classification-Custom-v0", algo, folder / algo, steps=steps, **{**settings, **more})
 
 
 def test_a_learned_policy_is_between_static_and_oracle(settings, tmp_path):

@@ -39,9 +39,9 @@ def weights(folder):
 def test_a_control_is_the_same_for_the_same_seed_and_so_is_what_starts_from_it(algo, settings, tmp_path):
     for name in ("one", "other"):
         forget()
-        train(CUSTOM, algo, tmp_path / name, steps=1, seed=3, settings=settings)
+        train(CUSTOM, algo, tmp_path / name, steps=1, seed=3, **settings)
         start = {"start": tmp_path / name, "num_envs": 8, "n_steps": 8}
-        train(CUSTOM, "ppo", tmp_path / f"{name}-ppo", steps=64, seed=3, settings={**settings, **start})
+        train(CUSTOM, "ppo", tmp_path / f"{name}-ppo", steps=64, seed=3, **{**settings, **start})
     assert weights(tmp_path / "one") == weights(tmp_path / "other")
     assert weights(tmp_path / "one-ppo") == weights(tmp_path / "other-ppo")
 
@@ -65,7 +65,7 @@ def test_a_killed_run_on_likelihoods_ends_as_the_uninterrupted_one(algo, after, 
             raise KilledError
 
     settings = {**settings, "quality": "likelihood", "num_envs": 16}
-    arguments = {"steps": 1_000, "seed": 3, "settings": settings}
+    arguments = {"steps": 1_000, "seed": 3, **settings}
     forget()
     whole = train(CUSTOM, algo, tmp_path / "whole", **arguments)
     forget()
@@ -80,10 +80,10 @@ def test_a_killed_run_on_likelihoods_ends_as_the_uninterrupted_one(algo, after, 
 def test_a_run_does_not_depend_on_what_ran_before_in_the_process(settings, tmp_path):
     settings = {**settings, "quality": "likelihood", "num_envs": 16}
     forget()
-    alone = train(CUSTOM, "ppo", tmp_path / "alone", steps=1_000, settings=settings)
+    alone = train(CUSTOM, "ppo", tmp_path / "alone", steps=1_000, **settings)
     forget()
-    train(CUSTOM, "ppo", tmp_path / "before", steps=1_000, seed=1, settings=settings)
-    after = train(CUSTOM, "ppo", tmp_path / "after", steps=1_000, settings=settings)
+    train(CUSTOM, "ppo", tmp_path / "before", steps=1_000, seed=1, **settings)
+    after = train(CUSTOM, "ppo", tmp_path / "after", steps=1_000, **settings)
     assert weights(tmp_path / "alone") == weights(tmp_path / "after")
     assert {**alone, "time": None} == {**after, "time": None}
 
@@ -98,7 +98,7 @@ def test_all_runs_of_a_process_share_the_dense_scores(settings, tmp_path, monkey
     monkeypatch.setattr(Scoring, "run", counted)
     forget()
     for seed in (0, 1):
-        train(CUSTOM, "ppo", tmp_path / str(seed), steps=100, seed=seed, settings={**settings, "num_envs": 16})
+        train(CUSTOM, "ppo", tmp_path / str(seed), steps=100, seed=seed, **{**settings, "num_envs": 16})
         splits = splits_of(settings)
         assert len(dense) == len(set(dense)) == sum(len(split) for split in splits)
 
@@ -107,7 +107,7 @@ def test_a_run_that_needs_few_training_instances_does_not_score_all(settings, tm
     scored = []
     monkeypatch.setattr(Scoring, "score_dense", lambda self, *of: scored.append(len(self._encoded)))
     forget()
-    train(CUSTOM, "ppo", tmp_path / "run", steps=2, settings={**settings, "num_envs": 2})
+    train(CUSTOM, "ppo", tmp_path / "run", steps=2, **{**settings, "num_envs": 2})
     assert len(splits_of(settings)[0]) > 2
     assert len(splits_of(settings)[0]) not in scored
 
@@ -122,7 +122,7 @@ def change(file, row):
 @pytest.mark.parametrize(("row", "split"), [(0, "train"), (8, "validation"), (9, "test")])
 def test_changed_data_are_noticed_with_the_split(row, split, settings, reviews, tmp_path):
     run = tmp_path / "run"
-    train(CUSTOM, "hash", run, steps=1, settings=settings)
+    train(CUSTOM, "hash", run, steps=1, **settings)
     change(reviews, row)
     words = f"the data have changed: {split} was .* of {reviews} .*, and is "
     with pytest.raises(ValueError, match=words):
@@ -143,7 +143,7 @@ def test_changed_data_are_noticed_by_who_resumes(settings, reviews, tmp_path):
         if step > 700:
             raise KilledError
 
-    arguments = {"steps": 1_000, "settings": {**settings, "num_envs": 16}}
+    arguments = {"steps": 1_000, **{**settings, "num_envs": 16}}
     with pytest.raises(KilledError):
         train(CUSTOM, "ppo", tmp_path / "run", **arguments, on_progress=kill)
     change(reviews, 8)
@@ -169,7 +169,7 @@ def test_a_backbone_that_was_overwritten_is_noticed(settings, tiny_backbone, tmp
     for seed, folder in enumerate(folders):
         if seed:
             tune(tiny_backbone, own)
-        train(CUSTOM, "a2c", folder, steps=64, seed=seed, settings=settings)
+        train(CUSTOM, "a2c", folder, steps=64, seed=seed, **settings)
     with pytest.raises(ValueError, match=f"the backbone '{own}' has other weights than in training"):
         load_run(first)
     with pytest.raises(ValueError, match="other weights"):

@@ -54,7 +54,7 @@ def test_a_run_folder_is_complete(name, finished, custom):
     again = evaluate(core, policy, "test")
     assert again == {key: result[key] for key in again}
     with pytest.raises(FileExistsError, match="finished run"):
-        train(CUSTOM, name, folder, steps=10, settings=custom)
+        train(CUSTOM, name, folder, steps=10, **custom)
 
 
 def test_a_policy_that_is_not_there(tmp_path):
@@ -100,7 +100,7 @@ def cut_run(settings, folder):
         if step > 700:
             raise CutError
 
-    arguments = {"steps": 1_000, "settings": {**settings, "num_envs": 16}}
+    arguments = {"steps": 1_000, **{**settings, "num_envs": 16}}
     with pytest.raises(CutError):
         train(CUSTOM, "ppo", folder, **arguments, on_progress=kill)
     return arguments
@@ -109,7 +109,7 @@ def cut_run(settings, folder):
 def test_a_run_that_was_cut_off_before_its_first_checkpoint_is_not_begun_again_unasked(settings, tmp_path):
     cut_run(settings, tmp_path / "run")
     (tmp_path / "run" / "checkpoint.pt").unlink()
-    arguments = {"steps": 1_000, "settings": {**settings, "num_envs": 16}}
+    arguments = {"steps": 1_000, **{**settings, "num_envs": 16}}
     with pytest.raises(FileExistsError, match="cut off; go on with --resume"):
         train(CUSTOM, "ppo", tmp_path / "run", **arguments)
     train(CUSTOM, "ppo", tmp_path / "run", **arguments, resume=True)
@@ -117,11 +117,11 @@ def test_a_run_that_was_cut_off_before_its_first_checkpoint_is_not_begun_again_u
 
 def test_resume_names_what_differs(settings, tmp_path):
     arguments = cut_run(settings, tmp_path / "run")
-    changed = {**arguments["settings"], "penalty": 3.0, "n_steps": 8}
+    changed = {**arguments, "penalty": 3.0, "n_steps": 8}
     with pytest.raises(
         ValueError, match=r"another run: its reward\.penalty is 20\.0, now it is 3\.0, its n_steps is 1, now it is 8$"
     ):
-        train(CUSTOM, "ppo", tmp_path / "run", **{**arguments, "settings": changed}, resume=True)
+        train(CUSTOM, "ppo", tmp_path / "run", **changed, resume=True)
     with pytest.raises(ValueError, match=r"another run: its confidence is 0\.95, now it is 0\.9$"):
         train(CUSTOM, "ppo", tmp_path / "run", **arguments, confidence=0.9, resume=True)
 
@@ -167,7 +167,7 @@ def test_what_decides_at_random_is_not_reduced(run, tmp_path):
 @pytest.mark.parametrize("stages", [[*STAGES, "answer"], ["encoder.1"]])
 def test_a_run_of_stages_is_reduced_and_its_artefact_decides_so(staged_env, stages, tmp_path):
     keys = {**staged_settings(staged_env), "stages": stages}
-    train(STAGED, "ppo", tmp_path / "run", steps=32, settings=keys, confidence=0.5)
+    train(STAGED, "ppo", tmp_path / "run", steps=32, **keys, confidence=0.5)
     bold(gym.make_vec(STAGED, num_envs=2, **keys).unwrapped, tmp_path / "run")
     sd_gym.reduce(tmp_path / "run", 2, tmp_path / "few")
     _, core, policy = load_run(tmp_path / "few")

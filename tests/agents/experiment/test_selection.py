@@ -54,7 +54,7 @@ def test_points_are_tested_from_dense_to_bold_until_one_fails(scripted_scores):
         (0.45, False),
     ]
     assert all((result.highest_loss < 0.01) == result.passed for _, result in selection.tested)
-    assert selection.report()["points"][0]["loss"] == 5 / 2000
+    assert selection.report()["selection"]["points"][0]["loss"] == 5 / 2000
     assert selection.as_searched().policy is points[0]
 
 
@@ -62,7 +62,9 @@ def test_where_nothing_passes_it_is_dense(scripted_scores):
     selection = Selection(scripted_scores[0])
     assert selection.select([Version(Scripted(0.4, 0, 60))]) is None
     assert selection.margin == DENSE_MARGIN
-    assert selection.guarantee.startswith("dense: on 4 rows no operating point is shown to lose less than 1 point")
+    assert selection.report()["guarantee"].startswith(
+        "dense: on 4 rows no operating point is shown to lose less than 1 point"
+    )
     assert selection.select([]) is None
     assert selection.as_searched() is None
 

@@ -15,7 +15,7 @@ from tests.agents.conftest import STAGED, STAGES, bold, staged_settings, walked
 def test_a_backbone_is_tuned_under_what_each_stage_decides(staged_env, stages, tmp_path):
     """The odds have the sign of the decisions; of what no stage decides, they say that it runs."""
     keys = {**staged_settings(staged_env), "stages": stages}
-    train(STAGED, "ppo", tmp_path / "run", steps=32, settings=keys, confidence=0.5)
+    train(STAGED, "ppo", tmp_path / "run", steps=32, **keys, confidence=0.5)
     policy = bold(gym.make_vec(STAGED, num_envs=2, **keys).unwrapped, tmp_path / "run")
     _, odds = skip_logits_of_run(tmp_path / "run", {})
     core = load_run(tmp_path / "run")[1]

@@ -39,7 +39,7 @@ def hyperparameters_of(events):
 @pytest.mark.parametrize("name", ["ppo", "reinforce", "imitation", "static", "random", "early-exit"])
 def test_settings_result_and_validation_are_there_for_every_agent(name, custom, tmp_path):
     settings = {**custom, "penalty": 3.0}
-    result = train(CUSTOM, name, tmp_path / "run", steps=600, seed=5, settings=settings)
+    result = train(CUSTOM, name, tmp_path / "run", steps=600, seed=5, **settings)
     events = events_of(tmp_path / "run")
     if name in ("ppo", "reinforce"):  # a run shorter than what lies between two points has its curves too
         assert {"rollout/ep_rew_mean", "rollout/success_rate"} <= set(events.Tags()["scalars"])
@@ -64,7 +64,7 @@ def test_settings_result_and_validation_are_there_for_every_agent(name, custom, 
 
 
 def test_skip_rates_are_a_picture_at_each_validation_and_charts_lay_agents_over_each_other(custom, tmp_path):
-    result = train(CUSTOM, "ppo", tmp_path / "run", steps=600, settings=custom)
+    result = train(CUSTOM, "ppo", tmp_path / "run", steps=600, **custom)
     events = events_of(tmp_path / "run")
     pictures = events.Images("validation/skip_rates")
     assert [picture.step for picture in pictures] == [entry["step"] for entry in result["history"]]
@@ -84,7 +84,7 @@ def test_no_point_is_there_twice_after_a_run_was_cut_off_and_went_on(name, custo
         if step > 520:
             raise KilledError
 
-    arguments = {"steps": 800, "settings": {**custom, "num_envs": 16}}
+    arguments = {"steps": 800, **{**custom, "num_envs": 16}}
     whole = train(CUSTOM, name, tmp_path / "whole", **arguments)
     with pytest.raises(KilledError):
         train(CUSTOM, name, tmp_path / "cut", **arguments, on_progress=kill)
@@ -110,8 +110,8 @@ def test_a_run_that_begins_again_hides_what_was_there(custom, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(ImitationAgent, "save_extra", kill)
         with pytest.raises(KilledError):
-            train(CUSTOM, "imitation", tmp_path / "run", steps=100, settings=custom)
-    train(CUSTOM, "imitation", tmp_path / "run", steps=100, settings=custom, resume=True)
+            train(CUSTOM, "imitation", tmp_path / "run", steps=100, **custom)
+    train(CUSTOM, "imitation", tmp_path / "run", steps=100, **custom, resume=True)
     assert len(list((tmp_path / "run").glob("events.*"))) == 2
     events = plugin_event_accumulator.EventAccumulator(
         str(tmp_path / "run")

@@ -37,7 +37,7 @@ def test_what_is_learned_is_worth_more_than_any_mask_of_the_path(env, tmp_path):
     split = env.core.split("train")
     rows, path, lost = agent.searched
     assert sorted(rows) == list(range(len(split)))
-    np.testing.assert_array_equal(lost, path_losses(split, rows, list(path), lambda scored: None))
+    np.testing.assert_array_equal(lost, path_losses(split, rows, path))
     assert lost.min() < 0 < lost.max()  # gains count
     assert not path[0].any()
     assert all(np.abs(after - before).sum() == 1 for before, after in pairwise(path))
@@ -64,7 +64,7 @@ def test_static_takes_over_the_path_that_imitation_has_searched(env, tmp_path):
 
 def test_a_path_of_layers_is_learned_from_searched_here_or_by_static(env, custom, tmp_path):
     names = env.core.switch_names
-    train(CUSTOM, "static", tmp_path / "tried", steps=1, settings={**custom, "per": "layer"}, confidence=0.5)
+    train(CUSTOM, "static", tmp_path / "tried", steps=1, **{**custom, "per": "layer"}, confidence=0.5)
     with pytest.raises(ValueError, match="no path from dense to nothing"):  # all masks, for they are few
         make_agent("imitation", env, path=tmp_path / "tried").learn(1, configure(None, []), lambda rollout: None)
     agent = make_agent("imitation", env, epochs=1, per="layer")
@@ -111,7 +111,7 @@ def test_a_blind_imitation_finds_the_best_mask_of_the_path(env, tmp_path):
 def test_imitation_learns_what_is_to_come_at_each_stage(staged_keys, algo, tmp_path):
     """A loss costs little, so nearly all is skipped; another run takes its path over, in stages or at once."""
     settings = {**staged_keys, **OVER, "penalty": 1e-3}
-    result = train(STAGED, algo, tmp_path / "run", steps=1, settings=settings)
+    result = train(STAGED, algo, tmp_path / "run", steps=1, **settings)
     assert result["last_policy"]["flops_ratio"] < 0.2
     _, core, policy = load_run(tmp_path / "run")
     assert policy.stages == STAGES

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sd_gym.agents import make_agent
-from sd_gym.agents.learning.agent import initial_bias, learning_bias
+from sd_gym.agents.learning.agent import decision_logits, learning_bias
 from stable_baselines3.common.logger import KVWriter, Logger
 
 import sd_gym
@@ -66,8 +66,8 @@ def test_same_seed_same_policy(name, env, tmp_path):
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_initial_bias_gives_the_skip_rate():
-    bias = initial_bias(np.array([2, 2, 1]), 0.1)
+def test_the_logits_of_dense_give_the_skip_rate():
+    bias = decision_logits(np.array([2, 2, 1]), np.zeros(3), 0.9)
     assert bias.shape == (5,)
     assert bias[:2].softmax(0)[1].item() == pytest.approx(0.1)
 

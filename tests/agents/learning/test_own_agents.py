@@ -55,15 +55,15 @@ def stingy(quality, quality_ref, flops_ratio, **constants):
 def test_a_run_with_an_own_objective_is_evaluated_by_anybody_but_resumed_only_with_it(custom, tmp_path):
     sd_gym.register_objective("stingy", stingy)
     settings = {**custom, "objective": "stingy", "num_envs": 16}
-    result = train(CUSTOM, "a2c", tmp_path / "done", steps=64, settings=settings)
+    result = train(CUSTOM, "a2c", tmp_path / "done", steps=64, **settings)
     assert result["return"] == pytest.approx(result["quality_difference"] - 20 * result["flops_ratio"])
     assert sd_gym.evaluate(CUSTOM, tmp_path / "done")["return"] == result["return"]
-    half_way(CUSTOM, "a2c", tmp_path / "cut", steps=640, settings=settings, imports=["my_things"])
+    half_way(CUSTOM, "a2c", tmp_path / "cut", steps=640, **settings, imports=["my_things"])
     forget_own()
     evaluated = sd_gym.evaluate(CUSTOM, tmp_path / "done")
     assert (evaluated["instances"], evaluated["return"]) == (4, None)  # nobody here knows what it was
     with pytest.raises(ConfigError, match=r"unknown objective 'stingy'.*cut was made with --import my_things"):
-        train(CUSTOM, "a2c", tmp_path / "cut", steps=640, settings=settings, resume=True)
+        train(CUSTOM, "a2c", tmp_path / "cut", steps=640, **settings, resume=True)
 
 
 def half_way(*arguments, **keywords):
@@ -191,7 +191,7 @@ def test_a_run_whose_network_is_missing_says_what_to_import_and_imports_nothing(
     (tmp_path / "my_net.py").write_text("raise SystemExit('imported by itself')\n")
     monkeypatch.syspath_prepend(tmp_path)
     sd_gym.register_network("convolution", Convolution)
-    arguments = {"steps": 64, "settings": {**custom, "network": "convolution"}, "imports": ["my_net"]}
+    arguments = {"steps": 64, **{**custom, "network": "convolution"}, "imports": ["my_net"]}
     train(CUSTOM, "a2c", tmp_path / "run", **arguments)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["imports"] == ["my_net"]
     load_run(tmp_path / "run")
@@ -200,7 +200,7 @@ def test_a_run_whose_network_is_missing_says_what_to_import_and_imports_nothing(
     with pytest.raises(UnknownNameError, match=message):
         load_run(tmp_path / "run")
     with pytest.raises(UnknownNameError, match=message):
-        train(CUSTOM, "ppo", tmp_path / "warm", steps=64, settings={**custom, "start": str(tmp_path / "run")})
+        train(CUSTOM, "ppo", tmp_path / "warm", steps=64, **{**custom, "start": str(tmp_path / "run")})
     description = json.loads((tmp_path / "run" / "policy.json").read_text())
     (tmp_path / "run" / "policy.json").write_text(json.dumps({**description, "network": "os:system"}))
     with pytest.raises(UnknownNameError, match="unknown network 'os:system'"):
@@ -267,7 +267,7 @@ def test_what_decides_by_more_than_the_observation_is_evaluated_beside_agents(cu
     with pytest.raises(TypeError, match=r"abstract method '?operating_points"):
         type("Nothing", (PrivilegedAgent,), {"learn": Halves.learn})(env)
     told, run = [], tmp_path / "run"
-    result = train(CUSTOM, "halves", run, steps=64, settings=custom, on_progress=lambda *args: told.append(args))
+    result = train(CUSTOM, "halves", run, steps=64, **custom, on_progress=lambda *args: told.append(args))
     assert told == [(64, {})]
     assert result["decisions_used"] == 2
     assert next(iter(result["skip_rate"].values())) == pytest.approx(0.5, abs=0.1)
@@ -283,7 +283,7 @@ def test_what_decides_by_more_than_the_observation_is_evaluated_beside_agents(cu
 def test_a_killed_run_of_ones_own_ends_as_the_uninterrupted_one(name, gradient, custom, tmp_path):
     sd_gym.register_network("convolution", Convolution)
     own = {} if name == "gradient" else {"network": "convolution"}
-    arguments = {"steps": 2_000, "seed": 3, "settings": {**custom, **own, "num_envs": 16}, "imports": ["mine.py"]}
+    arguments = {"steps": 2_000, "seed": 3, **{**custom, **own, "num_envs": 16}, "imports": ["mine.py"]}
     whole = train(CUSTOM, name, tmp_path / "whole", **arguments)
     half_way(CUSTOM, name, tmp_path / "cut", **arguments)
     forget_own()

@@ -103,7 +103,7 @@ def test_the_policy_decides_as_the_actor(env, algo, tmp_path):
 @pytest.mark.parametrize("algo", ["ppo", "reinforce"])
 def test_a_run_is_kept_evaluated_and_resumed(keys, algo, tmp_path, monkeypatch):
     settings = {**keys, "epsilon": 0.5}
-    result = train(CUSTOM, algo, tmp_path / "run", steps=200, settings=settings)
+    result = train(CUSTOM, algo, tmp_path / "run", steps=200, **settings)
     _, core, policy = load_run(tmp_path / "run")
     assert policy.stages == core.stages == STAGES
     leaves(core, tmp_path / "run", result)
@@ -116,9 +116,9 @@ def test_a_run_is_kept_evaluated_and_resumed(keys, algo, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(CUSTOM, algo, tmp_path / "cut", steps=200, settings=settings, on_progress=cut)
+        train(CUSTOM, algo, tmp_path / "cut", steps=200, **settings, on_progress=cut)
     assert (tmp_path / "cut" / "checkpoint.pt").exists()
-    resumed = train(CUSTOM, algo, tmp_path / "cut", steps=200, settings=settings, resume=True)
+    resumed = train(CUSTOM, algo, tmp_path / "cut", steps=200, **settings, resume=True)
     assert {**resumed, "time": None} == {**result, "time": None}
     weights = [(tmp_path / run / "policy.safetensors").read_bytes() for run in ("run", "cut")]
     assert weights[0] == weights[1]
@@ -198,7 +198,7 @@ def test_hidden_layers_of_a_stage_see_its_rows_alone(env, tmp_path):
 def test_controls_run_as_on_one_stage(keys, algo, tmp_path):
     """They look at nothing that a stage shows; hash does, and so decides otherwise."""
     results = [
-        train(CUSTOM, algo, tmp_path / str(len(stages)), steps=1, settings={**keys, "stages": stages})
+        train(CUSTOM, algo, tmp_path / str(len(stages)), steps=1, **{**keys, "stages": stages})
         for stages in (STAGES, ["first"])
     ]
     if algo != "hash":

@@ -102,7 +102,7 @@ def test_the_checkers_and_an_off_the_shelf_ppo_take_it(env, keys):
 @pytest.mark.parametrize("algo", LEARNERS)
 def test_a_run_is_kept_leaves_and_decides_the_same_again(keys, algo, tmp_path):
     settings = QUICK.get(algo.removeprefix("blind-"), {})
-    result = train(CUSTOM, algo, tmp_path / "run", steps=64, settings={**keys, **settings})
+    result = train(CUSTOM, algo, tmp_path / "run", steps=64, **{**keys, **settings})
     _, core, policy = load_run(tmp_path / "run")
     assert (policy.stages, policy.token_width) == (STAGES, 16)
     again = sd_gym.evaluate(CUSTOM, tmp_path / "run")
@@ -128,7 +128,7 @@ def test_a_run_that_was_killed_ends_as_the_uninterrupted_one(keys, algo, tmp_pat
 
 def test_a_bold_policy_leaves_and_is_reduced(env, keys, tmp_path):
     """On raw texts, and attached to a model, it decides as in the env."""
-    train(CUSTOM, "ppo", tmp_path / "run", steps=32, settings=keys, confidence=0.5)
+    train(CUSTOM, "ppo", tmp_path / "run", steps=32, **keys, confidence=0.5)
     bold(env).save(tmp_path / "run")
     sign(tmp_path / "run")
     _, core, policy = load_run(tmp_path / "run")

@@ -54,4 +54,6 @@ def test_the_guarantee_in_words():
     assert guarantee(300, 0.005, 0.9, True) == (
         "dense: on 300 rows no operating point is shown to lose less than 0.5 points with 90% confidence"
     )
-    assert on_other_rows(2000, "test", -0.006, (-0.011, -0.001)) == "on 2,000 test rows it lost 0.6 (0.1 to 1.1)"
+    result = {"instances": 2000, "split": "test", "quality_difference": -0.006}
+    result["quality_difference_interval"] = (-0.011, -0.001)
+    assert on_other_rows(result) == "on 2,000 test rows it lost 0.6 (0.1 to 1.1)"

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from sd_gym.agents.learning.agent import NotApplicableError
 from sd_gym.agents.report.collect import collect
 from sd_gym.agents.serving import controls
+from sd_gym.agents.serving.controls import play
 from sd_gym.agents.serving.learn import DialSettings, PricedQueues, learned
-from sd_gym.agents.serving.play import play
 from stable_baselines3.common.logger import configure
 
 import sd_gym
