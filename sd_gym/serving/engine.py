@@ -59,17 +59,10 @@ class Described(NamedTuple):
 
 
 class OperatingPoints:
-    """The operating points that requests and dials may choose; the first skips most.
+    """The operating points of a policy that requests and dials may choose (``points``); the first skips most.
 
-    Args:
-        points: All points of the policy.
-        usual: Margin of the default point, which is always allowed.
-        allow_loss: Highest upper bound of a point's loss; ``None``: points that passed their test.
-        allow_flops: Largest share of the dense FLOPs of a point.
-
-    Attributes:
-        points: The allowed points.
-        default: Index of the default point.
+    ``default`` is the index of the point whose margin is ``usual``, which is always allowed. Others must be within
+    ``allow_loss``, by the upper bound of their loss (``None``: have passed their test), and ``allow_flops``.
     """
 
     def __init__(
@@ -99,13 +92,7 @@ class OperatingPoints:
 
 
 class BlockingEngine(ABC):
-    """A ``sd_gym.serving.batcher.Engine`` whose calls block.
-
-    Args:
-        model: The model.
-        points: Its operating points.
-        dialled: Indices of the points that the dial may choose.
-    """
+    """A ``sd_gym.serving.batcher.Engine`` whose calls block; ``dialled``: the points that the dial may choose."""
 
     served: Described
     groups_masks = True  # whether rows are grouped by mask
@@ -326,7 +313,6 @@ class GraphEngine(BlockingEngine):
 
 
 def _ranked(shares: list[float], names: dict[int, str]) -> dict[str, float]:
-    """The probability of each class, the highest first."""
     return {names[number]: share for number, share in sorted(enumerate(shares), key=lambda pair: -pair[1])}
 
 
