@@ -90,12 +90,7 @@ def _apply(key: str, make: Callable[[], Callable[[Any], Any]], value: Any) -> An
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...], imports: list[str], folder: str) -> Any:
-    _prepare(folder, imports)
-    return function(*arguments)
-
-
-def _prepare(folder: str, imports: list[str]) -> None:
-    """Prepare a process: the folder that relative paths start from, one thread, and the user's modules."""
+    """Call a function in a process of the cluster; relative paths start from ``folder``."""
     import torch
 
     os.chdir(folder)
@@ -103,3 +98,4 @@ def _prepare(folder: str, imports: list[str]) -> None:
     torch.set_num_threads(1)  # threads of several processes that wait for each other are many times slower
     for name in imports:
         import_own(name)
+    return function(*arguments)

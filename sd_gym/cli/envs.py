@@ -8,7 +8,7 @@ from rich.table import Table
 from typer import Argument, Option
 
 from sd_gym.cli import terminal
-from sd_gym.cli.terminal import Imports, Settings
+from sd_gym.cli.terminal import Imports, Ray, Settings
 
 
 def envs(
@@ -68,7 +68,7 @@ def tabulate(
     references: Annotated[bool, Option(help="Also compute the hull, full-information learner and oracle.")] = False,
     resume: Annotated[bool, Option(help="Resume a table that was interrupted.")] = False,
     jobs: Annotated[int, Option(min=1, help="Processes, of one thread each.")] = 1,
-    ray: Annotated[str | None, Option(metavar="ADDRESS", help="A Ray cluster instead; it sees OUTPUT.")] = None,
+    ray: Ray = None,
     set_: Settings = [],
     imports: Imports = [],
 ) -> None:
