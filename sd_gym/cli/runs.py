@@ -133,7 +133,7 @@ def export(
     backbone: Annotated[str | None, Option(help="Where the backbone is [default: where it was].")] = None,
     imports: Imports = [],
 ) -> None:
-    """Write a policy and a graph for each of its masks for ONNX Runtime, which answers without torch.
+    """Write a policy and its backbone as graphs for ONNX Runtime, which answers without torch.
 
     Needs `pip install 'sd-gym[onnx]'`, and an encoder that classifies, scores or extracts. A policy that decides among
     more masks is reduced as by `sd-gym reduce`: its operating point is selected again. `sd-gym run` and

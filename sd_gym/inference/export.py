@@ -1,4 +1,4 @@
-"""A policy as ONNX graphs: one that decides, and one for each of its few masks, on one file of shared weights."""
+"""A policy as ONNX graphs: one that decides, and one that answers under any of its masks, on one file of weights."""
 
 import hashlib
 import json
@@ -13,22 +13,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from sd_gym.data.instance import Instance
+from sd_gym.execution.bank import without_skipped
 from sd_gym.files import as_json, sha256, write_json, write_text
 from sd_gym.folders import contents, locked
 from sd_gym.going_on import resumed_from
+from sd_gym.inference.branches import branched
 from sd_gym.inference.choices import choices_of, decided_masks, few_masks, learned_network, masks_of
-from sd_gym.inference.graphs import INPUTS, AnswerDecider, Decider, Graph, Masked, Rest
+from sd_gym.inference.graphs import INPUTS, AnswerDecider, Decider, Graph, Rest, Switched, logits_of
 from sd_gym.inference.onnx import (
     ANSWER,
     DECIDE,
     MANIFEST,
+    MODEL,
     TOKENIZER,
     WEIGHTS,
     OnnxModel,
-    mask_file,
     own_hash,
     rest_file,
 )
@@ -55,9 +56,10 @@ def export(
     Args:
         policy: A policy, the folder of a run or of ``save_pretrained``, or an id of the Hugging Face hub. All its
             operating points are written.
-        folder: A new folder: a graph that decides, one per mask, their weights, the tokenizer, a manifest, a card. If
-            the policy judges the answer, also a graph for that, and one per layer from which rows go on.
-        masks: Largest number of masks that the policy may decide among; ``sd-gym reduce`` reduces a policy of more.
+        folder: A new folder: a graph that decides, one that answers, their weights, the tokenizer, a manifest, a card.
+            If the policy judges the answer, also a graph for that, and one per layer from which rows go on.
+        masks: Largest number of masks that the policy may decide among, since only rows of the same mask run together;
+            ``sd-gym reduce`` reduces a policy of more.
         int8: Whether the masks' matrix products use 8-bit integers. Decisions stay in float32.
         backbone: Where the backbone is, if not where it was in training.
 
@@ -75,7 +77,7 @@ def export(
     _check_policy(policy)
     if not few_masks(policy, masks):
         remedy = f"sd-gym reduce RUN --codebook {masks} --output REDUCED makes it decide among few; export that"
-        raise _refused(f"it decides among more than {masks} masks, and each needs a graph", remedy)
+        raise _refused(f"it decides among more than {masks} masks, so few inputs would run together", remedy)
     model = SkippingModel(policy, backbone, dtype="float32")
     _check_model(model)
     with locked(folder):
@@ -152,30 +154,43 @@ class _Writer:
         graphs: dict[str, Any] = {DECIDE: Decider(self._board, self._policy, self._choices)}
         if self._policy.sees_answer:
             graphs[ANSWER] = AnswerDecider(self._policy, graphs[DECIDE].size, len(self._head.judgement))
-        for number, (mask, first) in enumerate(zip(self._masks, self._resumed, strict=True)):
-            resumed = 0 < first < len(self._board) and self._policy.sees_answer
-            graphs[mask_file(number)] = Masked(self._board, mask, first if resumed else None)
-            if resumed:
-                graphs[rest_file(first)] = Rest(self._board, first)
+        resumed = sorted({first for first in self._resumed if 0 < first < len(self._board)})
+        resumed = resumed if self._policy.sees_answer else []
+        branches = self._branches(resumed)
+        graphs[MODEL] = Switched(self._board, branches, resumed, self._inputs)
+        graphs |= {rest_file(first): Rest(self._board, first) for first in resumed}
         with (self._folder / WEIGHTS).open("wb") as file:
             weights = _Weights(file)
             for name, module in graphs.items():
-                in_int8 = self._int8 and isinstance(module, Masked | Rest)
+                in_int8 = self._int8 and isinstance(module, Switched | Rest)
                 weights.write(self._traced(module, in_int8), self._folder / name)
         backend: Any = self._model.tokenizer
         tokenizer = deepcopy(backend.backend_tokenizer)
         tokenizer.no_padding()
         tokenizer.no_truncation()
         write_text(self._folder / TOKENIZER, tokenizer.to_str())
-        manifest = self._described()
+        manifest = {**self._described(), "branches": [number for number, *_ in branches]}
         write_text(self._folder / "README.md", _card(manifest))
         hashed = (*graphs, WEIGHTS, TOKENIZER, "README.md")
         manifest["files"] = {name: sha256(self._folder / name) for name in hashed}
         manifest["files"][MANIFEST] = own_hash(manifest)
         write_json(self._folder / MANIFEST, manifest)
         if not self._int8:
-            self._compare(graphs)
+            self._compare()
         return manifest
+
+    def _branches(self, resumed: list[int]) -> list[list[int]]:
+        """Numbers of the switches that masks skip, together where all masks agree, since a branch takes time, too."""
+        branches = list[list[int]]()
+        for number in np.flatnonzero(self._masks.any(axis=0)).tolist():
+            pair = self._board.switches[number - 1 : number + 1]
+            follows = branches and branches[-1][-1] == number - 1 and number not in resumed
+            passes_through = follows and all(switch.sublayer.adds_residual for switch in pair)
+            if passes_through and (self._masks[:, number - 1] == self._masks[:, number]).all():
+                branches[-1].append(number)
+            else:
+                branches.append([number])
+        return branches
 
     def _traced(self, module: Graph, in_int8: bool) -> Any:
         """The graph of a module, for any number of rows and tokens."""
@@ -191,6 +206,8 @@ class _Writer:
             # The newer exporter (dynamo) takes ten times as long, and its graphs run no faster.
             torch.onnx.export(module.eval(), tuple(value for _, value in given), file, dynamo=False, **options)
             graph = onnx.load(file)
+        if isinstance(module, Switched):
+            graph = branched(graph, module.sides, module.hidden)
         return _in_int8(graph) if in_int8 else graph
 
     def _described(self) -> dict[str, Any]:
@@ -201,7 +218,7 @@ class _Writer:
         bend = (switched[2] - 2 * switched[1] + switched[0]) // 2
         special = (None, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
         values = {
-            "format": 2,
+            "format": 3,
             "sd_gym": __version__,
             "head": self._head.name,
             "names": [name for _, name in sorted(model.names.items())],
@@ -238,23 +255,23 @@ class _Writer:
         }
         return json.loads(as_json(values))
 
-    def _compare(self, graphs: dict[str, nn.Module]) -> None:
+    def _compare(self) -> None:
         """Raise RuntimeError if a graph and its model disagree, on shapes that it was not traced with."""
         model, random = OnnxModel(self._folder), np.random.default_rng(0)
         longest = self._model._config.backbone.max_source_length
+        plain = [without_skipped(self._board, mask) for mask in self._masks]
         for rows, length in ((1, 1), (3, min(11, longest)), (1, min(24, longest))):
             ids = random.integers(self._model.model.config.vocab_size, size=(rows, length))
             batch = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
             batch["attention_mask"][1:, length // 2 :] = 0
-            dense = model.run(0, batch)[0]
+            given = {name: torch.from_numpy(values) for name, values in batch.items()}
+            with torch.inference_mode():
+                expected = [logits_of(one(**given)).numpy() for one in plain]
             for number in range(len(self._masks)):
                 logits, *hidden = model.run(number, batch)
-                with torch.inference_mode():
-                    expected = graphs[mask_file(number)](*map(torch.from_numpy, batch.values()))
-                expected = (expected[0] if hidden else expected).numpy()
-                pairs = (logits, expected), (model.run_rest(number, batch, hidden), dense)
+                pairs = (logits, expected[number]), (model.run_rest(number, batch, hidden), expected[0])
                 if not all(np.allclose(*pair, atol=TOLERANCE, rtol=TOLERANCE) for pair in pairs):
-                    raise RuntimeError(f"the graph of mask {number} and its model disagree; nothing was kept")
+                    raise RuntimeError(f"the graphs and the model disagree under mask {number}; nothing was kept")
 
 
 class _Weights:
@@ -293,7 +310,13 @@ def _in_int8(graph: Any) -> Any:
         file = Path(folder, "int8.onnx")
         logging.disable(logging.WARNING)  # it recommends another tool
         try:
-            quantize_dynamic(graph, file, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+            quantize_dynamic(
+                graph,
+                file,
+                weight_type=QuantType.QInt8,
+                op_types_to_quantize=["MatMul", "Gemm"],
+                extra_options={"EnableSubgraph": True},
+            )
         finally:
             logging.disable(logging.NOTSET)
         return onnx.load(file)
@@ -310,7 +333,7 @@ tags: [sd_gym, onnx, skipping]
 
 # A skipping policy for {backbone["name"]}, as ONNX graphs
 
-`{DECIDE}` chooses one of {len(manifest["masks"])} masks for each input, `mask-N.onnx` answers under it, in {kind}. The
+`{DECIDE}` chooses one of {len(manifest["masks"])} masks for each input, `{MODEL}` answers under it, in {kind}. The
 weights of all graphs are in `{WEIGHTS}`; `{MANIFEST}` has the hash of every file.
 
 On the {result["split"]} split, before it was exported: quality {result["quality"]:.4f}, dense

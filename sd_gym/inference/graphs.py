@@ -1,6 +1,7 @@
-"""The modules of an export that become ONNX graphs: the policy, a model per mask, and what goes on densely."""
+"""The modules of an export that become ONNX graphs: the policy, the model, and what goes on densely."""
 
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sd_gym.execution.bank import FirstLayerInput, path_of_layers, without_skipped
+from sd_gym.inference.branches import Sides
 from sd_gym.inference.choices import learned_network
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.features import pooled_features, standardised
@@ -17,6 +19,7 @@ from sd_gym.policy.table_export import TablePolicy
 from sd_gym.policy.token_encoder import TokenEncoder
 from sd_gym.projection import OBSERVATION_LIMIT, Projection
 from sd_gym.switch import Switchboard
+from sd_gym.switch.architectures import Switch
 from sd_gym.switch.twin import twin_at
 
 EMBEDDINGS = "embeddings", "embeddings_project"  # modules of an encoder before its layers
@@ -33,25 +36,64 @@ class Graph(nn.Module):
         return list(of_model.items())
 
 
-class Masked(Graph):
-    """The logits of a model under a mask, and the hidden states before the layer with switch ``first``, if given."""
+class Switched(Graph):
+    """The dense logits, and the states from which ``branched`` makes branches.
 
-    def __init__(self, board: Switchboard, mask: NDArray, first: int | None) -> None:
+    ``branches`` are the numbers of switches that are skipped together, ``resumed`` those from whose layers rows go on,
+    ``given`` inputs of the model.
+
+    Attributes:
+        sides: What enters and leaves each branch, by number of its first switch.
+        hidden: The hidden states before the layers of ``resumed``, by number of the switch.
+    """
+
+    def __init__(
+        self, board: Switchboard, branches: list[list[int]], resumed: list[int], given: dict[str, Tensor]
+    ) -> None:
         super().__init__()
-        self.model = without_skipped(board, mask)
-        self.outputs = ("logits",) if first is None else ("logits", "hidden")
-        self._hidden: list[Tensor] = []
-        if first is not None:
-            layer = twin_at(_layers(board, self.model), str(board.switches[first].index))
-            layer.register_forward_pre_hook(self._keep)
+        self.model = without_skipped(board, np.zeros(len(board), dtype=bool))
+        self._names, self._seen = dict[str, str](), dict[int, tuple[str, Tensor]]()
+        layers = _layers(board, self.model)
+        for number, *_, last in [[*branch, branch[-1]] for branch in branches]:
+            module = _module(layers, board.switches[number], 0)
+            module.register_forward_pre_hook(partial(self._enters, f"enters.{number}"), with_kwargs=True)
+            module = _module(layers, board.switches[last], -1)
+            module.register_forward_hook(partial(self._leaves, f"leaves.{number}"))
+        for number in resumed:
+            layer = twin_at(layers, str(board.switches[number].index))
+            layer.register_forward_pre_hook(partial(self._enters, f"before.{number}"), with_kwargs=True)
+        with torch.no_grad():
+            self.forward(*given.values())
+        names = self._names
+        self.outputs = ("logits", *(name for name, _ in self._seen.values()))
+        self.sides = {
+            number: Sides(
+                names[f"enters.{number}"], names[f"leaves.{number}"], board.switches[number].sublayer.adds_residual
+            )
+            for number, *_ in branches
+        }
+        self.hidden = {number: names[f"before.{number}"] for number in resumed}
 
-    def _keep(self, layer: nn.Module, args: tuple) -> None:
-        self._hidden = [args[0]]
+    def _enters(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._mark(name, args[0] if args else kwargs["hidden_states"])
 
-    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """The logits, and where rows may go on the states ``[n, tokens, width]`` before that layer."""
-        logits = _logits(self.model(**dict(zip(INPUTS, inputs, strict=False))))
-        return (logits, *self._hidden) if self._hidden else logits
+    def _leaves(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
+        self._mark(name, output[0] if isinstance(output, tuple) else output)
+
+    def _mark(self, name: str, state: Tensor) -> None:
+        """One output has one name, although what leaves a sublayer may enter the next."""
+        self._names[name] = self._seen.setdefault(id(state), (name, state))[0]
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The logits and all states."""
+        self._seen.clear()
+        logits = logits_of(self.model(**dict(zip(INPUTS, inputs, strict=False))))
+        return (logits, *(state for _, state in self._seen.values()))
+
+
+def _module(layers: nn.Module, switch: Switch, at: int) -> nn.Module:
+    """A module of a switch in the layers of a twin: the first (0) or the last one (-1) that it skips."""
+    return twin_at(layers, f"{switch.index}.{switch.sublayer.modules[at]}")
 
 
 class Rest(Graph):
@@ -75,10 +117,10 @@ class Rest(Graph):
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """The dense logits, from the states ``[n, tokens, width]`` before the layer."""
         self.before.given = hidden
-        return _logits(self.model(inputs_embeds=hidden, attention_mask=attention_mask))
+        return logits_of(self.model(inputs_embeds=hidden, attention_mask=attention_mask))
 
 
-def _logits(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
     """Logits; those of starts and ends stacked, if answers are extracted."""
     return torch.stack([output.start_logits, output.end_logits], dim=1) if "start_logits" in output else output.logits
 

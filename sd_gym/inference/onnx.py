@@ -17,13 +17,14 @@ from sd_gym.errors import DataError
 from sd_gym.files import read_json, sha256
 from sd_gym.going_on import going_on_flops
 from sd_gym.inference.answer import Answer, TextModel
+from sd_gym.inference.branches import hidden_output, skip_input
 from sd_gym.operating_points import OperatingPoint, margin_for
 
 if TYPE_CHECKING:
     import onnxruntime
 
 MANIFEST, TOKENIZER, WEIGHTS = "sd_gym_onnx.json", "tokenizer.json", "weights.bin"
-DECIDE, ANSWER = "decide.onnx", "answer.onnx"  # graphs that decide before the first layer, and on the answer
+DECIDE, MODEL, ANSWER = "decide.onnx", "model.onnx", "answer.onnx"  # before the first layer, the model, on the answer
 DENSE = 0  # number of the mask that skips nothing
 DECIDED = 256  # inputs per run of the graph that decides
 BATCH = 32  # default number of inputs of one mask that run together
@@ -48,9 +49,7 @@ def load(
         max_loss: See ``sd_gym.operating_points.margin_for``: it chooses among the policy's operating points.
         max_flops: See there.
         providers: Execution providers of ONNX Runtime, the preferred one first.
-        session_options: Options of ONNX Runtime for all graphs, such as the number of threads. Each graph that has run
-            keeps its own packed copy of its weights. With the entry ``session.disable_prepacking`` all share one copy,
-            and small batches take longer.
+        session_options: Options of ONNX Runtime for all graphs, such as the number of threads.
 
     Raises:
         FileNotFoundError: If the folder or one of its files is missing.
@@ -64,11 +63,6 @@ def load(
     return OnnxModel(
         Path(folder), max_loss=max_loss, max_flops=max_flops, providers=providers, session_options=session_options
     )
-
-
-def mask_file(number: int) -> str:
-    """The graph of a mask."""
-    return f"mask-{number}.onnx"
 
 
 def rest_file(first: int) -> str:
@@ -126,9 +120,17 @@ class OnnxModel(TextModel):
         self._margin = np.float32(margin_for(points, max_loss=max_loss, max_flops=max_flops))
         self.masks, choices = np.array(manifest["masks"], dtype=bool), manifest["choices"]
         self._mask_of_choice, self._cautious = np.array(choices["mask"]), np.array(choices["cautious"], np.float32)
-        self._resumed_from = np.array(manifest["resumed_from"])
+        self._resumed_from, switches = np.array(manifest["resumed_from"]), len(manifest["switches"])
+        named = [(skip_input(switch), switch) for switch in manifest["branches"]]
+        self._skips = [{name: np.array(mask[switch]) for name, switch in named} for mask in self.masks]
         self._count_flops(np.arange(manifest["cut"]["length"] + 1))
         self.looks_at_answer: bool = manifest["looks_at_answer"]
+        resumes = [self.looks_at_answer and 0 < first < switches for first in self._resumed_from]
+        hidden = [
+            [hidden_output(first)] if goes_on else []
+            for first, goes_on in zip(self._resumed_from, resumes, strict=True)
+        ]
+        self._outputs = [["logits", *names] for names in hidden]
         self.task, self.metric, self.reference = (manifest[key] for key in ("task", "metric", "reference"))
         self.fields, self.names = tuple(manifest["fields"]), dict(enumerate(manifest["names"]))
         self.optional, hashes = manifest["optional"], manifest["files"]
@@ -201,7 +203,7 @@ class OnnxModel(TextModel):
 
         With them, if rows can go on from the middle, the hidden states there, ``[n, length, width]``.
         """
-        values, *hidden = self._run(mask_file(number), batch)
+        values, *hidden = self._run(MODEL, batch | self._skips[number], self._outputs[number])
         return [self._in_context(values, batch), *hidden]
 
     def run_rest(self, number: int, batch: Batch, hidden: list[NDArray]) -> NDArray:
@@ -244,9 +246,12 @@ class OnnxModel(TextModel):
         cut = self.manifest["cut"]
         if cut["strategy"] == "only_second":
             self._check_questions([fields[0] for fields in texts], cut["length"])
+        encode = self._tokenizer.encode_batch
+        if self.manifest["head"] != "span":
+            encode = self._tokenizer.encode_batch_fast  # without the places of tokens in their text
         if all(len(fields) == 1 for fields in texts):
-            return self._tokenizer.encode_batch([fields[0] for fields in texts])
-        return self._tokenizer.encode_batch([(first, second[0] if second else "") for first, *second in texts])
+            return encode([fields[0] for fields in texts])
+        return encode([(first, second[0] if second else "") for first, *second in texts])
 
     def _check_questions(self, questions: list[str], limit: int) -> None:
         whole = Tokenizer.from_str(self._tokenizer.to_str())
@@ -271,12 +276,12 @@ class OnnxModel(TextModel):
             batch["context_mask"][:, 0] = self.manifest["unanswerable"]
         return batch
 
-    def _run(self, graph: str, batch: Batch) -> list[NDArray]:
-        """The outputs of a graph on those of the inputs that it reads; token types are zeros if there are none."""
+    def _run(self, graph: str, batch: Batch, outputs: list[str] | None = None) -> list[NDArray]:
+        """Outputs of a graph, or all, on those of the inputs that it reads; token types are zeros if there are none."""
         session, names = self._session(graph)
         if "token_type_ids" in names and "token_type_ids" not in batch:
             batch = batch | {"token_type_ids": np.zeros_like(batch["input_ids"])}
-        return session.run(None, {name: batch[name] for name in names})
+        return session.run(outputs, {name: batch[name] for name in names})
 
     def _in_context(self, values: NDArray, batch: Batch) -> NDArray:
         """Logits, of which those of spans are in the context alone."""

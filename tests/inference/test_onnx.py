@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 import sd_gym
 from sd_gym.cli import app
 from sd_gym.operating_points import OperatingPoint
-from tests.conftest import WORDS
-from tests.envs.conftest import trained
+from tests.conftest import ENCODER, WORDS, make_model
+from tests.envs.conftest import MODELS, trained
 from tests.inference.conftest import lines_of, write
 
 onnx = pytest.importorskip("sd_gym.inference.onnx")
@@ -85,15 +85,23 @@ def test_other_heads_and_observations(task, observation, tmp_path, tiny_tokenize
     check_same(policy, tmp_path / "onnx", texts)
 
 
-@torch.inference_mode()
-def test_logits_are_those_of_the_bank(exported):
-    policy, folder, texts = exported
-    model, graphs = sd_gym.load(policy), onnx.load(folder)
-    given = dict(model.tokenizer(texts, padding=True, return_tensors="pt"))
-    for number, plain in enumerate(sd_gym.bank(model.model, graphs.masks)):
-        wanted = plain(**given).logits.numpy()
-        came = graphs.run(number, {name: value.numpy() for name, value in given.items()})[0]
+@pytest.mark.parametrize("name", ENCODER)
+def test_logits_are_those_of_the_bank(name, tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setitem(MODELS, "classification", (lambda: make_model(name), MODELS["classification"][1]))
+    policy, texts = few_masks("classification", tmp_path, tiny_tokenizer, masks=5)
+    layers = [[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 0, 1], [1, 1, 1, 1, 1, 1]]  # the first two layers agree in these alone
+    policy.network.codebook[:, :-1] = torch.tensor([[0] * 6, [0, 1, 0, 0, 1, 0], *layers])
+    for number, book in enumerate([policy.network.codebook, policy.network.codebook[[0, 2, 3, 4]]]):
+        policy.network.codebook = book
+        sd_gym.export(policy, tmp_path / f"onnx-{number}")
+        model, graphs = sd_gym.load(policy), onnx.load(tmp_path / f"onnx-{number}")
+        given = dict(model.tokenizer(texts, padding=True, return_tensors="pt"))
+        inputs = {name: value.numpy() for name, value in given.items()}
+        with torch.inference_mode():
+            wanted = [plain(**given).logits.numpy() for plain in sd_gym.bank(model.model, graphs.masks)]
+        came = [graphs.run(mask, inputs)[0] for mask in range(len(graphs.masks))]
         np.testing.assert_allclose(came, wanted, atol=1e-4)
+    assert len(graphs.manifest["branches"]) < 6 or name == "distilbert"  # whose layers add the residual themselves
 
 
 LIMITS = [{}, {"max_loss": 0.01}, {"max_flops": 0.9}]
@@ -146,8 +154,9 @@ def test_evaluate_counts_that_rows_go_on(exported_judging):
     assert result["flops_ratio_with_policy"] == pytest.approx(np.mean([one.flops_ratio for one in wanted]))
 
 
-def test_graphs_share_one_file_of_weights(exported):
+def test_all_masks_share_one_graph_and_its_weights(exported):
     _, folder, _ = exported
+    assert {file.name for file in folder.glob("*.onnx")} == {"decide.onnx", "model.onnx"}
     backbone = folder.parent / "backbone" / "model.safetensors"
     assert (folder / "weights.bin").stat().st_size < 4 * backbone.stat().st_size  # weights begin at whole pages
     assert not (folder / "export.tmp").exists()
@@ -170,7 +179,7 @@ def test_neither_torch_nor_what_else_sd_gym_needs_is_imported(exported):
     assert done.stdout.strip() == "6", done.stderr
 
 
-@pytest.mark.parametrize("name", ["mask-0.onnx", "decide.onnx", "weights.bin", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["model.onnx", "decide.onnx", "weights.bin", "tokenizer.json"])
 def test_a_flipped_byte_is_an_error_that_names_the_file(name, exported, tmp_path):
     shutil.copytree(exported[1], tmp_path / "onnx")
     file = tmp_path / "onnx" / name
@@ -275,7 +284,7 @@ def test_its_commands_and_in_int8_decisions_stay_the_same(exported, tmp_path):
     assert "dense among them" in done.output
     wanted = [one.skip for one in sd_gym.load(small).answers(texts)]
     np.testing.assert_array_equal([one.skip for one in onnx.load(tmp_path / "onnx")(texts)], wanted)
-    assert "MatMulInteger" in (tmp_path / "onnx" / "mask-0.onnx").read_bytes().decode(errors="ignore")
+    assert "MatMulInteger" in (tmp_path / "onnx" / "model.onnx").read_bytes().decode(errors="ignore")
     source = write(tmp_path / "in.jsonl", [{"text": text} for text in texts])
     command = ["run", str(folder), "--input", str(source), "--output", str(tmp_path / "out.jsonl")]
     done = runner.invoke(app, [*command, "--compare"])
