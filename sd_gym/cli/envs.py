@@ -35,19 +35,12 @@ def envs(
         for column in ("data set", "backbone"):
             table.add_column(column, overflow="fold")
         for identity in [*registered_ids(), *SERVING]:
-            table.add_row(identity, *_data_and_backbone(identity))
+            try:
+                facts = head(identity).facts
+            except FileNotFoundError as error:  # its table is missing
+                facts = {"data set": str(error), "backbone": "-"}
+            table.add_row(identity, facts["data set"], facts["backbone"])
         terminal.console.print(table)
-
-
-def _data_and_backbone(identity: str) -> tuple[str, str]:
-    """The data set and the backbone of an env; a missing table is reported in their place."""
-    from sd_gym.envs.listing import head
-
-    try:
-        facts = head(identity).facts
-    except FileNotFoundError as error:
-        return str(error), "-"
-    return facts["data set"], facts["backbone"]
 
 
 def tabulate(
