@@ -81,7 +81,6 @@ class StrictModel(BaseModel):
 
 
 def _kinds_of(annotation: Any) -> set[Any]:
-    """The types in an annotation."""
     return {annotation}.union(*map(_kinds_of, get_args(annotation)))
 
 
@@ -204,7 +203,7 @@ def dotted(values: Mapping[str, Any], origin: str = "the config") -> dict[str, A
     by_key: dict[str, Any] = {}
     spellings: dict[str, str] = {}
     for key, name, value in _each(values, origin):
-        if key in by_key and not _equal(by_key[key], value):
+        if key in by_key and not np.array_equal(by_key[key], value):
             raise ConfigError(
                 f"{origin}: config key {key!r} has two values: {spellings[key]!r} is {short(by_key[key])}, and "
                 f"{name!r} is {short(value)}; leave one of them out"
@@ -265,10 +264,3 @@ def _unknown(key: Any, keyword: Any, origin: str) -> UnknownKeyError:
         f"{origin}: unknown config key {key!r}{hint} Known keys: {', '.join(KEYS)} (unexpected keyword argument "
         f"{keyword!r})."
     )
-
-
-def _equal(value: Any, other: Any) -> bool:
-    try:
-        return bool(value == other)
-    except ValueError:  # comparing arrays
-        return False

@@ -70,11 +70,6 @@ def serving_file(identity: str) -> Path:
     return SERVING[identity]
 
 
-def config_files() -> list[Path]:
-    """The configuration files, the bundled ones first."""
-    return [ENVS.find(identity) for identity in ENVS.names()]
-
-
 config_of = ENVS.find  # the configuration file of an id; raises ``ValueError`` if there is no such id
 
 
@@ -85,8 +80,7 @@ def registered_ids() -> list[str]:
 
 def shipped_tables() -> dict[str, str]:
     """Folders of the tables in the package, by env id."""
-    bundled = [file for file in config_files() if file.parent == CONFIG_FOLDER]
-    folders = {env_id(file): _line(file, "table") for file in bundled}
+    folders = {identity: _line(config_of(identity), "table") for identity in ENVS.built_in()}
     return {identity: folder for identity, folder in folders.items() if folder not in (None, "null")}
 
 

@@ -3,7 +3,7 @@
 import difflib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -57,12 +57,16 @@ class Registry(Generic[Thing]):
 
 def unknown(kind: str, name: str, known: list[str]) -> str:
     """The message for an unregistered name."""
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
     return (
-        f"unknown {kind} {name!r}{hint} Known {kind}s: {', '.join(known) or 'none'}. To use your own, first import the "
-        "module that registers it (on the command line: --import MODULE_OR_FILE)."
+        f"unknown {kind} {name!r}{nearest(name, known)} Known {kind}s: {', '.join(known) or 'none'}. To use your own, "
+        "first import the module that registers it (on the command line: --import MODULE_OR_FILE)."
     )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What follows an unknown name in a message: the nearest known one, or a full stop."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else "."
 
 
 @contextmanager

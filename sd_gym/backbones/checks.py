@@ -31,7 +31,9 @@ def check_weights(
             "save_pretrained() writes them ('sd-gym prepare' makes a head where only that is missing)"
         )
     for stack in architecture.stacks:
-        count, stored = len(stack.layers_in(model)), _layers_among(info, stack.layers)
+        path = re.compile(rf"(?:^|\.){re.escape(stack.layers)}\.(\d+)\.")
+        unread = [int(match[1]) + 1 for key in info["unexpected_keys"] if (match := path.search(key))]
+        count, stored = len(stack.layers_in(model)), max(unread, default=0)
         if stored > count:
             raise BackboneError(
                 f"the backbone {name!r}: config.json describes {count} layers of the {stack.name}, but the weights "
@@ -54,12 +56,6 @@ def _head_keys(model: PreTrainedModel, architecture: Architecture) -> set[str]:
         for key, parameter in model.named_parameters()
         if key.rpartition(".")[0] in heads or (inside and id(parameter) not in inside)
     }
-
-
-def _layers_among(info: dict[str, Any], layers: str) -> int:
-    """Number of the last layer with weights that were not read, from 1; 0: no layer."""
-    path = re.compile(rf"(?:^|\.){re.escape(layers)}\.(\d+)\.")
-    return max((int(match[1]) + 1 for key in info["unexpected_keys"] if (match := path.search(key))), default=0)
 
 
 def check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -177,12 +177,6 @@ def save_backbone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fo
     temporary.rmdir()
 
 
-@lru_cache(maxsize=4)
-def load_backbone(name: str, device: str = "cpu") -> Backbone:
-    """``load_own_backbone``, once per process: all envs share the backbone, so it must not be changed."""
-    return load_own_backbone(name, device)
-
-
 def load_own_backbone(name: str, device: str = "cpu") -> Backbone:
     """Load a frozen backbone that is not shared, so a policy can be attached to it.
 
@@ -193,6 +187,9 @@ def load_own_backbone(name: str, device: str = "cpu") -> Backbone:
     model.to(usable_device(device)).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
     board = Switchboard(model)
     return Backbone(name, model, tokenizer, board, FlopsModel(board), head_of(model))
+
+
+load_backbone = lru_cache(maxsize=4)(load_own_backbone)  # all envs share the backbone, so it must not be changed
 
 
 def weights_hash(model: PreTrainedModel) -> str:

@@ -138,11 +138,10 @@ def prepare(
         recipe: Steps, rates and draws.
         validate: Measures the quality under decisions drawn as at the last step; called ten times. The weights with
             the best quality are kept. ``None``: the last weights are kept.
-        checkpoint: File that the state is written to; ``None``: it is not written.
+        checkpoint: File that the state is written to, if any, and read from to ``resume``.
         checkpoint_minutes: Minutes between two checkpoints.
         resume: Whether to continue from the checkpoint, if it exists. ``batches`` must start from the beginning.
-        on_step: Called after every step with ``loss``, ``distillation``, ``learning_rate`` and, after a validation,
-            ``quality``.
+        on_step: Called after every step with its losses and, after a validation, ``quality``.
         accelerator: The processes that share the work; ``None``: only this one.
 
     Raises:
@@ -192,8 +191,6 @@ def prepare(
 
 
 class _Trainer:
-    """Makes the optimiser steps."""
-
     def __init__(self, board: Switchboard, recipe: Recipe, accelerator: Accelerator) -> None:
         self._board, self._recipe, self._accelerator = board, recipe, accelerator
         self._model, self._head, self._layers = board.model, head_of(board.model), layers_of(board)
@@ -240,9 +237,9 @@ class _Trainer:
             return None
         generator = self._generator.manual_seed(seeds[1])
         skip = self.drawing(importance, step)(len(batch["labels"]), generator)
-        if skip_logits is not None:
-            skip = decisions_around(skip_logits.cpu(), skip, generator, recipe.random_share)
-        return skip
+        if skip_logits is None:
+            return skip
+        return decisions_around(skip_logits.cpu(), skip, generator, recipe.random_share)
 
     def _losses(self, batch: dict[str, Tensor], skip: Tensor | None) -> Tensor:
         """The task loss and the distillation loss, ``[2]``."""

@@ -4,9 +4,8 @@ import typer
 
 from sd_gym.cli.comparison import compare, report, tune
 from sd_gym.cli.envs import envs, tabulate
-from sd_gym.cli.models import prepare, run
+from sd_gym.cli.models import prepare, run, serve
 from sd_gym.cli.runs import evaluate, export, reduce, train, validate
-from sd_gym.cli.serving import serve
 
 app = typer.Typer(
     help="Learn which layers a transformer can skip per input. Start with: sd-gym envs",

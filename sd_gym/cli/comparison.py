@@ -7,7 +7,7 @@ import typer
 from typer import Argument, Option
 
 from sd_gym.cli import terminal
-from sd_gym.cli.terminal import Confidence, Imports, Settings
+from sd_gym.cli.terminal import Confidence, Imports, Ray, Settings
 
 
 def compare(
@@ -135,7 +135,7 @@ def tune(
     seeds: Annotated[int, Option(min=1, help="Runs per trial.")] = 1,
     steps: Annotated[int, Option(min=1, help="Decisions to learn from, per run.")] = 20_000,
     jobs: Annotated[int, Option(min=1, help="Processes, of one thread each, for several trials at once.")] = 1,
-    ray: Annotated[str | None, Option(metavar="ADDRESS", help="A Ray cluster instead; it sees OUTPUT.")] = None,
+    ray: Ray = None,
     output: Annotated[Path | None, Option(help="Folder of the study [default: runs/tune/TASK-ALGO].")] = None,
     confidence: Confidence = 0.95,
     set_: Settings = [],

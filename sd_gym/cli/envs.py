@@ -8,7 +8,7 @@ from rich.table import Table
 from typer import Argument, Option
 
 from sd_gym.cli import terminal
-from sd_gym.cli.terminal import Imports, Settings
+from sd_gym.cli.terminal import Imports, Ray, Settings
 
 
 def envs(
@@ -35,19 +35,12 @@ def envs(
         for column in ("data set", "backbone"):
             table.add_column(column, overflow="fold")
         for identity in [*registered_ids(), *SERVING]:
-            table.add_row(identity, *_data_and_backbone(identity))
+            try:
+                facts = head(identity).facts
+            except FileNotFoundError as error:  # its table is missing
+                facts = {"data set": str(error), "backbone": "-"}
+            table.add_row(identity, facts["data set"], facts["backbone"])
         terminal.console.print(table)
-
-
-def _data_and_backbone(identity: str) -> tuple[str, str]:
-    """The data set and the backbone of an env; a missing table is reported in their place."""
-    from sd_gym.envs.listing import head
-
-    try:
-        facts = head(identity).facts
-    except FileNotFoundError as error:
-        return str(error), "-"
-    return facts["data set"], facts["backbone"]
 
 
 def tabulate(
@@ -68,7 +61,7 @@ def tabulate(
     references: Annotated[bool, Option(help="Also compute the hull, full-information learner and oracle.")] = False,
     resume: Annotated[bool, Option(help="Resume a table that was interrupted.")] = False,
     jobs: Annotated[int, Option(min=1, help="Processes, of one thread each.")] = 1,
-    ray: Annotated[str | None, Option(metavar="ADDRESS", help="A Ray cluster instead; it sees OUTPUT.")] = None,
+    ray: Ray = None,
     set_: Settings = [],
     imports: Imports = [],
 ) -> None:

@@ -12,41 +12,26 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Targets:
-    """The reference answers; see the fields of ``Encoded``."""
+    """The reference answers of a split.
 
-    labels: Tensor
-    target_length: NDArray
-    target_cut: NDArray
-    context_mask: Tensor | None = None
-    offsets: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A whole split as padded tensors, from which batches are taken.
-
-    Attributes:
-        input_ids: int64 ``[n, longest source]``, padded at the right.
-        source_length: int64 ``[n]``, tokens of each input.
-        labels: ``[n, ...]``, in the form of the backbone's head.
-        target_length: int64 ``[n]``, tokens of each target; 1 where nothing is generated.
-        source_cut: bool ``[n]``, whether the input was longer than the limit and was truncated.
-        target_cut: bool ``[n]``, whether the target was truncated. For extracted answers: whether all right answers
-            were in the truncated part; then there is no label, the likelihood is 0, and training ignores the instance.
-        token_type_ids: int64 ``[n, longest source]`` for sentence pairs, otherwise ``None``.
-        context_mask: bool ``[n, longest source]`` for extracted answers: which tokens they may contain.
-        offsets: int32 ``[n, longest source, 2]`` for extracted answers: start and end character of each token.
+    Of an extracted answer that was cut off there is no label: its likelihood is 0, and training ignores the instance.
     """
 
-    input_ids: Tensor
-    source_length: NDArray
-    labels: Tensor
-    target_length: NDArray
-    source_cut: NDArray
-    target_cut: NDArray
-    token_type_ids: Tensor | None = None
-    context_mask: Tensor | None = None
-    offsets: Tensor | None = None
+    labels: Tensor  # ``[n, ...]``, in the form of the backbone's head
+    target_length: NDArray  # int64 ``[n]``, tokens of each target; 1 where nothing is generated
+    target_cut: NDArray  # bool ``[n]``, whether the target was truncated, or all extracted answers were cut off
+    context_mask: Tensor | None = None  # bool ``[n, longest source]``: tokens that extracted answers may contain
+    offsets: Tensor | None = None  # int32 ``[n, longest source, 2]``: characters of each token, for extracted answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded(Targets):
+    """A whole split as padded tensors, from which batches are taken."""
+
+    input_ids: Tensor  # int64 ``[n, longest source]``, padded at the right
+    source_length: NDArray  # int64 ``[n]``, tokens of each input
+    source_cut: NDArray  # bool ``[n]``, whether the input was longer than the limit and was truncated
+    token_type_ids: Tensor | None = None  # int64 ``[n, longest source]`` for sentence pairs
 
     def __len__(self) -> int:
         return len(self.input_ids)

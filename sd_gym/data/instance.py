@@ -5,30 +5,17 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One input with its reference.
+    """One input with its reference. Parts of texts are (start, end) in characters."""
 
-    Attributes:
-        id: Unique within its data set, stable between runs (``"test-17"``).
-        source: The text that the backbone reads.
-        target: The reference: a text to generate, a class index or word, or a score (regression).
-        difficulty: Difficulty of the instance, from 1 (trivial); 0 if unknown.
-        source_pair: The second sentence of a sentence pair.
-        protected: Parts of ``source``, as (start, end) in characters, whose tokens are never dropped: a question, or
-            the word that names the task.
-        more_targets: Other correct texts.
-        answer_spans: Right answers in ``source_pair``, as (start, end) in characters; empty if unknown.
-        origin: File and line, for messages; empty for a generated instance.
-    """
-
-    id: str
-    source: str
-    target: str | int | float
-    difficulty: int = 0
-    source_pair: str | None = None
-    protected: tuple[tuple[int, int], ...] = ()
-    more_targets: tuple[str, ...] = ()
-    answer_spans: tuple[tuple[int, int], ...] = ()
-    origin: str = field(default="", compare=False)
+    id: str  # unique within its data set, stable between runs (``"test-17"``)
+    source: str  # the text that the backbone reads
+    target: str | int | float  # a text to generate, a class index or word, or a score (regression)
+    difficulty: int = 0  # from 1 (trivial); 0 if unknown
+    source_pair: str | None = None  # the second sentence of a sentence pair, or the context of a question
+    protected: tuple[tuple[int, int], ...] = ()  # parts of ``source`` whose tokens are never dropped: a question
+    more_targets: tuple[str, ...] = ()  # other correct texts
+    answer_spans: tuple[tuple[int, int], ...] = ()  # right answers in ``source_pair``; empty if unknown
+    origin: str = field(default="", compare=False)  # file and line, for messages; empty for a generated instance
 
     @property
     def place(self) -> str:

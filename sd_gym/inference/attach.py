@@ -195,7 +195,6 @@ class Attached:
         return output if (self.model.config.return_dict if as_dict is None else as_dict) else output.to_tuple()
 
     def _judged_logits(self, output: Any, shown: _PolicyInput, keep: Keep) -> Tensor:
-        """The logits of a pass, as the head judges them."""
         batch = {}
         if self._head.gives == "span":
             context = shown.as_given(self.policy.context_of(shown.inputs))
@@ -296,13 +295,10 @@ class Attached:
 
 
 def _first_given(given: dict[str, Any], names: tuple[str, ...]) -> Any:
-    """The first of these arguments that is given."""
     return next((given[name] for name in names if given.get(name) is not None), None)
 
 
 class _PolicyInput(NamedTuple):
-    """The input that a policy decides on."""
-
     inputs: dict[str, Tensor]  # of the model, padded at the right
     order: Tensor | None  # position of each token in the given inputs, [n, length]; None: the same
     is_as_given: bool  # whether the model's own pass embeds exactly these inputs
@@ -319,21 +315,14 @@ class _PolicyInput(NamedTuple):
 
 
 class Decisions(local):
-    """The decisions of an attached model's last call in this thread.
-
-    Attributes:
-        skip: Which row skipped which switch, bool ``[n, switches]``; ``None`` before the first call.
-        token_level: An index of the policy's token shares per row, int64 ``[n]``.
-        went_on: Which row went on densely after its answer, bool ``[n]``.
-        resumed: The switches from which these rows went on, int64 ``[n]``.
-    """
+    """The decisions of an attached model's last call in this thread; ``None`` before the first call."""
 
     def __init__(self, head: Head, flops: FlopsModel) -> None:
         self._head, self._flops = head, flops
-        self.skip: NDArray | None = None
-        self.token_level: NDArray | None = None
-        self.went_on: NDArray | None = None
-        self.resumed = np.zeros(0, dtype=np.int64)
+        self.skip: NDArray | None = None  # which row skipped which switch, bool ``[n, switches]``
+        self.token_level: NDArray | None = None  # an index of the policy's token shares per row, int64 ``[n]``
+        self.went_on: NDArray | None = None  # which row went on densely after its answer, bool ``[n]``
+        self.resumed = np.zeros(0, dtype=np.int64)  # the switches from which these rows went on, ``[n]``
         self._lengths: tuple[Tensor, Tensor] | None = None
         self._targets: tuple[int | None, int | None] = None, None
         self._ranked = False

@@ -43,7 +43,6 @@ class Bulk:
     unknown: int = 0  # inputs with words that the tokenizer does not know
 
     def __iadd__(self, other: Bulk) -> Bulk:
-        """Add the outcome of another chunk."""
         for part in fields(self):
             setattr(self, part.name, iadd(getattr(self, part.name), getattr(other, part.name)))
         return self
@@ -86,10 +85,9 @@ def run_file(
 ) -> Bulk:
     """Answer each row of a file; the output has a JSON object per row, in the same order.
 
-    Each has ``line`` (the number of the row's line), ``answer``, ``skip`` (0 or 1 per switch), ``token_level``,
-    ``flops_ratio``, ``unknown_tokens`` and ``went_on``; or ``error``, where the row is malformed, which does not stop
-    the others. Blank lines of JSON lines are skipped, but counted. Until all is done the answers are in the folder
-    ``OUTPUT.part``, which one process holds at a time.
+    Each has ``line`` (the number of the row's line) and the fields of ``Answer``; or ``error``, where the row is
+    malformed, which does not stop the others. Blank lines of JSON lines are skipped, but counted. Until all is done the
+    answers are in the folder ``OUTPUT.part``, which one process holds at a time.
 
     Args:
         model: A policy and its backbone.
@@ -98,7 +96,7 @@ def run_file(
         resume: Whether to go on after the last whole chunk of a run that was cut off.
         compare: Whether everything runs densely as well.
         columns: The column of each field that is called differently.
-        batch_size: See ``SkippingModel``.
+        batch_size: See ``TextModel``.
         chunk: Rows that are grouped into passes together.
         on_cluster: A Ray cluster that answers the chunks instead.
         on_chunk: Called after each chunk with the number of its last line and the outcome so far.
@@ -145,13 +143,12 @@ def count_rows(source: Path | None) -> int | None:
 
 
 def _answering(make: Callable[[], Any], compare: bool, batch_size: int | None) -> Callable[[list[Line]], Any]:
-    """Load a model and return the function that answers a chunk with it."""
     return partial(_answered, make(), compare=compare, batch_size=batch_size)
 
 
 def _answered(model: SkippingModel, lines: list[Line], compare: bool, batch_size: int | None) -> tuple[str, Bulk]:
     """The output for a chunk of the input, and the outcome."""
-    bulk, output = Bulk(), []
+    bulk = Bulk()
     inputs, errors = {}, {}  # texts of the lines that are inputs, and what is wrong with the others
     for line in lines:
         try:
@@ -178,9 +175,9 @@ def _answered(model: SkippingModel, lines: list[Line], compare: bool, batch_size
                     text_quality(model.metric, answer.answer, references) for answer in (own, other)
                 )
                 bulk.quality.append((own_quality, dense_quality))
-    for number, *_ in lines:
-        content = {"error": errors[number]} if number in errors else _described(answers[number])
-        output.append(json.dumps({"line": number, **content}, ensure_ascii=False) + "\n")
+    contents = {number: _described(answer) for number, answer in answers.items()}
+    contents |= {number: {"error": error} for number, error in errors.items()}
+    output = [json.dumps({"line": number, **contents[number]}, ensure_ascii=False) + "\n" for number, *_ in lines]
     return "".join(output), bulk
 
 

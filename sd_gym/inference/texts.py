@@ -37,20 +37,14 @@ NOT_NEEDED = ("data", "reward", "action", "codebook")  # of the config, to answe
 
 
 class StagedPasses(Passes):
-    """Passes of a split in which a policy decides stage by stage; rows are grouped by length alone.
-
-    Attributes:
-        masks: The policy's decisions, int64 ``[n, switches + 1]``; zeros at first.
-        went_on: Which rows went on after their answer, bool ``[n]``.
-        first_texts: The texts before that, if texts are generated.
-    """
+    """Passes of a split in which a policy decides stage by stage; rows are grouped by length alone."""
 
     def __init__(self, split: BackboneSplit, policy: SkipPolicy, first_input: nn.Module | None = None) -> None:
         vars(self).update(vars(split.passes))
         self._policy, self._first_input = policy, first_input
-        self.masks = np.zeros((len(split), len(self.backbone.board) + 1), dtype=np.int64)
-        self.went_on = np.zeros(len(split), dtype=np.bool_)
-        self.first_texts = np.full(len(split), "", dtype=object)
+        self.masks = np.zeros((len(split), len(self.backbone.board) + 1), dtype=np.int64)  # the policy's decisions
+        self.went_on = np.zeros(len(split), dtype=np.bool_)  # which rows went on after their answer
+        self.first_texts = np.full(len(split), "", dtype=object)  # the texts before that, if texts are generated
 
     def _pass(self, rows: NDArray, decisions: NDArray, inputs: dict[str, Tensor]) -> Tensor:
         given = dict(inputs)  # dropping tokens changes it

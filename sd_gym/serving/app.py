@@ -45,12 +45,7 @@ class GoneError(Exception):
 class Service:
     """A model that answers over HTTP.
 
-    Args:
-        engine: Checks, decides and answers.
-        points: The operating points of the engine.
-        limits: Limits of the queue and of groups.
-        settings: Limits of a request.
-        dial: Chooses the operating point of each group; ``None``: always the default point.
+    ``dial`` chooses the operating point of each group; ``None``: always the default point.
     """
 
     def __init__(
@@ -209,10 +204,6 @@ class Service:
             }
         )
 
-    async def live(self, request: Request) -> Response:
-        """``GET /livez``."""
-        return Response("ok")
-
     async def ready(self, request: Request) -> Response:
         """``GET /readyz``."""
         return Response("ok" if self.is_ready else "not ready", status_code=200 if self.is_ready else 503)
@@ -221,10 +212,6 @@ class Service:
         """``GET /metrics``."""
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    async def page(self, request: Request) -> Response:
-        """``GET /``."""
-        return FileResponse(PAGE)
-
     def app(self) -> Starlette:
         """The application."""
         posts = {"/predict": self.predict}
@@ -232,8 +219,8 @@ class Service:
             posts["/generate"] = self.generate
         if self._served.completes:
             posts["/v1/completions"] = self.completions
-        gets = {"/": self.page, "/info": self.info, "/livez": self.live, "/readyz": self.ready}
-        gets["/metrics"] = self.exposed
+        gets: dict[str, Any] = {"/info": self.info, "/readyz": self.ready, "/metrics": self.exposed}
+        gets |= {"/": FileResponse(PAGE), "/livez": Response("ok")}
         routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in gets.items()]
         routes += [Route(path, self._counted(path, endpoint), methods=["POST"]) for path, endpoint in posts.items()]
         app = Starlette(routes=routes, lifespan=self.running)
@@ -256,7 +243,6 @@ class Service:
 
 
 def _failed(error: Exception, *, openai: bool) -> Response:
-    """The response to a request that failed."""
     headers = {}
     match error:
         case RefusedError():
@@ -307,7 +293,6 @@ def _prediction(served: Served) -> Any:
 
 
 def _details(served: Served) -> dict[str, Any]:
-    """An answer with its decision and cost."""
     skip = served.answer.skip.astype(int).tolist()
     return served.answer._asdict() | {"skip": skip, "scores": served.scores, "tokens": served.length}
 

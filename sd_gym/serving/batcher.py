@@ -41,11 +41,11 @@ class Row(NamedTuple):
 class Engine(Protocol):
     """Decides and answers. The batcher makes one call at a time."""
 
-    async def prepare(self, inputs: list[Any]) -> list[Row]:
+    async def prepare(self, inputs: list[Any], /) -> list[Row]:
         """Decide on inputs. If this fails, the batcher prepares each input alone."""
         ...
 
-    async def run(self, rows: list[Row], point: int) -> list[Any]:
+    async def run(self, rows: list[Row], point: int, /) -> list[Any]:
         """Answer rows of one kind at an operating point. If this fails, the batcher runs each row alone."""
         ...
 

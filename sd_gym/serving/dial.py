@@ -1,7 +1,8 @@
 """Dials: they choose the operating point of each group."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from sd_gym.envs.serving import dial
 
@@ -9,17 +10,15 @@ from sd_gym.envs.serving import dial
 class Dial(Protocol):
     """Chooses the operating point of each group before the group is formed."""
 
-    @property
-    def window(self) -> float:
-        """Seconds over which arrivals are counted."""
-        ...
+    window: float  # seconds over which arrivals are counted
 
     def choose(self, queue_length: int, oldest_wait: float, arrival_rate: float) -> int:
         """The index of an operating point, from the number of waiting rows, seconds, and rows per second."""
         ...
 
 
-class Fixed(NamedTuple):
+@dataclass
+class Fixed:
     """A dial that always chooses the same operating point."""
 
     point: int = 0
@@ -44,16 +43,12 @@ class Trained:
 
     def __init__(self, folder: str | Path, points: int) -> None:
         self._dial, self._last = dial.Dial.load(folder), points - 1
+        self.window = self._dial.config.deadline
         if (trained := len(self._dial.config.points)) != points:
             raise ValueError(
                 f"the dial {folder} chooses among {trained} operating points, but the server allows {points} points of "
                 "its policy; change --allow-loss or --allow-flops, or train a dial on an env with as many 'points'"
             )
-
-    @property
-    def window(self) -> float:
-        """Seconds over which arrivals are counted: the deadline of the env."""
-        return self._dial.config.deadline
 
     def choose(self, queue_length: int, oldest_wait: float, arrival_rate: float) -> int:
         """The operating point that the dial chooses, in the server's order."""

@@ -4,10 +4,12 @@ import asyncio
 import math
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,58 +58,11 @@ class Described(NamedTuple):
     completes: bool  # whether the model continues one text: it is decoder-only
 
 
-class BlockingEngine(Protocol):
-    """A ``sd_gym.serving.batcher.Engine`` whose calls block."""
-
-    served: Described
-    groups_masks: bool  # whether rows are grouped by mask
-
-    def checked(self, given: Any) -> list[str]: ...  # noqa: D102
-
-    def tokens(self, text: str) -> int: ...  # noqa: D102
-
-    def prepare(self, inputs: list[Asked]) -> list[Row]: ...  # noqa: D102
-
-    def run(self, rows: list[Row], point: int) -> list[Served]: ...  # noqa: D102
-
-    def warm_up(self) -> PassCost: ...  # noqa: D102
-
-
-class InThread:
-    """An engine whose calls run one by one in a thread, so that the event loop never blocks."""
-
-    def __init__(self, engine: BlockingEngine) -> None:
-        self._engine, self._thread = engine, ThreadPoolExecutor(1, thread_name_prefix="model")
-
-    async def prepare(self, inputs: list[Asked]) -> list[Row]:
-        """See ``Engine``."""
-        return await self.call(self._engine.prepare, inputs)
-
-    async def run(self, rows: list[Row], point: int) -> list[Served]:
-        """See ``Engine``."""
-        return await self.call(self._engine.run, rows, point)
-
-    async def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a function in the thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
-
-    def stop(self) -> None:
-        """End the thread."""
-        self._thread.shutdown()
-
-
 class OperatingPoints:
-    """The operating points that requests and dials may choose; the first skips most.
+    """The operating points of a policy that requests and dials may choose (``points``); the first skips most.
 
-    Args:
-        points: All points of the policy.
-        usual: Margin of the default point, which is always allowed.
-        allow_loss: Highest upper bound of a point's loss; ``None``: points that passed their test.
-        allow_flops: Largest share of the dense FLOPs of a point.
-
-    Attributes:
-        points: The allowed points.
-        default: Index of the default point.
+    ``default`` is the index of the point whose margin is ``usual``, which is always allowed. Others must be within
+    ``allow_loss``, by the upper bound of their loss (``None``: have passed their test), and ``allow_flops``.
     """
 
     def __init__(
@@ -136,21 +91,77 @@ class OperatingPoints:
         return next(number for number, point in enumerate(self.points) if point.margin == margin)
 
 
-class TextEngine:
+class BlockingEngine(ABC):
+    """A ``sd_gym.serving.batcher.Engine`` whose calls block; ``dialled``: the points that the dial may choose."""
+
+    served: Described
+    groups_masks = True  # whether rows are grouped by mask
+
+    def __init__(self, model: Any, points: OperatingPoints, dialled: Sequence[int]) -> None:
+        self.model, self._points, self._dialled = model, points.points, dialled
+
+    def checked(self, given: Any) -> list[str]:
+        """See ``TextModel``."""
+        return self.model.checked(given)
+
+    def tokens(self, text: str) -> int:
+        """Number of tokens of a generated text; only an engine that completes texts is asked."""
+        raise NotImplementedError
+
+    def prepare(self, inputs: list[Asked]) -> list[Row]:
+        """Tokenise, and decide at the requested operating point, or else at all that the dial may choose.
+
+        Only inputs with the same number of texts are tokenised together: among pairs, a text would get further tokens.
+        """
+        rows: dict[int, Row] = {}
+        for count in {len(asked.texts) for asked in inputs}:
+            numbers = [number for number, asked in enumerate(inputs) if len(asked.texts) == count]
+            rows |= zip(numbers, self._prepared([inputs[number] for number in numbers]), strict=True)
+        return [rows[number] for number in range(len(inputs))]
+
+    @abstractmethod
+    def _prepared(self, inputs: list[Asked]) -> list[Row]: ...
+
+    @abstractmethod
+    def run(self, rows: list[Row], point: int) -> list[Served]:
+        """Answer rows of one kind at an operating point."""
+
+    @abstractmethod
+    def warm_up(self) -> PassCost:
+        """Warm the model up, and measure the overhead of its passes."""
+
+    def _needed(self, inputs: list[Asked]) -> list[int]:
+        """The operating points at which decisions are needed, in ascending order."""
+        dialled = self._dialled if any(asked.point is None for asked in inputs) else ()
+        return sorted({*dialled, *(asked.point for asked in inputs if asked.point is not None)})
+
+
+class InThread:
+    """An engine whose calls run one by one in a thread, so that the event loop never blocks."""
+
+    def __init__(self, engine: BlockingEngine) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self.prepare, self.run = partial(self.call, engine.prepare), partial(self.call, engine.run)
+        self.stop = self._thread.shutdown
+
+    async def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function in the thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+
+class TextEngine(BlockingEngine):
     """Answers with a model in torch.
 
     If a policy has few masks, the rows of a mask run together as a smaller model. If it has many masks or decides in
     the pass, all rows run together on the switchboard.
-
-    Args:
-        model: The model.
-        points: Its operating points.
-        dialled: Indices of the points that the dial may choose.
     """
 
+    model: SkippingModel
+
     def __init__(self, model: SkippingModel, points: OperatingPoints, dialled: Sequence[int]) -> None:
+        super().__init__(model, points, dialled)
         policy = model.policy
-        self.model, self._dialled, self._staged = model, dialled, policy.is_staged
+        self._staged = policy.is_staged
         self._policies = [policy.with_margin(point.margin) for point in points.points]
         choices = None if self._staged or not few_masks(policy, MODELS) else choices_of(policy)
         self._masks = None if choices is None else np.unique(masks_of(policy, choices), axis=0)
@@ -159,23 +170,15 @@ class TextEngine:
         name = Path(policy.card["backbone"]["name"]).name
         self.served = Described(name, model.fields, model.gives, model.board.names, model.longest, completes)
 
-    def checked(self, given: Any) -> list[str]:
-        """See ``SkippingModel``."""
-        return self.model.checked(given)
-
     def tokens(self, text: str) -> int:
         """Number of tokens of a generated text."""
         return len(self.model.tokenizer(text, add_special_tokens=False).input_ids)
 
     @torch.inference_mode()
-    def prepare(self, inputs: list[Asked]) -> list[Row]:
-        """Tokenise, and decide at the requested operating point, or else at all that the dial may choose."""
-        return _by_count(inputs, self._prepared)
-
     def _prepared(self, inputs: list[Asked]) -> list[Row]:
         split = self.model.split([asked.texts for asked in inputs])
         decisions = np.zeros((len(inputs), len(self._policies), len(self.model.board) + 1), dtype=np.int64)
-        for point in _needed(inputs, self._dialled):
+        for point in self._needed(inputs):
             self.model.policy = self._policies[point]
             decisions[:, point] = self.model.decided(split)
         return list(map(self._row, inputs, split.encoded.source_length.tolist(), decisions))
@@ -220,7 +223,7 @@ class TextEngine:
         return [Served(*values) for values in zip(*columns, strict=True)]
 
     def warm_up(self) -> PassCost:
-        """Warm the model up, and measure the overhead of passes of one mask and of several."""
+        """Measure the overhead of passes of one mask and of several."""
         texts = [WARM_UP_TEXT] * len(self.model.fields)
         length = self.prepare([Asked(texts)])[0].length
         dense = np.zeros((1, len(self.model.board) + 1), dtype=np.int64)
@@ -240,37 +243,22 @@ class TextEngine:
         return PassCost(max(LEAST_PADDING, of_pass / token), mixed / token, max(0.0, mixed_row - of_row) / token)
 
 
-class GraphEngine:
-    """Answers with ONNX graphs of ``sd-gym export``. Each mask is a graph, so rows of two masks never run together.
+class GraphEngine(BlockingEngine):
+    """Answers with ONNX graphs of ``sd-gym export``. Each mask is a graph, so rows of two masks never run together."""
 
-    Arguments: see ``TextEngine``.
-    """
-
-    groups_masks = True
+    model: OnnxModel
 
     def __init__(self, model: OnnxModel, points: OperatingPoints, dialled: Sequence[int]) -> None:
-        self.model, self._points, self._dialled = model, points.points, dialled
+        super().__init__(model, points, dialled)
         manifest = model.manifest
         name = Path(manifest["backbone"]["name"]).name
         self.served = Described(name, model.fields, manifest["head"], manifest["switches"], 0, completes=False)
-
-    def checked(self, given: Any) -> list[str]:
-        """See ``OnnxModel``."""
-        return self.model.checked(given)
-
-    def tokens(self, text: str) -> int:
-        """Not available, because these graphs generate no text."""
-        raise NotImplementedError
-
-    def prepare(self, inputs: list[Asked]) -> list[Row]:
-        """See ``TextEngine``."""
-        return _by_count(inputs, self._prepared)
 
     def _prepared(self, inputs: list[Asked]) -> list[Row]:
         encoded = self.model._encoded([asked.texts for asked in inputs])
         batch, masks = self.model._batch(encoded), np.zeros((len(inputs), len(self._points)), dtype=np.int64)
         observed: NDArray = np.zeros((len(inputs), 0))
-        for point in _needed(inputs, self._dialled):
+        for point in self._needed(inputs):
             self.model._margin = np.float32(self._points[point].margin)
             masks[:, point], observed = self.model.decide(batch)
         rows = []
@@ -324,22 +312,7 @@ class GraphEngine:
         return PassCost(max(LEAST_PADDING, _fitted(run, graphs(range(len(self.model.masks))))[1] / token))
 
 
-def _by_count(inputs: list[Asked], prepare: Callable[[list[Asked]], list[Row]]) -> list[Row]:
-    """Prepare inputs with the same number of texts together: a single text among pairs would get further tokens."""
-    rows: dict[int, Row] = {}
-    for count in {len(asked.texts) for asked in inputs}:
-        numbers = [number for number, asked in enumerate(inputs) if len(asked.texts) == count]
-        rows |= zip(numbers, prepare([inputs[number] for number in numbers]), strict=True)
-    return [rows[number] for number in range(len(inputs))]
-
-
-def _needed(inputs: list[Asked], dialled: Sequence[int]) -> list[int]:
-    """The operating points at which decisions are needed, in ascending order."""
-    return sorted({point for asked in inputs for point in (dialled if asked.point is None else [asked.point])})
-
-
 def _ranked(shares: list[float], names: dict[int, str]) -> dict[str, float]:
-    """The probability of each class, the highest first."""
     return {names[number]: share for number, share in sorted(enumerate(shares), key=lambda pair: -pair[1])}
 
 

@@ -16,17 +16,9 @@ from sd_gym.serving.server import service
 
 
 class Arguments(BaseModel):
-    """What ``serve run`` takes, as ``key=value``.
+    """What ``serve run`` takes, as ``key=value``; see ``sd_gym.serving.server.service`` and ``sd-gym serve``.
 
-    Attributes:
-        policy: See ``sd_gym.serving.server.service``; a path that all machines of the cluster see, or a hub id.
-        backbone: See there.
-        max_loss: See there.
-        max_flops: See there.
-        threads: Cores that Ray reserves for a replica, and threads of its model.
-        batch_size: Largest number of rows in a group.
-        queue: Largest number of waiting rows in a replica.
-        timeout: Seconds that a request may take.
+    All machines of the cluster must see ``policy`` and ``backbone``. Ray reserves ``threads`` cores for a replica.
     """
 
     model_config = ConfigDict(extra="forbid")

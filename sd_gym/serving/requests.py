@@ -23,21 +23,14 @@ class RefusedError(Exception):
 
 
 class Body(BaseModel):
-    """Fields of every body.
-
-    Attributes:
-        max_loss: The highest loss of quality, in the task's unit; see ``SkipPolicy.at``.
-        max_flops: The largest share of the dense FLOPs.
-        point: The index of an operating point of ``/info``, in place of these two limits.
-        timeout: Seconds, at most the server's own limit.
-    """
+    """Fields of every body."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    max_loss: Limit = None
-    max_flops: Limit = None
-    point: Annotated[int | None, Field(ge=0)] = None
-    timeout: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+    max_loss: Limit = None  # the highest loss of quality, in the task's unit; see ``SkipPolicy.at``
+    max_flops: Limit = None  # the largest share of the dense FLOPs
+    point: Annotated[int | None, Field(ge=0)] = None  # of ``/info``, by its index, in place of these two limits
+    timeout: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None  # seconds, at most the server's limit
 
 
 class Predict(Body):

@@ -40,18 +40,10 @@ def service(
 ) -> Service:
     """A policy as a service.
 
-    Args:
-        policy: See ``sd_gym.load``, or a folder that ``sd-gym export`` wrote.
-        limits: Limits of the queue and of groups.
-        settings: Limits of requests.
-        backbone: See ``sd_gym.load``.
-        device: See ``sd_gym.load``.
-        max_loss: Highest loss of the default operating point.
-        max_flops: Largest share of the dense FLOPs of the default operating point.
-        allow_loss: See ``OperatingPoints``.
-        allow_flops: See ``OperatingPoints``.
-        threads: Threads of the model; ``None``: the default of PyTorch or ONNX Runtime.
-        dial: Run folder of a serving env, whose dial chooses the operating point of each group.
+    ``policy`` (which may also be a folder of ``sd-gym export``), ``backbone``, ``device`` and the limits of the default
+    operating point are as in ``sd_gym.load``. For ``allow_loss`` and ``allow_flops`` see ``OperatingPoints``.
+    ``threads``: of the model; ``None``: the default of PyTorch or ONNX Runtime. ``dial``: run folder of a serving env,
+    whose dial chooses the operating point of each group.
 
     Raises:
         FileNotFoundError, ValueError: See ``sd_gym.load`` and ``sd_gym.serving.dial.Trained``.

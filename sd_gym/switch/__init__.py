@@ -20,7 +20,6 @@ from sd_gym.switch.tokens import (
     inverse_document_frequency,
     keep_tokens,
     position_scores,
-    random_scores,
     rarity_scores,
 )
 
@@ -42,7 +41,6 @@ __all__ = [
     "passes",
     "pooled",
     "position_scores",
-    "random_scores",
     "rarity_scores",
     "register_architecture",
     "supported_architectures",

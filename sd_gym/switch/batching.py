@@ -73,8 +73,6 @@ def passes(
 
 
 class _Plan(NamedTuple):
-    """Passes and their cost."""
-
     cost: float
     parts: list[NDArray]
 

@@ -293,7 +293,6 @@ class Block:
 
 
 def _here() -> tuple[int, int | None]:
-    """The running thread and task."""
     has_loop = asyncio._get_running_loop() is not None  # otherwise current_task() raises, which is slow
     return get_ident(), id(asyncio.current_task()) if has_loop else None
 

@@ -58,7 +58,7 @@ def attention_received(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
             _eager_twin(board)(**inputs)
             raise RuntimeError("the forward pass ended without reaching the first layer")
         except _WeightsReached as reached:
-            weights = reached.weights
+            weights: Tensor = reached.args[0]
     present = inputs["attention_mask"].to(weights.dtype)
     return (weights.mean(dim=1) * present[:, :, None]).sum(dim=1) / present.sum(dim=1, keepdim=True)
 
@@ -81,9 +81,6 @@ def pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
 
 class _WeightsReached(Exception):  # noqa: N818  (not an error: it ends the pass on purpose)
     """Carries the weights of the first attention, ``[batch, heads, length, length]``."""
-
-    def __init__(self, weights: Tensor) -> None:
-        self.weights = weights
 
 
 def _eager_twin(board: Switchboard) -> nn.Module:

@@ -57,7 +57,6 @@ class LayerPatch:
         return tokens.after_last_layer(output) if tokens is not None and self.restores else output
 
     def _begin(self, decision: Decision, tokens: DroppedTokens, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Begin a pass that drops tokens."""
         decision.refuse_tracing()
         decision.repeats_in(len(hidden_states(args, kwargs)))
         additive = self.model.config._attn_implementation == "eager"  # adds its mask to the scores
@@ -105,34 +104,28 @@ def run_decoder(decision: Decision | None, inner: Callable, *args: Any, **kwargs
     return inner(*args, **kwargs)
 
 
-@dataclass(eq=False)
-class GeneratePatch:
-    """``generate()``: it runs under the decision that was in force at its start, and repeats rows for beams."""
-
-    scope: Scope
-
-    def run(self, decision: Decision | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Run ``model.generate``."""
-        streamer = kwargs.get("streamer")
-        if decision is None:
-            if streamer is not None and current_thread() is not main_thread():
-                warnings.warn(
-                    "this thread generates densely, but a decision is in force in another thread. To use that decision "
-                    "here, start this thread with target=contextvars.copy_context().run, args=(model.generate,)",
-                    stacklevel=3,
-                )
-            return inner(*args, **kwargs)
-        with Block(self.scope, replace(decision, generating=True, repeats=1, state=Pass(), tag_cell=[])):
-            try:
-                return inner(*args, **kwargs)
-            except BaseException:
-                if streamer is not None:  # otherwise its reader waits forever
-                    streamer.end()
-                raise
-
-    @staticmethod
-    def expand(decision: Decision | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Run ``model._expand_inputs_for_generation``, whose argument is how often each row is repeated."""
-        if decision is not None and decision.generating:
-            decision.repeats = args[0] if args else kwargs.get("expand_size", 1)
+def run_generate(scope: Scope, decision: Decision | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Run ``model.generate`` under the decision that was in force at its start."""
+    streamer = kwargs.get("streamer")
+    if decision is None:
+        if streamer is not None and current_thread() is not main_thread():
+            warnings.warn(
+                "this thread generates densely, but a decision is in force in another thread. To use that decision "
+                "here, start this thread with target=contextvars.copy_context().run, args=(model.generate,)",
+                stacklevel=3,
+            )
         return inner(*args, **kwargs)
+    with Block(scope, replace(decision, generating=True, repeats=1, state=Pass(), tag_cell=[])):
+        try:
+            return inner(*args, **kwargs)
+        except BaseException:
+            if streamer is not None:  # otherwise its reader waits forever
+                streamer.end()
+            raise
+
+
+def expand_inputs(decision: Decision | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Run ``model._expand_inputs_for_generation``, whose argument is how often each row is repeated for its beams."""
+    if decision is not None and decision.generating:
+        decision.repeats = args[0] if args else kwargs.get("expand_size", 1)
+    return inner(*args, **kwargs)

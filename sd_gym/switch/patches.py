@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from sd_gym.switch.architectures import Architecture, Switch
 from sd_gym.switch.context import MethodPatch, Scope
-from sd_gym.switch.model_patches import GeneratePatch, LayerPatch, run_decoder, run_encoder
+from sd_gym.switch.model_patches import LayerPatch, expand_inputs, run_decoder, run_encoder, run_generate
 from sd_gym.switch.sublayer_patch import Place, SublayerPatch
 
 At = tuple[str, int]  # stack and index of a layer
@@ -56,8 +56,8 @@ class Patches:
             for name, run in (("encoder", run_encoder), ("decoder", run_decoder)):
                 self.for_stacks.append(self._add(model.base_model.get_submodule(name), "forward", run))
         if hasattr(model, "generate"):
-            generate = GeneratePatch(scope)
-            for name, run in (("generate", generate.run), ("_expand_inputs_for_generation", generate.expand)):
+            generate = partial(run_generate, scope)
+            for name, run in (("generate", generate), ("_expand_inputs_for_generation", expand_inputs)):
                 self.for_generating.append(self._add(model, name, run))
         first_stack = architecture.stacks[0].name
         self._for_tokens = [number for (stack, _), number in self.of_layer.items() if stack == first_stack]
@@ -98,7 +98,6 @@ class Patches:
         return len(self._patches) - 1
 
     def _add_modules(self, patch: SublayerPatch) -> _Needs:
-        """Add the patches of a switch's modules."""
         switch, paths, attention = patch.switch, patch.switch.sublayer.modules, patch.switch.sublayer.attention
         numbers = [
             self._add(

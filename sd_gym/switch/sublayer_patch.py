@@ -127,7 +127,6 @@ class SublayerPatch:
             layer.advance(_query_length(decision, call))
 
     def _skipped_cache_layer(self, decision: Decision, call: Call, cache: Cache | None) -> RowSubsetLayer | None:
-        """The cache layer of an attention that no row runs."""
         gathers = _gathered_weights(self.switch.sublayer.kind) is not None
         if gathers and self.model.config._attn_implementation == "eager":
             raise NotImplementedError(

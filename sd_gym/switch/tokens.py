@@ -68,16 +68,6 @@ def position_scores(shape: Sequence[int]) -> NDArray:
     return np.broadcast_to(np.arange(0, -shape[1], -1, dtype=float), tuple(shape))
 
 
-def random_scores(shape: Sequence[int], seed: int = 0) -> NDArray:
-    """Random scores, float64 ``[n, length]``: the baseline.
-
-    Example:
-        >>> random_scores((2, 3)).shape
-        (2, 3)
-    """
-    return np.random.default_rng(seed).random(tuple(shape))
-
-
 def inverse_document_frequency(corpus: Iterable[NDArray]) -> NDArray:
     """Inverse document frequency of each token: ``log((1 + N) / (1 + df))`` (Sparck Jones 1972).
 

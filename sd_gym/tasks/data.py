@@ -1,6 +1,5 @@
 """Data sets as lists of instances: generated, from JSONL, CSV or Parquet files, or from the Hugging Face hub."""
 
-import difflib
 import hashlib
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -13,11 +12,11 @@ from typing import Any
 from sd_gym.config import DataConfig
 from sd_gym.data.instance import Instance
 from sd_gym.errors import one_line, short
+from sd_gym.registry import nearest
 from sd_gym.tasks.family import LARGEST, TASKS, Task, check_text, is_number
 from sd_gym.tasks.files import DataError, Rows, read_csv, read_jsonl
-from sd_gym.tasks.procedural import generate_split
+from sd_gym.tasks.procedural import SPLITS, generate_split
 
-SPLITS = ("train", "validation", "test")
 DIVISION = {8: "validation", 9: "test"}  # the split of a row of a single file, by its number's last digit
 FORMATS = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -65,7 +64,7 @@ def check_splits(data: DataConfig) -> None:
     """Raise ``DataError`` if the config's ``splits`` are malformed."""
     for name, expression in data.splits:
         if name not in SPLITS:
-            raise DataError(f"'splits': unknown split {name!r}{_near(name, SPLITS)} There are {', '.join(SPLITS)}.")
+            raise DataError(f"'splits': unknown split {name!r}{nearest(name, SPLITS)} There are {', '.join(SPLITS)}.")
         try:
             _slice(expression)
         except DataError as error:
@@ -148,11 +147,6 @@ def _described(base: str, rows: list[int], count: int) -> str:
     return " + ".join(f"{base}[{rows[start]}:{rows[end - 1] + 1}]" for start, end in ends if end > start)
 
 
-def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else "."
-
-
 def _slice(expression: str) -> tuple[str, int | None, int | None]:
     """The name, start and end in an expression such as ``train[:-2000]``."""
     match = re.fullmatch(r"(\w+)(?:\[(-?\d*):(-?\d*)\])?", expression)
@@ -190,7 +184,7 @@ def _no_split(data: DataConfig, base: str, split: str, known: list[str]) -> File
     """The error if a data set has no split ``base``, from which ``split`` is taken."""
     has = "A single file is all 'train'." if Path(data.dataset).is_file() else f"It has {', '.join(known)}."
     return FileNotFoundError(
-        f"{data.dataset} has no split {base!r}{_near(base, known)} {has} Set the rows of {split!r}, such as "
+        f"{data.dataset} has no split {base!r}{nearest(base, known)} {has} Set the rows of {split!r}, such as "
         f'splits={{{split}: "{"train" if "train" in known else known[0]}[-1000:]"}}'
     )
 

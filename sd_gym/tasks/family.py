@@ -22,25 +22,15 @@ LARGEST = 2**31 - 1  # the largest label, score and level of difficulty
 
 
 class Task(ABC):
-    """A family of tasks; one of your own is a subclass, registered by ``sd_gym.register_task``.
+    """A family of tasks; one of your own is a subclass, registered by ``sd_gym.register_task``."""
 
-    Attributes:
-        texts: The fields with the texts of an input, all required.
-        optional: The field of a further text, which may be missing; ``None``: no such field.
-        reference: The field of the right answer.
-        gives: The kinds of answers that fit, as in a head's ``gives``: ``label``, ``span``, ``text``.
-        metrics: Metrics that apply, the default first.
-        weighs_classes: Whether ``quality=balanced`` applies.
-        unknown: The value of a reference that is not known.
-    """
-
-    texts: tuple[str, ...]
-    optional: str | None = None
-    reference: str
-    gives: tuple[str, ...]
-    metrics: tuple[str, ...]
-    weighs_classes: bool = False
-    unknown: Any = ""
+    texts: tuple[str, ...]  # the fields with the texts of an input, all required
+    optional: str | None = None  # the field of a further text, which may be missing
+    reference: str  # the field of the right answer
+    gives: tuple[str, ...]  # the kinds of answers that fit, as in a head's ``gives``: ``label``, ``span``, ``text``
+    metrics: tuple[str, ...]  # metrics that apply, the default first
+    weighs_classes: bool = False  # whether ``quality=balanced`` applies
+    unknown: Any = ""  # the value of a reference that is not known
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -61,17 +51,10 @@ class Task(ABC):
     def instance(
         self, row: Mapping[str, Any], identity: str, origin: str, *, difficulty: int = 0, unanswerable: bool = True
     ) -> Instance:
-        """The instance of a row that has all fields and no empty text.
+        """The instance, of id ``identity``, of a row that has all fields and no empty text.
 
-        Args:
-            row: The row.
-            identity: The instance's id.
-            origin: File and line, for messages.
-            difficulty: From the data; 0: not known.
-            unanswerable: Whether there may be no right answer.
-
-        Raises:
-            DataError: If the reference is malformed.
+        ``origin``: file and line, for messages; ``unanswerable``: whether there may be no right answer. Raises
+        ``DataError`` if the reference is malformed.
         """
 
     def facts(self, instances: Sequence[Instance], head: Head) -> dict[str, NDArray]:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -22,25 +23,19 @@ from sd_gym.registry import Registry
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
+# From a text and its references to a score in [0, 1], or to several by name.
 TextMetric = Callable[[str, Sequence[str]], float | Mapping[str, float]]
 CorpusMetric = Callable[[NDArray, NDArray], float]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: one of two functions.
+    """A metric: one of two functions."""
 
-    Attributes:
-        of_text: Takes a text and its references to a score in [0, 1], or to several by name. A data set has the means.
-        of_all: Takes predictions ``[n]`` and labels ``[n]`` (class indices, or scores) to one number.
-        quality: The name of the score that is a text's quality; ``None``: the mean of its scores.
-        own: Whether a user registered it; then it applies to any task.
-    """
-
-    of_text: TextMetric | None = None
-    of_all: CorpusMetric | None = None
-    quality: str | None = None
-    own: bool = False
+    of_text: TextMetric | None = None  # from a text and its references; a data set has the means
+    of_all: CorpusMetric | None = None  # from predictions ``[n]`` and labels ``[n]``: class indices, or scores
+    quality: str | None = None  # the name of the score that is a text's quality; ``None``: the mean of its scores
+    own: bool = False  # whether a user registered it; then it applies to any task
 
     @property
     def of_texts(self) -> bool:
@@ -118,17 +113,9 @@ def _scorer():
     return RougeScorer(list(ROUGE), use_stemmer=True)
 
 
-def _f1(predictions: NDArray, labels: NDArray) -> float:
-    """Of class 1, as GLUE defines it."""
-    from sklearn.metrics import f1_score
-
-    return f1_score(labels, predictions)
-
-
-def _matthews(predictions: NDArray, labels: NDArray) -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    return matthews_corrcoef(labels, predictions)
+def _of_sklearn(name: str) -> CorpusMetric:
+    """The metric of that name in ``sklearn.metrics``; F1 is that of class 1, as GLUE defines it."""
+    return lambda predictions, labels: getattr(import_module("sklearn.metrics"), name)(labels, predictions)
 
 
 def _correlation(predictions: NDArray, labels: NDArray) -> float:
@@ -148,8 +135,8 @@ METRICS: Registry[Metric] = Registry(
         "squad": Metric(of_text=answer_scores, quality="f1"),
         "rouge": Metric(of_text=summary_scores),
         "accuracy": Metric(of_all=lambda predictions, labels: (predictions == labels).mean()),
-        "f1": Metric(of_all=_f1),
-        "matthews": Metric(of_all=_matthews),
+        "f1": Metric(of_all=_of_sklearn("f1_score")),
+        "matthews": Metric(of_all=_of_sklearn("matthews_corrcoef")),
         "correlation": Metric(of_all=_correlation),
     },
 )
@@ -160,8 +147,9 @@ def register_metric(name: str, *, of_text: TextMetric | None = None, of_all: Cor
 
     Args:
         name: Its name. A second one of the same name replaces the first.
-        of_text: See ``Metric``; higher is better. With ``quality=metric`` rewards are made of it.
-        of_all: See ``Metric``; for instances that are classified or scored.
+        of_text: Takes a text and its references to a score in [0, 1], higher is better, or to several by name. A data
+            set has the means. With ``quality=metric`` rewards are made of it.
+        of_all: Takes predictions ``[n]`` and labels ``[n]`` (class indices, or scores) to one number.
 
     Raises:
         ValueError: If not exactly one of the two is given, or the name is one of the project's.

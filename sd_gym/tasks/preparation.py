@@ -77,9 +77,7 @@ def prepare_backbone(
             classify or extract; for other answers it must generate.
         data: The data set. Errors in its validation and test splits are raised, too; they are not learned from.
         task: Name of the task.
-        output: Folder to write to: the model, ``backbone_rows.safetensors`` (hashes of its rows), ``preparation.json``,
-            ``preparation.png`` (quality against skip rate) and TensorBoard's events; ``checkpoint.pt`` and
-            ``preparing.json`` while the preparation runs.
+        output: Folder to write to: the model, the hashes of its rows, report, picture and TensorBoard's events.
         recipe: Steps, rates and draws; its ``batch_size`` is per process. With a ``max_rate`` of 0 and no tokens to
             drop, this is plain dense fine-tuning.
         rows: Share of the training split, up to 1.0, or number of its rows to prepare on (see ``backbone_part``). A
@@ -93,14 +91,11 @@ def prepare_backbone(
         resume: Whether to continue from the checkpoint in ``output``, if there is one.
         checkpoint_minutes: Minutes between two checkpoints.
         on_step: See ``sd_gym.backbones.prepare``; called in the first process.
-        on_phase: Called in the first process at the start of a phase: ``evaluating`` (before and after) and
-            ``preparing`` (with the number format, unless float32).
+        on_phase: Called in the first process with the name of each phase that begins.
 
     Returns:
-        The report, as in ``preparation.json``: settings; instances that were used, left out (empty) and cut; the
-        held-out quality by step; and the mean held-out quality before and after, by random skip rate and by share of
-        tokens dropped. With ``draw="layers"`` the rate is the share of layers skipped, the least important ones, and
-        ``importance`` has a value per layer. ``measure`` names the quality.
+        The report, as in ``preparation.json``. Its held-out quality is by step, by random skip rate (with
+        ``draw="layers"``: by the share of the least important layers skipped) and by share of tokens dropped.
 
     Raises:
         FileExistsError: If ``output`` has anything but an interrupted preparation to be resumed;
@@ -273,22 +268,19 @@ def _encoded(
 @contextmanager
 def _curves(output: Path, on_step: OnStep, *, write: bool) -> Iterator[OnStep]:
     """Logs each step to TensorBoard and calls ``on_step``, in the process that writes."""
-    writer: SummaryWriter | None = None
+    writers: list[SummaryWriter] = []
 
     def log(step: int, figures: dict[str, float]) -> None:
-        nonlocal writer
-        if not write:
-            return
-        if writer is None:  # later steps of an interrupted preparation are hidden
-            writer = SummaryWriter(output, purge_step=step)
+        if not writers:  # later steps of an interrupted preparation are hidden
+            writers.append(SummaryWriter(output, purge_step=step))
         for name, value in figures.items():
-            writer.add_scalar(f"validation/{name}" if name == "quality" else f"train/{name}", value, step)
+            writers[0].add_scalar(f"validation/{name}" if name == "quality" else f"train/{name}", value, step)
         on_step(step, figures)
 
     try:
-        yield log
+        yield log if write else lambda step, figures: None
     finally:
-        if writer is not None:
+        for writer in writers:
             writer.close()
 
 
@@ -321,16 +313,11 @@ def _hash(arrays: Mapping[str, NDArray]) -> str:
 
 
 def _batches(split: EncodedSplit, batch_size: int, seed: int, accelerator: Accelerator) -> Iterator[dict[str, Tensor]]:
-    """This process's share of endless shuffled batches, each row at a random token level."""
-    batches = _rows_and_levels(split, batch_size, np.random.default_rng(seed))
-    for rows, level in itertools.islice(batches, accelerator.process_index, None, accelerator.num_processes):
-        yield split.batch(rows, level)
+    """This process's share of endless shuffled batches, each row at a random token level.
 
-
-def _rows_and_levels(
-    split: EncodedSplit, batch_size: int, random: np.random.Generator
-) -> Iterator[tuple[NDArray, NDArray]]:
-    """Endless shuffled rows with their token levels; every 50 batches are sorted by length and shuffled again."""
+    Every 50 batches are sorted by length and shuffled again.
+    """
+    random, turn = np.random.default_rng(seed), itertools.cycle(range(accelerator.num_processes))
     window, lengths, levels = 50 * batch_size, split.encoded.source_length, len(split.tokens.shares)
     while True:
         order = random.permutation(len(lengths))
@@ -339,7 +326,9 @@ def _rows_and_levels(
             rows = rows[np.argsort(lengths[rows], kind="stable")]
             batches = np.split(rows, range(batch_size, len(rows), batch_size))
             for number in random.permutation(len(batches)):
-                yield batches[number], random.integers(levels, size=len(batches[number]))
+                level = random.integers(levels, size=len(batches[number]))
+                if next(turn) == accelerator.process_index:
+                    yield split.batch(batches[number], level)
 
 
 def plot_preparation(report: dict[str, Any], file: Path) -> None:

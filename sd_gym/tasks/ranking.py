@@ -17,7 +17,6 @@ from sd_gym.switch import (
     attention_received,
     inverse_document_frequency,
     position_scores,
-    random_scores,
     rarity_scores,
 )
 
@@ -28,17 +27,11 @@ ScoreTokens = Callable[[Encoded, Switchboard, Callable[[], NDArray]], NDArray]  
 
 
 class TokenRanking(ABC):
-    """A way to rank tokens.
+    """A way to rank tokens."""
 
-    Attributes:
-        is_exported: Whether a saved policy can rank by it, without its env.
-        needs_rarity: Whether a saved policy needs ``training_rarity`` for it.
-        costs_flops: Whether ranking runs a part of the backbone.
-    """
-
-    is_exported: bool = False
-    needs_rarity: bool = False
-    costs_flops: bool = False
+    is_exported: bool = False  # whether a saved policy can rank by it, without its env
+    needs_rarity: bool = False  # whether a saved policy needs ``training_rarity`` for it
+    costs_flops: bool = False  # whether ranking runs a part of the backbone
 
     @abstractmethod
     def scores(self, encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
@@ -94,7 +87,7 @@ RANKINGS: Registry[TokenRanking] = Registry(
         "attention": ByAttention(),
         "idf": ByRarity(),
         "position": FunctionRanking(lambda encoded, *_: position_scores(encoded.input_ids.shape), is_exported=True),
-        "random": FunctionRanking(lambda encoded, *_: random_scores(encoded.input_ids.shape)),
+        "random": FunctionRanking(lambda encoded, *_: np.random.default_rng(0).random(encoded.input_ids.shape)),
     },
 )
 

@@ -8,13 +8,7 @@ from sd_gym.tasks.family import Task
 
 
 class TextToText(Task):
-    """Tasks in which a backbone reads one text and generates another.
-
-    Args:
-        source: The field of the input.
-        target: The field of the text to be generated.
-        metrics: Metrics that apply, the default first.
-    """
+    """Tasks in which a backbone reads the field ``source`` and generates the field ``target``."""
 
     gives = ("text",)
 

@@ -12,7 +12,8 @@ def encoded():
     """Three inputs of 2, 4 and 1 tokens; the second was cut."""
     ids = torch.tensor([[5, 6, 0, 0], [7, 8, 9, 4], [3, 0, 0, 0]])
     cut = np.array([False, True, False])
-    return Encoded(ids, np.array([2, 4, 1]), torch.tensor([0, 1, 0]), np.ones(3, int), cut, ~cut)
+    targets = {"labels": torch.tensor([0, 1, 0]), "target_length": np.ones(3, int), "target_cut": ~cut}
+    return Encoded(input_ids=ids, source_length=np.array([2, 4, 1]), source_cut=cut, **targets)
 
 
 @pytest.mark.parametrize(

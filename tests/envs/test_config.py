@@ -6,7 +6,7 @@ import pytest
 import sd_gym
 from sd_gym.config import KEYS, PARTS, ConfigError, EnvConfig, dotted
 from sd_gym.envs.config import parse_yaml, read_values
-from sd_gym.registration import CONFIG_FOLDER, config_files
+from sd_gym.registration import CONFIG_FOLDER, config_of, registered_ids
 from tests.envs.conftest import ID
 
 
@@ -22,11 +22,11 @@ def test_the_base_configuration_explains_every_key_and_no_other_file_repeats_it(
     for part in [line.split(":")[0] for line in lines if line and not line.startswith((" ", "#"))]:
         assert lines[next(n for n, line in enumerate(lines) if line.startswith(f"{part}:")) - 1].startswith("# ")
     files = {file.name for file in CONFIG_FOLDER.glob("*.yaml")}
-    bases = files - {file.name for file in config_files()}
+    bases = files - {config_of(name).name for name in registered_ids()}
     assert "base.yaml" in bases
     assert all("extends:" in (CONFIG_FOLDER / name).read_text() for name in files - {"base.yaml", "table.yaml"})
     assert {file.stem for file in (CONFIG_FOLDER / "codebooks").glob("*.json")} == {
-        file.stem for file in config_files() if file.stem.endswith("mini")
+        stem for name in registered_ids() if (stem := config_of(name).stem).endswith("mini")
     }
 
 
@@ -51,7 +51,7 @@ def test_a_flat_file_of_ones_own_is_read_and_one_may_extend_another_of_the_other
 
 
 def test_the_files_of_the_package_are_nested():
-    for file in config_files():
+    for file in map(config_of, registered_ids()):
         import yaml
 
         said = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
 """The command line, as far as nothing is served."""
 
 import socket
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -22,8 +23,8 @@ def test_what_is_missing_is_one_line(tmp_path, options):
 
 
 def test_a_port_that_is_taken_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("sd_gym.serving.server.service", lambda *args, **options: None)
-    monkeypatch.setattr("sd_gym.cli.serving._warn_of_many_masks", lambda served: None)
+    served = SimpleNamespace(engine=SimpleNamespace(groups_masks=True))
+    monkeypatch.setattr("sd_gym.serving.server.service", lambda *args, **options: served)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = runner.invoke(app, ["serve", str(tmp_path), "--port", str(taken.getsockname()[1])])
     assert result.exit_code == 2

@@ -13,7 +13,6 @@ from sd_gym.switch import (
     inverse_document_frequency,
     keep_tokens,
     position_scores,
-    random_scores,
     rarity_scores,
 )
 from tests.conftest import DECODER, ENCODER_DECODER, TINY, make_inputs, make_model
@@ -56,7 +55,6 @@ def test_rankings():
     # Nobody has seen token 77.
     assert rarity_scores(ids + 70, ids > 0, inverse_document_frequency(corpus)) == pytest.approx(np.log(4))
     assert (np.diff(position_scores((2, 5))) < 0).all()
-    assert np.array_equal(random_scores((2, 5), 1), random_scores((2, 5), 1))
 
 
 @pytest.mark.parametrize("name", list(TINY))

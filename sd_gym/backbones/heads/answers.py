@@ -73,11 +73,8 @@ class Answers(ABC):
         """
         raise ValueError(f"this metric compares classes or scores, and the backbone gives a {self.gives}")
 
-    @property
-    def confidence(self) -> Callable[[Tensor], Tensor] | None:
-        """Takes logits to the probability of the answer, ``[batch]``; ``None``: it is not known from one pass."""
-        return None
-
+    # Takes logits to the probability of the answer, ``[batch]``; ``None``: it is not known from one pass.
+    confidence: Callable[[Tensor], Tensor] | None = None
     judgement: ClassVar[tuple[str, ...]] = ()  # names of the values of ``judge``, observed at the answer stage
     judges_passes: ClassVar[bool] = True  # whether answers and judgement come from one pass, not from ``generate()``
 

@@ -1,6 +1,6 @@
 """Heads that classify the whole input."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -67,11 +67,7 @@ class LabelHead(Head):
         """The most probable class, int64 ``[batch]``."""
         return logits.argmax(dim=1)
 
-    @property
-    def confidence(self) -> Callable[[Tensor], Tensor] | None:
-        """The highest class probability."""
-        return lambda logits: logits.float().softmax(dim=-1).amax(dim=-1)
-
+    confidence = staticmethod(lambda logits: logits.float().softmax(dim=-1).amax(dim=-1))
     judgement = CHOICE
 
     def judge(self, logits: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class ScoreHead(LabelHead):
     """A single output, ``[batch, 1]``; labels are scores, float32 ``[batch]``."""
 
     name = "score"
-    judgement = ()  # a score has no probability
+    judgement, confidence = (), None  # a score has no probability
     validated_by = ("exact_match", "score")
 
     @classmethod
@@ -66,11 +66,6 @@ class ScoreHead(LabelHead):
     def prediction(self, logits: Tensor) -> Tensor:
         """The score, ``[batch]``."""
         return logits[:, 0]
-
-    @property
-    def confidence(self) -> None:
-        """``None``: a score has no probability."""
-        return None
 
     def classes(self, instances: Sequence[Instance]) -> NDArray:
         """The scores."""

@@ -37,7 +37,6 @@ class Seq2SeqHead(Head):
 
     @classmethod
     def _of(cls, model: PreTrainedModel) -> Self | None:
-        """Any model that generates."""
         return cls() if model.can_generate() else None
 
     def targets(
@@ -109,10 +108,8 @@ class Seq2SeqHead(Head):
 def judged_text(model: Any, output: Any, ends: int | Sequence[int] | None) -> Tensor:
     """The ``judgement`` of the texts of ``generate()``, up to and with the end of each, float64 ``[n, values]``.
 
-    Args:
-        model: The model that generated them.
-        output: Its output with ``return_dict_in_generate`` and ``output_scores``.
-        ends: Tokens that end a text; ``None``: those of the model.
+    ``output`` is that with ``return_dict_in_generate`` and ``output_scores``. ``ends``: tokens that end a text;
+    ``None``: those of the model.
     """
     beams = getattr(output, "beam_indices", None)
     log_prob = model.compute_transition_scores(output.sequences, output.scores, beams, normalize_logits=beams is None)

@@ -42,7 +42,6 @@ class SpanHead(Head):
 
     @classmethod
     def _of(cls, model: PreTrainedModel) -> Self | None:
-        """By the model's class."""
         return cls() if cls._is_stored(model.config, [type(model).__name__]) else None
 
     @classmethod

@@ -32,13 +32,8 @@ def stream(
 ) -> Iterator[Instance]:
     """An endless seeded stream of instances of one task and split; ValueError if either is unknown.
 
-    Args:
-        task: A key of ``TASKS``.
-        split: ``train``, ``validation`` or ``test``.
-        seed: The same seed gives the same stream.
-        max_level: The highest level drawn, for a curriculum.
-        weights: Relative frequency of each level.
-        trace: Share of the questions that ask for the whole way instead of the answer.
+    For training: ``max_level`` is the highest level drawn, ``weights`` are the frequencies of levels, and ``trace`` is
+    the share of the questions that ask for the whole way instead of the answer.
     """
     if task not in TASKS:
         raise ValueError(f"unknown procedural task {task!r}; expected one of {', '.join(TASKS)}")
