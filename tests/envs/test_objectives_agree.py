@@ -44,10 +44,12 @@ def make(small_table, monkeypatch):
         scoring = SimpleNamespace(
             quality=lambda rows, decisions, seen: (quality[rows, core.masks_of(decisions)], quality[rows, DENSE]),
             of_masks=lambda rows: quality[rows],
+            of_one=lambda row, number: (quality[row, number], quality[row, DENSE]),
         )
         costs = SimpleNamespace(
             flops_ratio=lambda rows, decisions: flops[core.masks_of(decisions)],
             of_masks=lambda rows: np.tile(flops, (len(rows), 1)),
+            ratio_of_one=lambda row, number: flops[number],
         )
         monkeypatch.setattr(split, "scoring", scoring)
         monkeypatch.setattr(split, "costs", costs)
