@@ -115,7 +115,10 @@ def tabulate(
 
 def _label(asked: Sequence[str], seed: int, share: bool) -> str:
     """How masks were chosen; without folders if the table is shared."""
-    names = [f"codebook:{Path(name).name}" if share and name.startswith("codebook:") else name for name in asked]
+    names = [
+        f"codebook:{Path(name.removeprefix('codebook:')).name}" if share and name.startswith("codebook:") else name
+        for name in asked
+    ]
     return " and ".join(names) + (f", seed {seed}" if any(name.startswith("random:") for name in asked) else "")
 
 
