@@ -166,12 +166,6 @@ class BackboneCore(Core[BackboneSplit]):
             context=None if context is None else _rule(train, np.pad(context.numpy()[:, 1:], ((0, 0), (1, 0)))),
         )
 
-    def parts(self, split: BackboneSplit, rows: Array, decisions: Array) -> list[Array]:
-        """Positions in ``rows`` of each forward pass under decisions ``[n, components]``; of stages there is one."""
-        if self.is_staged:
-            return [np.arange(len(rows))]
-        return [picked for picked, _ in split.passes.planned(rows, decisions)]
-
     def decided_logits(
         self, split: BackboneSplit, rows: Array, decide: Callable[[Observations], Array]
     ) -> Iterator[tuple[Array, Tensor, Tensor]]:

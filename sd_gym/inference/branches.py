@@ -13,12 +13,12 @@ class Sides(NamedTuple):
 
 
 def skip_input(switch: int) -> str:
-    """The input, a bool, that says whether the branch whose first switch this is is skipped."""
+    """Name of the input, a bool, that skips a branch; ``switch`` is the number of its first switch."""
     return f"skip.{switch}"
 
 
 def hidden_output(switch: int) -> str:
-    """The output with the hidden states before the layer that has a switch, ``[n, tokens, width]``."""
+    """Name of the output with the hidden states before the layer of a switch, ``[n, tokens, width]``."""
     return f"hidden.{switch}"
 
 

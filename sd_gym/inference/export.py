@@ -25,6 +25,7 @@ from sd_gym.inference.graphs import INPUTS, AnswerDecider, Decider, Graph, Rest,
 from sd_gym.inference.onnx import (
     ANSWER,
     DECIDE,
+    FORMAT,
     MANIFEST,
     MODEL,
     TOKENIZER,
@@ -218,7 +219,7 @@ class _Writer:
         bend = (switched[2] - 2 * switched[1] + switched[0]) // 2
         special = (None, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
         values = {
-            "format": 3,
+            "format": FORMAT,
             "sd_gym": __version__,
             "head": self._head.name,
             "names": [name for _, name in sorted(model.names.items())],

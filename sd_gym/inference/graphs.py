@@ -54,11 +54,11 @@ class Switched(Graph):
         self.model = without_skipped(board, np.zeros(len(board), dtype=bool))
         self._names, self._seen = dict[str, str](), dict[int, tuple[str, Tensor]]()
         layers = _layers(board, self.model)
-        for number, *_, last in [[*branch, branch[-1]] for branch in branches]:
-            module = _module(layers, board.switches[number], 0)
-            module.register_forward_pre_hook(partial(self._enters, f"enters.{number}"), with_kwargs=True)
-            module = _module(layers, board.switches[last], -1)
-            module.register_forward_hook(partial(self._leaves, f"leaves.{number}"))
+        for branch in branches:
+            first = _module(layers, board.switches[branch[0]], 0)
+            first.register_forward_pre_hook(partial(self._enters, f"enters.{branch[0]}"), with_kwargs=True)
+            last = _module(layers, board.switches[branch[-1]], -1)
+            last.register_forward_hook(partial(self._leaves, f"leaves.{branch[0]}"))
         for number in resumed:
             layer = twin_at(layers, str(board.switches[number].index))
             layer.register_forward_pre_hook(partial(self._enters, f"before.{number}"), with_kwargs=True)

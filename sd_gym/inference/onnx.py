@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 MANIFEST, TOKENIZER, WEIGHTS = "sd_gym_onnx.json", "tokenizer.json", "weights.bin"
+FORMAT = 3  # of a folder: which files and graphs it has
 DECIDE, MODEL, ANSWER = "decide.onnx", "model.onnx", "answer.onnx"  # before the first layer, the model, on the answer
 DENSE = 0  # number of the mask that skips nothing
 DECIDED = 256  # inputs per run of the graph that decides
@@ -91,6 +92,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if changed:
         remedy = "it was changed or damaged; copy the folder again, or export anew"
         raise ValueError(f"{folder / changed[0]} is not the file that was exported: {remedy}")
+    if (found := manifest.get("format")) != FORMAT:
+        raise ValueError(f"{folder / MANIFEST}: expected format {FORMAT}, got {found!r}; export anew with this version")
     return manifest
 
 
@@ -125,11 +128,8 @@ class OnnxModel(TextModel):
         self._skips = [{name: np.array(mask[switch]) for name, switch in named} for mask in self.masks]
         self._count_flops(np.arange(manifest["cut"]["length"] + 1))
         self.looks_at_answer: bool = manifest["looks_at_answer"]
-        resumes = [self.looks_at_answer and 0 < first < switches for first in self._resumed_from]
-        hidden = [
-            [hidden_output(first)] if goes_on else []
-            for first, goes_on in zip(self._resumed_from, resumes, strict=True)
-        ]
+        resumable = {first for first in self._resumed_from if self.looks_at_answer and 0 < first < switches}
+        hidden = [[hidden_output(first)] if first in resumable else [] for first in self._resumed_from]
         self._outputs = [["logits", *names] for names in hidden]
         self.task, self.metric, self.reference = (manifest[key] for key in ("task", "metric", "reference"))
         self.fields, self.names = tuple(manifest["fields"]), dict(enumerate(manifest["names"]))

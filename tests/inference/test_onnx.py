@@ -193,6 +193,16 @@ def test_a_flipped_byte_is_an_error_that_names_the_file(name, exported, tmp_path
         onnx.load(tmp_path / "onnx")
 
 
+def test_a_folder_of_another_version_is_an_error(exported, tmp_path):
+    shutil.copytree(exported[1], tmp_path / "onnx")
+    file = tmp_path / "onnx" / onnx.MANIFEST
+    manifest = json.loads(file.read_text()) | {"format": 2}
+    manifest["files"][onnx.MANIFEST] = onnx.own_hash(manifest)
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="expected format 3, got 2; export anew"):
+        onnx.load(tmp_path / "onnx")
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_other_manifest_is_an_error_that_names_it(exported, tmp_path, data):
