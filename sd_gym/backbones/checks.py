@@ -86,10 +86,9 @@ def check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedToke
 
 
 def check_positions(
-    backbone: BackboneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, head: Head
+    backbone: BackboneConfig, positions: int | None, tokenizer: PreTrainedTokenizerBase, head: Head
 ) -> None:
-    """Raise BackboneError if a model has too few positions for the longest inputs and targets."""
-    positions = positions_of(model)
+    """Raise BackboneError if ``positions_of`` a model are too few for the longest inputs and targets."""
     if positions is None:
         return
     source = min(backbone.max_source_length, tokenizer.model_max_length)

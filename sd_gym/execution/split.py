@@ -50,7 +50,7 @@ class BackboneSplit:
         except ValueError as error:
             raise ConfigError(f"{config.id}: {error}") from error
         tokenizer = self.backbone.tokenizer
-        check_positions(self.reading, self.backbone.model, tokenizer, self.head)
+        check_positions(self.reading, self.backbone.positions, tokenizer, self.head)
         instances = data[name]
         arguments, unanswerable = (tokenizer, self.head, self.reading), config.data.unanswerable
         encoding = encode_cached if instances.file else encode  # only files have a cache

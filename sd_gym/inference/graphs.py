@@ -87,7 +87,8 @@ class Switched(Graph):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The logits and all states."""
         self._seen.clear()
-        logits = logits_of(self.model(**dict(zip(INPUTS, inputs, strict=False))))
+        given = dict(zip(INPUTS, inputs, strict=False))
+        logits = logits_of(self.model(**given | {"attention_mask": _added_to_scores(inputs[1])}))
         return (logits, *(state for _, state in self._seen.values()))
 
 
@@ -117,7 +118,12 @@ class Rest(Graph):
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """The dense logits, from the states ``[n, tokens, width]`` before the layer."""
         self.before.given = hidden
-        return logits_of(self.model(inputs_embeds=hidden, attention_mask=attention_mask))
+        return logits_of(self.model(inputs_embeds=hidden, attention_mask=_added_to_scores(attention_mask)))
+
+
+def _added_to_scores(attention_mask: Tensor) -> Tensor:
+    """The mask ``[n, 1, 1, length]`` that scores of attention add; Hugging Face's own takes fifty nodes of a graph."""
+    return (1 - attention_mask[:, None, None].float()) * torch.finfo(torch.float32).min
 
 
 def logits_of(output: Any) -> Tensor:
@@ -202,7 +208,8 @@ class _Network(nn.Module):
     def forward(self, pooled: Tensor, read: Tensor, share: Tensor, judged: Tensor) -> Tensor:
         observed = read
         if self.sees_pooled:
-            observed = standardised(torch.cat([pooled, judged], dim=1), self.mean, self.deviation)
+            seen = torch.cat([pooled, judged], dim=1) if self.judged else pooled
+            observed = standardised(seen, self.mean, self.deviation)
         if self.stage is not None:
             stage = torch.zeros_like(share)[:, None] + self.stage  # expand() would fix the traced number of rows
             observed = torch.cat([stage, share[:, None], observed], dim=1)

@@ -149,10 +149,10 @@ class OnnxModel(TextModel):
         number, own, went_on = np.full(len(rows), DENSE), np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
         seen: NDArray | None = None
         if not dense:
-            parts = list(_parts(np.arange(len(rows)), length, DECIDED))
-            order = np.argsort(np.concatenate(parts))
-            decided = zip(*(self.decide(self._batch([rows[row] for row in part])) for part in parts), strict=True)
-            number, seen = (np.concatenate(values)[order] for values in decided)
+            for part in _parts(np.arange(len(rows)), length, DECIDED):
+                number[part], shown = self.decide(self._batch([rows[row] for row in part]))
+                seen = np.zeros((len(rows), shown.shape[1]), np.float32) if seen is None else seen
+                seen[part] = shown
             own = self.own_flops(length)
         answers = np.empty(len(rows), dtype=object)
         for mask in np.unique(number):
@@ -174,8 +174,7 @@ class OnnxModel(TextModel):
             ``[n, features]``: no features if it does not.
         """
         length = batch["attention_mask"].sum(axis=1)
-        share = self._always[length] / self._dense[length]  # of the FLOPs, if all is skipped
-        scores, *seen = self._run(DECIDE, batch | {"share": share.astype(np.float32)})
+        scores, *seen = self._run(DECIDE, batch | {"share": self._least[length]})
         choice = (scores + self._margin * self._cautious).argmax(axis=1)
         return self._mask_of_choice[choice], seen[0] if seen else scores[:, :0]
 
@@ -215,19 +214,20 @@ class OnnxModel(TextModel):
 
     def own_flops(self, length: NDArray) -> NDArray:
         """FLOPs of deciding on rows of so many tokens, ``[n]``."""
-        own = self.manifest["flops"]
-        return own["policy"] + own["policy_per_token"] * np.minimum(length, own["policy_longest"])
+        return self._own[length]
 
     def _flops_ratio(self, number: NDArray, length: NDArray, went_on: NDArray | bool = False) -> NDArray:
         """FLOPs under masks of rows of so many tokens ``[n]`` over dense ones, without the policy's own."""
         return (self._ran[number, length] + went_on * self._again[number, length]) / self._dense[length]
 
     def _count_flops(self, length: NDArray) -> None:
-        """FLOPs by length ``[lengths]``: those that no mask saves, and dense; by mask, too: run once, and going on."""
+        """FLOPs by length ``[lengths]``: of the policy, and dense; by mask, too: run once, and going on."""
         flops, tokens = self.manifest["flops"], length[:, None]
+        self._own = flops["policy"] + flops["policy_per_token"] * np.minimum(length, flops["policy_longest"])
         always = flops["per_sequence"] + flops["per_token"] * length
         switched = np.array(flops["per_query"]) * tokens + np.array(flops["per_pair"]) * tokens**2
-        self._always, self._dense = always, always + switched.sum(axis=1)
+        self._dense = always + switched.sum(axis=1)
+        self._least = (always / np.maximum(self._dense, 1)).astype(np.float32)  # share of the FLOPs if all is skipped
         self._ran = np.stack([always + switched[:, ~mask].sum(axis=1) for mask in self.masks])
         first = self._resumed_from[:, None].repeat(len(length), axis=1)
         self._again = np.stack([going_on_flops(always, switched, of_mask) for of_mask in first])

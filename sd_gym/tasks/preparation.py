@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sd_gym.backbones.checks import check_positions, has_bf16, usable_device
+from sd_gym.backbones.checks import check_positions, has_bf16, positions_of, usable_device
 from sd_gym.backbones.draws import layer_importance
 from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.load import head_stored_with, load_model, save_backbone
@@ -211,7 +211,7 @@ def _switchable(
     if label2id is not None:
         model.config.label2id = label2id
         model.config.id2label = {index: word for word, index in label2id.items()}
-    check_positions(backbone, model, tokenizer, head_of(model))
+    check_positions(backbone, positions_of(model), tokenizer, head_of(model))
     device = accelerator.device if accelerator.num_processes > 1 else usable_device(backbone.device)
     model.to(device)  # pyright: ignore[reportArgumentType]  (transformers hides the signature of Module.to)
     board = Switchboard(model.eval())
