@@ -95,6 +95,7 @@ class DataConfig(StrictModel):
     unanswerable: bool = True
     overlap: Literal["error", "drop", "allow"] = "error"
     policy_rows: Literal["new", "all"] = "new"
+    policy_labels: Literal["given", "dense"] = "given"
     train_size: int | None = Field(default=None, ge=1)
     validation_size: int | None = Field(default=None, ge=1)
     test_size: int | None = Field(default=None, ge=1)

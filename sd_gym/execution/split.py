@@ -26,7 +26,7 @@ from sd_gym.tasks.encoding import encode
 from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.marked_text import MarkedText, marked_texts
 from sd_gym.tasks.ranking import in_batches, training_rarity
-from sd_gym.tasks.splits import Splits
+from sd_gym.tasks.splits import Splits, answered_densely
 from sd_gym.tasks.token_dropping import TokenDropping
 
 Array = NDArray
@@ -46,7 +46,8 @@ class BackboneSplit:
         try:
             self.reading = self.head.prompting(config.backbone)
             self._check_output()
-            self.head.measured_by(config.quality.kind)
+            for kind in (config.quality.kind, *["agreement"] * (name in answered_densely(config))):
+                self.head.measured_by(kind)
         except ValueError as error:
             raise ConfigError(f"{config.id}: {error}") from error
         tokenizer = self.backbone.tokenizer
@@ -55,7 +56,7 @@ class BackboneSplit:
         arguments, unanswerable = (tokenizer, self.head, self.reading), config.data.unanswerable
         encoding = encode_cached if instances.file else encode  # only files have a cache
         self._consist_of(instances, encoding(instances, *arguments, unanswerable=unanswerable))
-        if config.quality.kind == "agreement":
+        if name in answered_densely(config):
             answered = self._answered_densely()
             self._consist_of(answered, encode(answered, *arguments, unanswerable=unanswerable))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,22 @@ class Splits:
 
     An error in a split is raised on access to that split, as learning needs no test split. Generated splits are
     disjoint, and each is generated on access. Policies learn on the rows of ``train`` that ``backbone`` (its name) was
-    not prepared on, unless ``data.policy_rows`` is ``all``; ``None``: all rows. If not ``labelled``, references are
-    unknown. Raises: see ``check_splits`` and ``backbone_rows``.
+    not prepared on, unless ``data.policy_rows`` is ``all``; ``None``: all rows. References of the splits
+    ``unlabelled`` are unknown. Raises: see ``check_splits`` and ``backbone_rows``.
     """
 
-    def __init__(self, data: DataConfig, task: str, backbone: str | None = None, *, labelled: bool = True) -> None:
+    def __init__(
+        self, data: DataConfig, task: str, backbone: str | None = None, *, unlabelled: Collection[str] = ()
+    ) -> None:
         check_splits(data)
-        self._data, self._task, self._labelled = data, task, labelled
+        self._data, self._task, self._unlabelled = data, task, unlabelled
         self._of_backbone = np.empty(0, dtype=np.int64) if backbone is None else backbone_rows(backbone)
         self._read: dict[str, Instances | Exception] = {}
 
     @classmethod
     def of_env(cls, config: EnvConfig) -> Splits:
-        """The splits of an env: without its backbone's rows, and without labels if the quality is agreement."""
-        return cls(config.data, config.task, config.backbone.name, labelled=config.quality.kind != "agreement")
+        """The splits of an env, without its backbone's rows."""
+        return cls(config.data, config.task, config.backbone.name, unlabelled=answered_densely(config))
 
     def __getitem__(self, name: str) -> Instances:
         """The instances of a split, by its name. Raises: see ``load_split``.
@@ -112,9 +114,16 @@ class Splits:
         cut_later = name == "train" and self._cuts_train_last
         data = self._data.model_copy(update={"train_size": None}) if cut_later else self._data
         try:
-            return load_split(data, self._task, name, known, labelled=self._labelled)
+            return load_split(data, self._task, name, known, labelled=name not in self._unlabelled)
         except (FileNotFoundError, DataError) as error:
             return error
+
+
+def answered_densely(config: EnvConfig) -> Collection[str]:
+    """The splits of an env whose references are the dense answers."""
+    if config.quality.kind == "agreement":
+        return SPLITS
+    return ("train",) if config.data.policy_labels == "dense" else ()
 
 
 def check_unchanged(run: Path, before: Mapping[str, Mapping[str, Any]], data: Splits) -> None:

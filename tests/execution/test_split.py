@@ -48,3 +48,17 @@ def test_agreement_needs_no_labels(tmp_path):
         gym.make("SD/Summarization-Custom-v0", **options, columns=columns)
     core = gym.make("SD/Summarization-Custom-v0", **options, columns=columns, quality="agreement").unwrapped.core
     assert core.split("train").scoring.run(np.arange(4), np.zeros((4, len(core.nvec)), dtype=np.int64)).all()
+
+
+def test_policies_learn_on_text_without_labels(tmp_path):
+    for split, label in (("train", {}), ("validation", {"label": 0}), ("test", {"label": 1})):
+        lines = [json.dumps({"text": f"{split} {number} good"} | label) + "\n" for number in range(4)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    options = {"dataset": str(tmp_path), "backbone": "mini", "max_target_length": 8}
+    with pytest.raises(DataError, match="no field 'label'"):
+        gym.make("SD/Classification-Custom-v0", **options)
+    core = gym.make("SD/Classification-Custom-v0", **options, policy_labels="dense").unwrapped.core
+    train, rows, dense = core.split("train"), np.arange(4), np.zeros((4, len(core.nvec)), dtype=np.int64)
+    assert train.scoring.run(rows, dense).all()
+    assert [instance.target for instance in train.instances] == train.passes.answers(rows, dense)
+    assert {instance.target for instance in core.split("test").instances} == {1}
