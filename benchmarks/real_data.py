@@ -221,7 +221,7 @@ class Experiment:
         if len(found) == 1:
             return f"{flops[0]:.1f}% ({points:+.2f})"
         half = flops.std(ddof=1) / len(flops) ** 0.5 * t.ppf(0.975, len(flops) - 1)
-        return f"{flops.mean():.1f}% ± {half:.1f} ({points:+.2f})"
+        return f"{flops.mean():.1f}±{half:.1f}% ({points:+.2f})"
 
 
 def main() -> None:
