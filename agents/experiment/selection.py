@@ -30,6 +30,7 @@ from sd_gym.policy.table_export import TablePolicy
 
 PASSES = 12  # points of a sequence if each takes passes of a backbone
 CURVE_ROWS = 1000  # of the validation split, for each point of a curve
+CHANGES = 10  # epsilons; without labels each changed answer counts as a loss, although some of them become right
 
 
 class _Estimate:
@@ -167,7 +168,8 @@ class Selection:
 
     def _estimated(self, points: Sequence[Version]) -> list[list[_Estimate]]:
         """The points of each policy, up to the first one that is hopeless on policy rows."""
-        core, epsilon, few = self.core, self.core.config.reward.epsilon, policy_rows(self.core, FEW_ROWS)
+        core, few = self.core, policy_rows(self.core, FEW_ROWS)
+        epsilon = core.config.reward.epsilon * (CHANGES if core.config.data.policy_labels == "dense" else 1)
         rows = few if core.is_staged else policy_rows(core)
         paths = []
         for _, path in groupby(points, key=lambda version: id(version if version.of is None else version.of)):
