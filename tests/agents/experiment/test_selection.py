@@ -86,6 +86,16 @@ def test_bolder_versions_of_a_policy_that_loses_too_much_are_not_scored(scripted
     assert {flops for split, flops in asked if split == "train"} == {0.9, 0.8, 0.2}
 
 
+def test_without_labels_a_point_that_changes_answers_is_still_tested(scripted_scores, monkeypatch):
+    core, origin = scripted_scores[0], object()
+    data = core.config.data.model_copy(update={"policy_labels": "dense"})
+    monkeypatch.setattr(core, "config", core.config.model_copy(update={"data": data}))
+    path = [Version(Scripted(*of), 0.0, origin) for of in ((0.8, 40, 3), (0.7, 60, 5), (0.2, 400, 0), (0.1, 500, 0))]
+    selection = Selection(core)
+    assert selection.select(path) is path[2]
+    assert [result.flops_ratio for _, result in selection.tested] == pytest.approx([0.8, 0.7, 0.2])
+
+
 def test_variants_of_a_policy_do_not_oust_each_other(scripted_scores):
     """Where the bold one seems to lose less, on rows that it has learned on, the cautious one is still tested first."""
     points = [Version(Scripted(0.8, 5, 1), 0.0, object()), Version(Scripted(0.5, 0, 60), 0.0, object())]
