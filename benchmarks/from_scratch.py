@@ -101,7 +101,7 @@ def interval(values: np.ndarray) -> float:
 def mean_flops(ratios: list[float]) -> str:
     """Their mean with its interval."""
     flops = 100 * np.array(ratios)
-    spread = f" ± {interval(flops):.1f}" if len(flops) > 1 else ""
+    spread = f"±{interval(flops):.1f}" if len(flops) > 1 else ""
     return f"{flops.mean():.1f}%{spread}"
 
 

@@ -209,7 +209,7 @@ class Experiment:
     def dense(self) -> str:
         """Quality of the dense backbone on the test rows, and how many these are."""
         found = self._results("one stage", "hull")
-        return f"{100 * found[0]['quality_ref']:.1f}% of {found[0]['instances']:,}" if found else "-"
+        return f"{100 * found[0]['quality_ref']:.1f}% ({found[0]['instances']:,})" if found else "-"
 
     def cell(self, look: str, agent: str) -> str:
         """FLOPs as selected, with a 95% interval (Student's t), and the points against dense on test rows."""
@@ -221,7 +221,7 @@ class Experiment:
         if len(found) == 1:
             return f"{flops[0]:.1f}% ({points:+.2f})"
         half = flops.std(ddof=1) / len(flops) ** 0.5 * t.ppf(0.975, len(flops) - 1)
-        return f"{flops.mean():.1f}±{half:.1f}% ({points:+.2f})"
+        return f"{flops.mean():.1f}%±{half:.1f} ({points:+.2f})"
 
 
 def main() -> None:
@@ -247,7 +247,7 @@ def main() -> None:
     rows = [["-", "dense", *(one.dense() for one in experiments)]]
     for look, (_, agents) in LOOKS.items():
         shown = ["early-exit", *agents] if look == "one stage" else agents
-        rows += [[look, agent, *(one.cell(look, agent) for one in experiments)] for agent in shown]
+        rows += [[look.split()[0], agent, *(one.cell(look, agent) for one in experiments)] for agent in shown]
     print(markdown(["stages", "agent", *arguments.sets], rows))
 
 

@@ -154,7 +154,7 @@ def _selected(table: str) -> dict[str, tuple[float, float]]:
     for row in (row for row in rows if row[:1] == [table]):
         agent = row[1].split()[0]
         if agent in AGENTS:
-            flops, points = re.search(r"([\d.]+)%.*\(([-+][\d.]+)\)", row[4]).groups()
+            flops, points = re.search(r"([\d.]+)%.*\(([-+][\d.]+)\)", row[3]).groups()
             found[agent] = (float(flops), -float(points))
     return found
 
