@@ -116,6 +116,7 @@ def in_onnx(folders: dict[str, Path], texts: Texts, threads: int) -> list[Way]:
     """All ways that run in ONNX Runtime."""
     options, ways = onnxruntime.SessionOptions(), []
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would slow the ways that come next
     for name, folder in folders.items():
         model, dense = OnnxModel(folder, session_options=options), f"dense, {name}"
         masks, count = np.unique([answer.skip for answer in model(texts)], axis=0, return_counts=True)

@@ -50,7 +50,7 @@ def load(
         max_loss: See ``sd_gym.operating_points.margin_for``: it chooses among the policy's operating points.
         max_flops: See there.
         providers: Execution providers of ONNX Runtime, the preferred one first.
-        session_options: Options of ONNX Runtime for all graphs, such as the number of threads.
+        session_options: Options of ONNX Runtime for the model, such as the number of threads; it decides on one thread.
 
     Raises:
         FileNotFoundError: If the folder or one of its files is missing.
@@ -238,7 +238,11 @@ class OnnxModel(TextModel):
             import onnxruntime
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("ONNX Runtime is not installed: pip install 'sd-gym[onnx]'") from error
-        session = onnxruntime.InferenceSession(self.folder / name, self._options, providers=self._providers)
+        options = self._options
+        if name in (DECIDE, ANSWER):  # too small for threads, which would wait actively beside those of the model
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = 1
+        session = onnxruntime.InferenceSession(self.folder / name, options, providers=self._providers)
         return session, [value.name for value in session.get_inputs()]
 
     def _encoded(self, texts: list[list[str]]) -> list[Encoding]:
