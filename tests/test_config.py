@@ -49,6 +49,7 @@ OTHER = {
     "data.unanswerable": False,
     "data.overlap": "drop",
     "data.policy_rows": "all",
+    "data.policy_labels": "dense",
     "data.train_size": 7,
     "data.validation_size": 8,
     "data.test_size": 9,
