@@ -78,17 +78,20 @@ SETS = {
     ),
 }
 WITHOUT_LABELS = "-text"  # ends the names of sets whose policies learn on text; the backbone is that of the set before
-for name, text_of in {"sst2": ("subj",), "trec": ("squad_answerable", "qamr")}.items():
-    splits = "train: text, validation: train, test: validation"  # all rows but the backbone's are selection rows
-    SETS[name + WITHOUT_LABELS] = replace(SETS[name], splits=splits, text_of=text_of)
+SETS |= {
+    name + WITHOUT_LABELS: replace(SETS[name], splits="train: text, validation: train, test: validation", text_of=of)
+    for name, of in {"sst2": ("subj",), "trec": ("squad_answerable", "qamr")}.items()
+}
 
 
 def texts(file: Path) -> Iterator[str]:
     """Questions, or sentences of reviews (those of ``subj`` that are subjective)."""
     for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        if "question" in row or row["label"] == 0:
-            yield row["question"] if "question" in row else row["text"]
+        if "question" in row:
+            yield row["question"]
+        elif row["label"] == 0:
+            yield row["text"]
 
 
 def sd_gym(*arguments: object) -> None:

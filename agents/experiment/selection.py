@@ -30,7 +30,7 @@ from sd_gym.policy.table_export import TablePolicy
 
 PASSES = 12  # points of a sequence if each takes passes of a backbone
 CURVE_ROWS = 1000  # of the validation split, for each point of a curve
-CHANGES = 10  # epsilons; without labels each changed answer counts as a loss, although some of them become right
+UNLABELLED = 10  # epsilons that may seem lost without labels, where each changed answer counts, even one that is right
 
 
 class _Estimate:
@@ -169,7 +169,7 @@ class Selection:
     def _estimated(self, points: Sequence[Version]) -> list[list[_Estimate]]:
         """The points of each policy, up to the first one that is hopeless on policy rows."""
         core, few = self.core, policy_rows(self.core, FEW_ROWS)
-        epsilon = core.config.reward.epsilon * (CHANGES if core.config.data.policy_labels == "dense" else 1)
+        epsilon = core.config.reward.epsilon * (UNLABELLED if core.config.data.policy_labels == "dense" else 1)
         rows = few if core.is_staged else policy_rows(core)
         paths = []
         for _, path in groupby(points, key=lambda version: id(version if version.of is None else version.of)):

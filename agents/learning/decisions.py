@@ -22,8 +22,12 @@ PolicyT = TypeVar("PolicyT", bound=DecisionPolicy | TablePolicy)
 BATCH = 256
 POINTS = 40  # versions of a policy, at most
 # In log-odds, for policies whose preferences cannot be computed without a pass.
-BOLD, CAUTIOUS = (-20.0, -12.0, -8.0, -6.0, -4.5, -3.0), (17.0, 20.0, 25.0, 32.0, 40.0)
-MARGINS = (*BOLD, *np.arange(-1.5, 6, 0.75).tolist(), *np.arange(6, 15, 1.5).tolist(), *CAUTIOUS)
+MARGINS = (
+    *(-20.0, -12.0, -8.0, -6.0, -4.5, -3.0),
+    *np.arange(-1.5, 6, 0.75).tolist(),
+    *np.arange(6, 15, 1.5).tolist(),
+    *(17.0, 20.0, 25.0, 32.0, 40.0),
+)
 DENSE_MARGIN = 1000.0  # nothing is skipped
 POLICY_ROWS = 2000  # rows for searches and for the order of operating points, at most
 FEW_ROWS = 500  # the same where each point takes a pass of its own, and to find the end of a path

@@ -43,11 +43,13 @@ class BackboneSplit:
         self.backbone = backbone or load_backbone(config.backbone.name, config.backbone.device)
         self.config, self.name, self._data = config, name, data
         self.head, self.task = self.backbone.head, TASKS.find(config.task)
+        without_labels = name in answered_densely(config)
         try:
             self.reading = self.head.prompting(config.backbone)
             self._check_output()
-            for kind in (config.quality.kind, *["agreement"] * (name in answered_densely(config))):
-                self.head.measured_by(kind)
+            self.head.measured_by(config.quality.kind)
+            if without_labels:
+                self.head.measured_by("agreement")
         except ValueError as error:
             raise ConfigError(f"{config.id}: {error}") from error
         tokenizer = self.backbone.tokenizer
@@ -56,7 +58,7 @@ class BackboneSplit:
         arguments, unanswerable = (tokenizer, self.head, self.reading), config.data.unanswerable
         encoding = encode_cached if instances.file else encode  # only files have a cache
         self._consist_of(instances, encoding(instances, *arguments, unanswerable=unanswerable))
-        if name in answered_densely(config):
+        if without_labels:
             answered = self._answered_densely()
             self._consist_of(answered, encode(answered, *arguments, unanswerable=unanswerable))
 

@@ -17,3 +17,8 @@ def test_quality_of_classes_scores_and_texts():
     ).tolist() == pytest.approx([0.8, 1.0, 0.0])
     tokens = torch.nn.functional.one_hot(torch.tensor([[2, 1, 0], [2, 0, 0]]), 3).float()
     assert Seq2SeqHead().exact(tokens, torch.tensor([[2, 1, -100], [2, 1, 0]])).tolist() == [1.0, 0.0]
+
+
+def test_dense_scores_cannot_be_the_right_ones():
+    with pytest.raises(ValueError, match=r"policy_labels=dense: two scores are hardly ever equal"):
+        ScoreHead({"score": 0}).measured_by("agreement")
