@@ -36,7 +36,6 @@ LOOKS = {  # the agents of each env: those that see the answer, and those that d
     "one stage": ("stages=[first]", ["hull", "imitation", "ppo", "reinforce"]),
     "answer stage": (None, ["cascade", "imitation", "ppo", "reinforce"]),
 }
-ENV = "SD/Classification-Custom-v0"
 TEXTS = 4000  # at most, of a set without labels
 SKIPPED = (0, 3, 6, 9, 12, 15, 18)  # of thirty layers, the least important ones
 
@@ -51,6 +50,9 @@ class Set:
     steps: int
     length: int = 48
     max_rate: float = 0.7
+    learning_rate: float = 2e-4
+    env: str = "SD/Classification-Custom-v0"
+    settings: tuple[str, ...] = ()  # more ones, of the env
     backbone: str = "minilm"
     stages: str = "[first, encoder.3, answer]"
     splits: str = "train: 'train[:{0}]', validation: 'train[{0}:]', test: validation"
@@ -70,12 +72,28 @@ SETS = {
         max_rate=0.6,
         splits="train: train, validation: 'validation[:{0}]', test: 'validation[{0}:]'",
     ),
-    "sst2-smollm2": Set(
-        "sst2_sentences", 5120, 3400, 300, max_rate=0.6, backbone="smollm2", stages="[first, decoder.15, answer]"
+    "qamr": Set(
+        "qamr",
+        16500,
+        10_000,
+        900,
+        length=96,
+        max_rate=0.6,
+        learning_rate=3e-4,
+        env="SD/QuestionAnswering-Custom-v0",
+        settings=("unanswerable=false", "metric=squad", "quality=metric", "answers=extracted", "test_size=2500"),
     ),
-    "agnews-smollm2": Set(
-        "agnews", 7001, 5000, 300, length=32, max_rate=0.6, backbone="smollm2", stages="[first, decoder.15, answer]"
-    ),
+}
+SETS |= {
+    f"{name}-smollm2": replace(
+        SETS[name],
+        steps=300,
+        max_rate=0.6,
+        learning_rate=1e-4,
+        backbone="smollm2",
+        stages="[first, decoder.15, answer]",
+    )
+    for name in ("sst2", "agnews")
 }
 WITHOUT_LABELS = "-text"  # ends the names of sets whose policies learn on text; the backbone is that of the set before
 SETS |= {
@@ -135,6 +153,7 @@ class Experiment:
             f"splits={{{data.splits.format(data.selection)}}}",
             "overlap=drop",
             f"max_source_length={data.length}",
+            *data.settings,
         ]
         return [part for pair in pairs for part in ("--set", pair)]
 
@@ -149,7 +168,7 @@ class Experiment:
             masks = ["--decisions", self._masks()]
             backbone = self.labelled.folder / "backbone"
             stages = ["--set", f"stages={self.data.stages}", "--set", f"backbone={backbone}"]
-            sd_gym("tabulate", ENV, *how, *masks, *stages, *self.settings)
+            sd_gym("tabulate", self.data.env, *how, *masks, *stages, *self.settings)
         for look, (stages, agents) in LOOKS.items():
             keys = [f"table={self.folder / 'table'}", f"epsilon={self.arguments.epsilon}", *[stages] * bool(stages)]
             options = [part for key in keys for part in ("--set", key)]
@@ -175,19 +194,17 @@ class Experiment:
         folder = self.folder / "one-stage" / "Custom" / "early-exit-0"
         if self.data.backbone == "minilm" and not (folder / "result.json").exists():
             how = ["--algo", "early-exit", "--output", folder, "--set", f"backbone={self.folder / 'backbone'}"]
-            sd_gym("train", ENV, *how, "--set", f"epsilon={self.arguments.epsilon}", *self.settings)
+            sd_gym("train", self.data.env, *how, "--set", f"epsilon={self.arguments.epsilon}", *self.settings)
 
     def _prepare(self) -> None:
         data, folder = self.data, self.folder / "backbone"
         if (folder / "preparation.json").exists():
             return
         how = ["--rows", data.rows, "--steps", data.steps, "--max-rate", data.max_rate, "--resume"]
-        if data.backbone == "smollm2":
-            how += ["--draw", "layers", "--batch-size", 16, "--learning-rate", 1e-4]
-        else:
-            how += ["--batch-size", 32, "--learning-rate", 2e-4]
+        how += ["--learning-rate", data.learning_rate]
+        how += ["--draw", "layers", "--batch-size", 16] if data.backbone == "smollm2" else ["--batch-size", 32]
         model = getattr(self.arguments, data.backbone)
-        sd_gym("prepare", "--backbone", model, "--env", ENV, "--output", folder, *how, *self.settings)
+        sd_gym("prepare", "--backbone", model, "--env", data.env, "--output", folder, *how, *self.settings)
 
     def _masks(self) -> str:
         """Those of a searched path; of thirty layers, where a search takes hours, the least important ones together."""

@@ -7,13 +7,13 @@ learns the ratio of risk and savings of each step. A margin on its logits stands
 another operating point. (TR-BERT, Ye et al. 2021, and Dr.LLM also start from searched decisions. Their target is the
 outcome of each instance under a decision; here it is the risk.)
 
-With several stages each stage decides on its part of the path: ``sd_gym.agents.imitation.backward_induction``.
+With several stages each stage decides on its part of the path: ``sd_gym.agents.imitation.staged``.
 """
 
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,22 +23,21 @@ from numpy.typing import NDArray
 from pydantic import Field
 from sd_gym.agents.baselines.search import OnRound, Per, greedy_path, path_losses, path_steps
 from sd_gym.agents.baselines.static import MASKS, nested_path, report_scored
-from sd_gym.agents.imitation.backward_induction import BackwardInduction, Loss, mean_head
 from sd_gym.agents.imitation.path_logits import component_logits, step_logits
+from sd_gym.agents.imitation.staged import Combinations
 from sd_gym.agents.learning.agent import Agent, LearnerSettings, OnRollout, observation_layers
-from sd_gym.agents.learning.decisions import row_batches
+from sd_gym.agents.learning.decisions import Version, row_batches
 from stable_baselines3.common.logger import Logger
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sd_gym.envs.actions import write_masks
-from sd_gym.going_on import stages_of_pass
 from sd_gym.policy import HIDDEN, DecisionPolicy, blinded
 from sd_gym.policy.observations import to_tensors
 
 ORDER_INSTANCES = 1000  # for the search of the path
-CAUTION = (1.0, 1000.0)  # log-odds by which earlier stages skip less in a version; 1,000: they skip nothing
-STARTS = 3  # versions with other first skipping stages, at most
+PRICES = 2.0 ** (np.arange(-6, 4) / 3)  # of a lost instance over the env's own, with several stages
+Loss = Callable[[Tensor | slice], Tensor]  # of some instances
 SURE = 6.0  # highest log-odds of skipping, so that learning can still change decisions in a warm start
 
 
@@ -92,9 +91,10 @@ class ImitationAgent(Agent[ImitationSettings]):
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             self.network = self.new_policy().eval()
-            self.foresight = nn.ModuleList([observation_layers(space, HIDDEN) for _ in self.env.core.stages])
+            self.foresight = observation_layers(space, HIDDEN)
         self._standardise_encoders(self.network, self.foresight)
         self._initialise(self.network)
+        self.priced: list[DecisionPolicy] = []  # with several stages, a policy per price of a lost instance
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Search and learn; ``total_steps`` plays no part."""
@@ -125,32 +125,18 @@ class ImitationAgent(Agent[ImitationSettings]):
         self._tie(path)
 
     def _learn_stages(self, rows: NDArray, path: NDArray, on_round: OnRound, logger: Logger) -> None:
-        """Learn the outcomes from the last stage back, and the policy from them."""
+        """Learn a policy at each price, from cheap to dear losses; that at the env's own price is ``network``."""
         self.searched = SearchResult(rows, path, np.zeros((len(rows), 0), dtype=np.float32))
-        fit, tokens = partial(self._fit, instances=len(rows), logger=logger), self.channels is not None
-        bodies = list(self.foresight)
-        induction = BackwardInduction(
-            self.env.core, rows, path, bodies, fit, self._visible, tokens, on_round, self.seed
-        )
-        targets, nvec = induction.learn(), self.env.core.nvec
-        component = np.repeat(np.arange(len(nvec)), nvec)  # of each logit
-        stages = []  # of each: observations, target logits, and 1 for logits of the stage, else 0
-        for (observations, steps), choices in zip(targets, induction.stage_choices, strict=True):
-            logits = component_logits(steps.flatten(0, 1).clamp(-SURE, SURE), choices.ways, nvec)
-            own = torch.from_numpy(np.isin(component, choices.components)).float()
-            stages.append((observations, logits.unflatten(0, steps.shape[:2]), own))
-
-        def loss(chosen: Tensor | slice) -> Tensor:
-            errors, counted = torch.zeros(()), torch.zeros(())
-            for observations, logits, own in stages:
-                outputs = self.network(observations.of(chosen))
-                errors = errors + (((outputs - logits[chosen].flatten(0, 1)) ** 2) * own).sum()
-                counted = counted + len(outputs) * own.sum()
-            return errors / counted
-
-        fit(self.network, loss, "imitation/held_out_loss")
-        for choices in induction.stage_choices:
-            self._tie(choices.ways)
+        embedded = None if self.channels is None else self._embedded
+        known = Combinations(self.env.core, rows, path, self._visible, embedded, on_round, self.seed)
+        reward, start = self.env.core.config.reward, self.network
+        start.codebook = known.codebook
+        for price in PRICES * reward.penalty / reward.cost_scale:
+            network = deepcopy(start)  # one that has learned another price is too sure to change
+            objective = partial(known.objective, network, price=price)
+            self._fit(network, objective, "imitation/held_out_loss", len(rows), logger)
+            self.priced.append(network.eval())
+        self.network = self.priced[PRICES.tolist().index(1.0)]
 
     def save_extra(self, folder: Path) -> None:
         """Write the path as ``masks.json``."""
@@ -161,25 +147,19 @@ class ImitationAgent(Agent[ImitationSettings]):
         return deepcopy(self.network).eval()
 
     def selectable_policies(self) -> list[DecisionPolicy]:
-        """The policy; with several stages also versions whose first stages skip less, or nothing.
+        """The policy."""
+        return [self.policy()]
 
-        Selection chooses a margin for each, so the thresholds of all stages are chosen together.
-        """
-        core, policies = self.env.core, [self.policy()]
-        deciding = len(stages_of_pass(core.stages))
-        if deciding == 1:
-            return policies
-        later = np.unique(np.linspace(1, deciding - 1, STARTS).round().astype(int))
-        first = np.cumsum([0, *core.nvec[:-1]])  # the choice of each component that skips nothing
-        for stage, caution in product(later, CAUTION):
-            before = np.concatenate(core.steps.components[:stage])
-            policies.append(self.policy())
-            with torch.no_grad():
-                policies[-1].head.bias[torch.from_numpy(first[before])] += caution
-        return policies
+    def operating_points(self) -> list[Version]:
+        """Versions of the policy; with several stages the policies of all prices."""
+        return [Version(one, of=one, learned=self.network) for one in self.priced] or super().operating_points()
 
     def _visible(self, observations: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
         return blinded(observations, self.env.core.stages) if self.blind else observations
+
+    def _embedded(self, rows: NDArray) -> Any:
+        core = self.env.core
+        return self._visible(to_tensors(core.observe(core.split("train"), rows)))
 
     def _outputs(self, network: nn.Module, rows: NDArray) -> Tensor:
         """Outputs ``[n, outputs]`` of a network on ``rows [n]`` of the training split.
@@ -196,7 +176,11 @@ class ImitationAgent(Agent[ImitationSettings]):
         Losses and gains are separate outputs: where the backbone is often wrong, both may be likely.
         """
         targets = torch.from_numpy(np.concatenate([lost, -lost], axis=1)).clamp(0, 1)
-        network = nn.Sequential(self.foresight[0], mean_head(targets))
+        head = nn.Linear(HIDDEN, targets.shape[1])  # it begins with the log-odds of the means
+        with torch.no_grad():
+            head.weight.zero_()
+            head.bias.copy_(targets.mean(dim=0).clamp(1e-4, 1 - 1e-4).logit())
+        network = nn.Sequential(self.foresight, head)
 
         def loss(chosen: Tensor | slice) -> Tensor:
             return F.binary_cross_entropy_with_logits(self._outputs(network, rows[chosen]), targets[chosen])

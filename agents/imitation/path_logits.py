@@ -37,24 +37,15 @@ def step_logits(risk: Tensor, flops: Tensor) -> Tensor:
     return -torch.cat(slopes).clamp(min=LEAST_RISK).log()
 
 
-def accepting_logits(risk: Tensor, saved: Tensor) -> Tensor:
-    """Logarithm of the FLOPs ratio that accepting an answer saves over the risk that it adds, each ``[n, 1]``."""
-    return saved.clamp(min=LEAST_SAVED).log() - risk.clamp(min=LEAST_RISK).log()
-
-
 def component_logits(steps: Tensor, path: NDArray, nvec: NDArray) -> Tensor:
     """Logits ``[n, sum(nvec)]`` of a policy that takes those ``steps [n, masks - 1]`` of a path that are positive.
 
-    The logit of a choice is the sum of the steps that lead to it; that of the path's first choice (everything runs, or
-    an answer is not accepted) is 0.
+    The logit of a choice is the sum of the steps that lead to it; that of running is 0.
     """
     first = np.cumsum([0, *nvec[:-1]])
     leads = torch.zeros(steps.shape[1], int(nvec.sum()))
     for step, raised in enumerate(path_steps(path)):
         for component in raised:
             choice, start = path[step + 1, component], first[component]
-            if choice > path[step, component]:
-                leads[step, start + choice : start + nvec[component]] = 1
-            else:  # accepting an answer is the first choice
-                leads[step, start : start + choice + 1] = 1
+            leads[step, start + choice : start + nvec[component]] = 1
     return steps @ leads

@@ -143,7 +143,7 @@ class Decider(Graph):
         self.size = 2 * board.model.config.hidden_size + 2
         self.network, self.answers = _Network(policy, 0, self.size), policy.sees_answer
         padded = np.pad(choices, ((0, 0), (0, int(self.answers))), constant_values=-1)
-        likelihood = network._log_likelihood(torch.eye(sum(network.nvec)), torch.from_numpy(padded))
+        likelihood = network.log_likelihood(torch.eye(sum(network.nvec)), torch.from_numpy(padded))
         self.register_buffer("chosen", likelihood)
         self.outputs = ("scores", "seen") if self.answers else ("scores",)
 

@@ -151,7 +151,7 @@ class DecisionPolicy(nn.Module):
         decisions = torch.zeros(len(logits), len(self.nvec), dtype=torch.int64, device=logits.device)
         if pick is None and self.codebook is not None:
             for masks in [self.codebook] if self.stages == ["first"] else codebook_of_each_stage(self.codebook):
-                best = masks[self._log_likelihood(logits, masks).argmax(dim=1)]
+                best = masks[self.log_likelihood(logits, masks).argmax(dim=1)]
                 decisions = torch.where(masks[0] >= 0, best, decisions)
         elif pick is not None:
             with torch.no_grad():
@@ -168,7 +168,7 @@ class DecisionPolicy(nn.Module):
             return F.pad(logits, (0, lacking), value=-torch.inf).unflatten(1, (-1, longest))
         return torch.cat([logits, logits.new_full((len(logits), 1), -torch.inf)], dim=1)[:, self._places]
 
-    def _log_likelihood(self, logits: Tensor, masks: Tensor) -> Tensor:
+    def log_likelihood(self, logits: Tensor, masks: Tensor) -> Tensor:
         """Log-likelihood of decisions ``[masks, components]`` (-1 is ignored), up to a constant: ``[n, masks]``."""
         places = self._places.gather(1, masks.T.clamp(min=0))
         chosen = torch.zeros(logits.shape[1], len(masks), device=logits.device)
@@ -267,7 +267,7 @@ class DecisionPolicy(nn.Module):
             both = masks[:1].repeat(2, 1)  # accept, and go on
             both[1, -1] = 1
             return both
-        return masks[greedy_cover(self._log_likelihood(self(to_tensors(observations)), masks), size)].clone()
+        return masks[greedy_cover(self.log_likelihood(self(to_tensors(observations)), masks), size)].clone()
 
     @property
     def flops(self) -> int:

@@ -93,7 +93,7 @@ def test_where_nothing_is_foreseen_the_mean_risk_stays(env, tmp_path):
 
 def test_a_blind_imitation_finds_the_best_mask_of_the_path(env, tmp_path):
     agent, seen = make_agent("blind-imitation", env, epochs=200, learning_rate=0.01, weight_decay=0.0), []
-    agent.foresight[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].any().item()))
+    agent.foresight.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].any().item()))
     agent.learn(1, configure(str(tmp_path), []), lambda rollout: None)
     assert seen
     assert not any(seen)

@@ -1,0 +1,219 @@
+"""Imitation at several stages: the policy of the least expected cost where the outcomes of all decisions are known.
+
+Each stage decides a part of a path of masks, and has a few choices ("ways"), each skipping one more candidate. All
+training instances run under all combinations of ways, or under many of them, so that their FLOPs and losses are known.
+Lost instances are rare and partly chance. So boosted trees (Friedman 2001) predict the loss of a combination from the
+last observation, for each instance by trees that have not learned on it. The policy minimises FLOPs plus the price of
+the predicted loss, in expectation over its own decisions at all stages: a sum over combinations, without any sampling.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sd_gym.agents.baselines.search import OnRound
+from torch import Tensor
+
+from sd_gym.envs.protocols import Core
+from sd_gym.execution.passes import PASS_TOKENS
+from sd_gym.going_on import stages_of_pass
+from sd_gym.policy import DecisionPolicy
+from sd_gym.policy.observations import to_tensors
+from sd_gym.switch import PassState
+
+COMBINATIONS = 64  # at most
+TREES, RATE = 100, 0.05  # of boosting
+FOLDS = 5
+SPREAD = 1e-2  # price of squared log-probabilities, so that a way that seems bad at first can still be learned
+
+
+class Stage(NamedTuple):
+    """A stage, and its part of each combination."""
+
+    ways: Tensor  # int64 [ways, components], dense first; -1 for components of other stages
+    earlier: NDArray  # the different decisions at earlier stages, int64 [earlier, components]
+    before: NDArray  # of each combination, the number of its earlier decisions, int64 [combinations]
+    way: NDArray  # of each combination, the number of its way, int64 [combinations]
+
+
+class Outcomes(NamedTuple):
+    """Of instances under all combinations."""
+
+    seen: list[Tensor]  # at each stage after each of the earlier decisions, without tokens: float32 [n, earlier, size]
+    lost: Tensor  # quality, float32 [n, combinations]; negative: gained
+    flops: Tensor  # ratios, float32 [n, combinations]
+    going_on: Tensor  # what going on adds, float32 [n, combinations]; 0 without an answer stage
+
+
+def ways_of_stages(core: Core, path: NDArray) -> list[NDArray]:
+    """For each stage that skips, the parts of a path of masks ``[masks, components]`` that it decides.
+
+    Each is int64 ``[ways, components]``, dense first, and 0 in components of other stages.
+    """
+    parts = []
+    for components in core.steps.components[: len(stages_of_pass(core.stages))]:
+        ways = np.zeros_like(path)
+        ways[:, components] = path[:, components]
+        parts.append(ways[np.append(True, (ways[1:] != ways[:-1]).any(axis=1))])
+    return parts
+
+
+def combined(sizes: Sequence[int], random: np.random.Generator) -> NDArray:
+    """Numbers of ways, one per stage, int64 ``[combinations, stages]``: all, or dense and random ones if too many."""
+    if np.prod(sizes, dtype=float) <= COMBINATIONS:
+        return np.array(list(product(*map(range, sizes))))
+    drawn = random.integers(sizes, size=(COMBINATIONS - 1, len(sizes)))
+    return np.unique(np.concatenate([np.zeros((1, len(sizes)), dtype=np.int64), drawn]), axis=0)
+
+
+@dataclass(eq=False)
+class Combinations:
+    """Combinations of the ways of a path, their outcomes on training instances, and the predicted losses."""
+
+    core: Core
+    rows: NDArray  # of the training split, int64 [n]
+    path: NDArray  # masks from dense to nothing, int64 [masks, components]
+    visible: Callable[[Any], Any]  # the observations that the agent uses
+    embedded: Callable[[NDArray], Any] | None  # token observations of rows; None: none are observed
+    on_scored: OnRound  # called with the decisions scored so far
+    seed: int
+
+    def __post_init__(self) -> None:
+        self._split = self.core.split("train")
+        self.decisions, self.stages = self._combined()  # int64 [combinations, components]
+        self.outcomes = self._run()
+        self.risk = self._risk()  # float32 [n, combinations]
+
+    @property
+    def codebook(self) -> Tensor | None:
+        """The ways of all stages, int64 ``[ways, components]``; ``None`` if each stage has a single component."""
+        if all(len(components) == 1 for components in self.core.steps.components):
+            return None
+        return torch.cat([stage.ways for stage in self.stages])
+
+    def objective(self, policy: DecisionPolicy, chosen: Tensor | slice, price: float) -> Tensor:
+        """What a policy minimises on instances at the price of a lost one: the mean of ``costs``, and a square.
+
+        The square is that of log-probabilities, at the price ``SPREAD``. Without it the shares of ways that seem bad at
+        first, and so their gradients, vanish before the policy can tell for which inputs they are good.
+        """
+        shares = self._shares(policy, chosen)
+        return self._costs(shares, chosen, price).mean() + SPREAD * sum(share.square().mean() for share in shares)
+
+    def costs(self, policy: DecisionPolicy, chosen: Tensor | slice, price: float) -> Tensor:
+        """Expected FLOPs ratio plus price of the predicted loss, a mean over instances, float32 ``[stages]``.
+
+        From each stage on, the policy decides; the decisions before are drawn evenly. So the first is the cost of the
+        policy, and by the others a stage learns even where the policy never comes now. Combinations that did not run
+        count as never chosen.
+        """
+        return self._costs(self._shares(policy, chosen), chosen, price)
+
+    def _shares(self, policy: DecisionPolicy, chosen: Tensor | slice) -> list[Tensor]:
+        """Log-probabilities of the ways of each stage, after each of its earlier decisions, ``[n, earlier, ways]``."""
+        tokens, shares = None if self.embedded is None else self.embedded(self.rows[chosen]), list[Tensor]()
+        for stage, seen in zip(self.stages, self.outcomes.seen, strict=True):
+            flat = seen[chosen].flatten(0, 1)
+            logits = policy(flat if tokens is None else {**tokens, "stage": flat})
+            share = policy.log_likelihood(logits, stage.ways).log_softmax(dim=1)
+            shares.append(share.unflatten(0, (-1, seen.shape[1])))
+        return shares
+
+    def _costs(self, shares: list[Tensor], chosen: Tensor | slice, price: float) -> Tensor:
+        outcomes, risk, parts = self.outcomes, self.risk[chosen], list[Tensor]()
+        answer, skipping = price * risk, list(zip(self.stages, shares, strict=True))
+        if self.core.has_answer_stage:
+            accepted = skipping.pop()[1][..., 0].exp()
+            answer = accepted * answer + (1 - accepted) * outcomes.going_on[chosen]
+            parts.append(torch.zeros_like(risk))  # all combinations are drawn evenly
+        parts += [share[:, stage.before, stage.way] for stage, share in reversed(skipping)]
+        taken = torch.stack(parts).cumsum(dim=0).flip(0).softmax(dim=2)  # from each stage on
+        return (taken * (outcomes.flops[chosen] + answer)).sum(dim=2).mean(dim=1)
+
+    def _combined(self) -> tuple[NDArray, list[Stage]]:
+        core, ways = self.core, ways_of_stages(self.core, self.path)
+        numbers = combined([len(of_stage) for of_stage in ways], np.random.default_rng(self.seed))
+        stages, decided = list[Stage](), np.zeros((len(numbers), len(core.nvec)), dtype=np.int64)
+        for components, of_stage, way in zip(core.steps.components, ways, numbers.T, strict=False):
+            own = np.full_like(of_stage, -1)
+            own[:, components] = of_stage[:, components]
+            earlier, before = np.unique(decided, axis=0, return_inverse=True)
+            stages.append(Stage(torch.from_numpy(own), earlier, before.reshape(-1), way))
+            decided = decided + of_stage[way]
+        if core.has_answer_stage:
+            both, every = np.full((2, len(core.nvec)), -1), np.arange(len(decided))
+            both[:, -1] = 0, 1  # accept, and go on
+            stages.append(Stage(torch.from_numpy(both), decided, every, np.zeros_like(every)))
+        return decided, stages
+
+    def _run(self) -> Outcomes:
+        """Run all instances under all combinations, in batches of about the same length."""
+        results, scored = list[tuple[list[Tensor], Tensor]](), 0
+        size = max(1, PASS_TOKENS // self.core.config.backbone.max_source_length)
+        order = np.argsort(self._split.encoded.source_length[self.rows], kind="stable")
+        for part in np.split(order, range(size, len(order), size)):
+            seen: list[dict[int, Tensor]] = [{} for _ in self.stages]
+            outcomes = dict(self._walk(self.rows[part], seen, 0, np.arange(len(self.decisions)), None))
+            stacked = [torch.stack([of_stage[number] for number in sorted(of_stage)], dim=1) for of_stage in seen]
+            results.append((stacked, torch.stack([outcomes[number] for number in sorted(outcomes)], dim=1)))
+            scored += len(part) * len(outcomes)
+            self.on_scored(scored)
+        back = torch.from_numpy(np.argsort(order))
+        seen_in, outcomes_in = zip(*results, strict=True)
+        observed = [torch.cat(of_stage)[back] for of_stage in zip(*seen_in, strict=True)]
+        return Outcomes(observed, *torch.cat(outcomes_in)[back].unbind(dim=2))
+
+    def _walk(
+        self, rows: NDArray, seen: list[dict[int, Tensor]], number: int, some: NDArray, state: PassState | None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Run rows under ``some`` combinations, which agree in all stages before the one of this ``number``.
+
+        Gives each combination with loss, FLOPs ratio, and what going on adds, float32 ``[n, 3]``. What is observed on
+        the way is added to ``seen``. The pass goes on from ``state``.
+        """
+        if number == len(self.stages):
+            yield int(some[0]), self._outcome(rows, self.decisions[some[0]], state)
+            return
+        stage, core = self.stages[number], self.core
+        before = int(stage.before[some[0]])
+        decided = np.tile(stage.earlier[before], (len(rows), 1))
+        observed, state = core.stage_observation.observe(self._split, rows, number, decided, state)
+        flat = to_tensors(observed["stage"] if isinstance(observed, dict) else observed)
+        seen[number][before] = self.visible(flat)
+        for way in np.unique(stage.way[some]):
+            yield from self._walk(rows, seen, number + 1, some[stage.way[some] == way], state)
+
+    def _outcome(self, rows: NDArray, decision: NDArray, state: PassState | None) -> Tensor:
+        decisions = np.tile(decision, (len(rows), 1))
+        outcome, added = self.core.score(self._split, rows, decisions, state), np.zeros(len(rows))
+        if self.core.has_answer_stage:
+            decisions[:, -1] = 1
+            added = self._split.costs.flops_ratio(rows, decisions) - outcome.flops_ratio
+        columns = [outcome.cost.clip(-1, 1), outcome.flops_ratio, added]
+        return torch.from_numpy(np.stack(columns, axis=1).astype(np.float32))
+
+    def _risk(self) -> Tensor:
+        """The predicted loss of each instance under each combination; dense loses nothing. With tokens the true one."""
+        if self.embedded is not None:  # trees do not read tokens
+            return self.outcomes.lost
+        from sklearn.ensemble import HistGradientBoostingRegressor  # it takes a second to import
+
+        (n, count), lost = self.outcomes.lost.shape, self.outcomes.lost.numpy()
+        known = [self.outcomes.seen[-1].numpy()[:, self.stages[-1].before], np.tile(self.decisions, (n, 1, 1))]
+        features, risk = np.concatenate(known, axis=2), np.zeros((n, count), dtype=np.float32)
+        folds = np.random.default_rng(self.seed).permutation(n) % FOLDS
+        for fold in np.unique(folds):
+            inside, outside = folds == fold, folds != fold
+            trees = HistGradientBoostingRegressor(
+                max_iter=TREES,
+                learning_rate=RATE,
+                early_stopping=False,  # pyright: ignore[reportArgumentType]
+            )
+            trees.fit(features[outside].reshape(-1, features.shape[2]), lost[outside].ravel())
+            risk[inside] = trees.predict(features[inside].reshape(-1, features.shape[2])).reshape(-1, count)
+        risk[:, ~self.decisions.any(axis=1)] = 0
+        return torch.from_numpy(risk)
