@@ -1,6 +1,6 @@
 """Prepares backbones on real data and compares agents there, with and without the answer stage; prints one table.
 
-    python benchmarks/real_data.py --data DATA --minilm MINILM --sets trec sst2 subj agnews snli sst2-text trec-text
+    python benchmarks/real_data.py --data DATA --minilm MINILM --sets trec sst2 subj agnews snli qamr sst2-text trec-text
     python benchmarks/real_data.py --data DATA --smollm2 SmolLM2-135M-Instruct.Q4_1.gguf --sets sst2-smollm2
 
 ``DATA`` holds a folder per data set with ``train.jsonl`` and ``validation.jsonl``. ``MINILM`` is the model's folder
@@ -36,6 +36,7 @@ LOOKS = {  # the agents of each env: those that see the answer, and those that d
     "one stage": ("stages=[first]", ["hull", "imitation", "ppo", "reinforce"]),
     "answer stage": (None, ["cascade", "imitation", "ppo", "reinforce"]),
 }
+CLASSIFICATION = "SD/Classification-Custom-v0"
 TEXTS = 4000  # at most, of a set without labels
 SKIPPED = (0, 3, 6, 9, 12, 15, 18)  # of thirty layers, the least important ones
 
@@ -51,7 +52,7 @@ class Set:
     length: int = 48
     max_rate: float = 0.7
     learning_rate: float = 2e-4
-    env: str = "SD/Classification-Custom-v0"
+    env: str = CLASSIFICATION
     settings: tuple[str, ...] = ()  # more ones, of the env
     backbone: str = "minilm"
     stages: str = "[first, encoder.3, answer]"
@@ -175,7 +176,7 @@ class Experiment:
             how = ["--algos", ",".join(agents), "--no-controls", "--seeds", self.arguments.seeds]
             how += ["--steps", self.arguments.steps, "--output", self.folder / look.replace(" ", "-")]
             sd_gym("compare", "SD/Table-v0", *how, *options)
-        if not self.data.text_of:
+        if self.data.backbone == "minilm" and self.data.env == CLASSIFICATION and not self.data.text_of:
             self._exit_early()
 
     def _write_data(self) -> None:
@@ -192,7 +193,7 @@ class Experiment:
     def _exit_early(self) -> None:
         """Early exit reads the head after each layer, which no table has. It runs an encoder."""
         folder = self.folder / "one-stage" / "Custom" / "early-exit-0"
-        if self.data.backbone == "minilm" and not (folder / "result.json").exists():
+        if not (folder / "result.json").exists():
             how = ["--algo", "early-exit", "--output", folder, "--set", f"backbone={self.folder / 'backbone'}"]
             sd_gym("train", self.data.env, *how, "--set", f"epsilon={self.arguments.epsilon}", *self.settings)
 
