@@ -4,8 +4,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from sd_gym.agents.imitation.agent import PRICES
 from sd_gym.agents.imitation.staged import COMBINATIONS, Combinations, combined, ways_of_stages
 from sd_gym.agents.registry import make_agent
+from stable_baselines3.common.logger import configure
 
 ANSWERED = {"stages": ["first", "encoder.1", "answer"]}
 PRICE = 3.0
@@ -149,3 +151,16 @@ def test_risk_is_foreseen_by_trees_that_have_not_learned_on_the_instance(reviews
     risk, skips = known._risk().numpy(), known.decisions.any(axis=1)
     assert not risk[:, ~skips].any()
     assert abs(np.corrcoef(risk[:, skips].ravel(), lost.numpy()[:, skips].ravel())[0, 1]) < 0.2
+
+
+def test_each_price_gives_an_operating_point_that_takes_only_combinations_that_were_run(env, tmp_path):
+    agent = make_agent("imitation", env, epochs=3, batch_size=8)
+    agent.learn(1, configure(str(tmp_path), []), lambda rollout: None)
+    points, (_, path, _) = agent.operating_points(), agent.searched
+    assert len(points) == len(PRICES)
+    ways = ways_of_stages(env.core, path)
+    rows = np.arange(len(env.core.split("train")))
+    for point in points:
+        decisions, _ = env.core.rollout(env.core.split("train"), rows, point.policy.decide)
+        for of_stage, components in zip(ways, env.core.steps.components, strict=False):
+            assert {tuple(row) for row in decisions[:, components]} <= {tuple(way) for way in of_stage[:, components]}
