@@ -26,7 +26,7 @@ from sd_gym.agents.baselines.static import MASKS, nested_path, report_scored
 from sd_gym.agents.imitation.path_logits import component_logits, step_logits
 from sd_gym.agents.imitation.staged import Combinations
 from sd_gym.agents.learning.agent import Agent, LearnerSettings, OnRollout, observation_layers
-from sd_gym.agents.learning.decisions import Version, row_batches
+from sd_gym.agents.learning.decisions import Version, row_batches, versions
 from stable_baselines3.common.logger import Logger
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -151,8 +151,13 @@ class ImitationAgent(Agent[ImitationSettings]):
         return [self.policy()]
 
     def operating_points(self) -> list[Version]:
-        """Versions of the policy; with several stages the policies of all prices."""
-        return [Version(one, of=one, learned=self.network) for one in self.priced] or super().operating_points()
+        """Versions of the policy; with several stages the policies of all prices, and cautious versions of the last."""
+        if not self.priced:
+            return super().operating_points()
+        *bolder, last = self.priced
+        cautious = [version for version in versions(self.env.core, last) if version.margin >= 0]
+        points = cautious + [Version(policy, of=policy) for policy in bolder]
+        return [point._replace(learned=self.network) for point in points]
 
     def _visible(self, observations: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
         return blinded(observations, self.env.core.stages) if self.blind else observations

@@ -157,7 +157,8 @@ def test_each_price_gives_an_operating_point_that_takes_only_combinations_that_w
     agent = make_agent("imitation", env, epochs=3, batch_size=8)
     agent.learn(1, configure(str(tmp_path), []), lambda rollout: None)
     points, (_, path, _) = agent.operating_points(), agent.searched
-    assert len(points) == len(PRICES)
+    bold = [point for point in points if not point.margin]
+    assert len(bold) == len({id(point.policy.head) for point in bold}) == len(PRICES) < len(points)
     ways = ways_of_stages(env.core, path)
     rows = np.arange(len(env.core.split("train")))
     for point in points:
