@@ -155,6 +155,7 @@ class ImitationAgent(Agent[ImitationSettings]):
         if not self.priced:
             return super().operating_points()
         *bolder, last = self.priced
+        # Even the dearest price may lose too much; without more cautious points dense would be selected then.
         cautious = [version for version in versions(self.env.core, last) if version.margin >= 0]
         points = cautious + [Version(policy, of=policy) for policy in bolder]
         return [point._replace(learned=self.network) for point in points]

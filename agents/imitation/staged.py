@@ -203,7 +203,8 @@ class Combinations:
         from sklearn.ensemble import HistGradientBoostingRegressor  # it takes a second to import
 
         (n, count), lost = self.outcomes.lost.shape, self.outcomes.lost.numpy()
-        known = [self.outcomes.seen[-1].numpy()[:, self.stages[-1].before], np.tile(self.decisions, (n, 1, 1))]
+        decided = np.tile(self.decisions.astype(np.float32), (n, 1, 1))  # so that the features stay float32
+        known = [self.outcomes.seen[-1].numpy()[:, self.stages[-1].before], decided]
         features, risk = np.concatenate(known, axis=2), np.zeros((n, count), dtype=np.float32)
         folds = np.random.default_rng(self.seed).permutation(n) % FOLDS
         for fold in np.unique(folds):
