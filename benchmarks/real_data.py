@@ -58,6 +58,8 @@ class Set:
     stages: str = "[first, encoder.3, answer]"
     splits: str = "train: 'train[:{0}]', validation: 'train[{0}:]', test: validation"
     text_of: tuple[str, ...] = ()  # data sets whose texts, without labels, are the policy rows
+    drawn: int | None = None  # so many rows of the training file, at random; ``None``: all, in the file's order
+    held_out: int | None = None  # the preparation is validated on so many; ``None``: on all policy rows
 
 
 SETS = {
@@ -96,6 +98,21 @@ SETS |= {
     )
     for name in ("sst2", "agnews")
 }
+SETS["debian-smollm2"] = Set(
+    "debian_desc",  # sorted by name
+    6300,
+    4800,
+    300,
+    length=72,
+    max_rate=0.6,
+    learning_rate=1e-4,
+    env="SD/Summarization-Custom-v0",
+    settings=(r"prompt='{source}\nSynopsis:'", r'stop="\n"', "max_target_length=20", "quality=metric", "metric=rouge"),
+    backbone="smollm2",
+    stages="[first, answer]",  # a stage in between would mean 49 generated texts per row, not seven
+    drawn=7800,
+    held_out=300,
+)
 WITHOUT_LABELS = "-text"  # ends the names of sets whose policies learn on text; the backbone is that of the set before
 SETS |= {
     name + WITHOUT_LABELS: replace(SETS[name], splits="train: text, validation: train, test: validation", text_of=of)
@@ -149,7 +166,7 @@ class Experiment:
         """Of the env, as options."""
         data = self.data
         pairs = [
-            f"dataset={self.folder / 'data' if data.text_of else self.arguments.data / data.folder}",
+            f"dataset={self.folder / 'data' if data.text_of or data.drawn else self.arguments.data / data.folder}",
             f"policy_labels={'dense' if data.text_of else 'given'}",
             f"splits={{{data.splits.format(data.selection)}}}",
             "overlap=drop",
@@ -160,9 +177,9 @@ class Experiment:
 
     def run(self) -> None:
         """Make what is not there yet."""
-        if self.data.text_of:
+        if self.data.text_of or self.data.drawn:
             self._write_data()
-        else:
+        if not self.data.text_of:
             self._prepare()
         if not (self.folder / "table" / "test.json").exists():
             how = ["--output", self.folder / "table", "--pca", 32, "--share", "--bf16", "--resume"]
@@ -180,11 +197,17 @@ class Experiment:
             self._exit_early()
 
     def _write_data(self) -> None:
-        """The set's own files, and 4,000 texts of others."""
+        """The set's own files, perhaps fewer rows, and perhaps 4,000 texts of others."""
         folder, source = self.folder / "data", self.arguments.data
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("train.jsonl", "validation.jsonl"):
             shutil.copy(source / self.data.folder / name, folder / name)
+        if self.data.drawn:
+            rows = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+            np.random.default_rng(0).shuffle(rows)
+            (folder / "train.jsonl").write_text("".join(rows[: self.data.drawn]), encoding="utf-8")
+        if not self.data.text_of:
+            return
         found = list(dict.fromkeys(text for of in self.data.text_of for text in texts(source / of / "train.jsonl")))
         np.random.default_rng(0).shuffle(found)
         rows = [json.dumps({"text": text}) + "\n" for text in found[:TEXTS]]
@@ -204,6 +227,7 @@ class Experiment:
         how = ["--rows", data.rows, "--steps", data.steps, "--max-rate", data.max_rate, "--resume"]
         how += ["--learning-rate", data.learning_rate]
         how += ["--draw", "layers", "--batch-size", 16] if data.backbone == "smollm2" else ["--batch-size", 32]
+        how += [] if data.held_out is None else ["--set", f"train_size={data.rows + data.held_out}"]
         model = getattr(self.arguments, data.backbone)
         sd_gym("prepare", "--backbone", model, "--env", data.env, "--output", folder, *how, *self.settings)
 

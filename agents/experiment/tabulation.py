@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.full_information import full_information
 from sd_gym.agents.baselines.search import all_masks, greedy_path, skip_units
@@ -16,6 +17,7 @@ from sd_gym.agents.runs.folder import read_description
 from sd_gym.config import ConfigError, EnvConfig
 from sd_gym.envs.actions import codebook_file, number_of_decisions, read_masks
 from sd_gym.envs.config import load_config
+from sd_gym.envs.core import BackboneCore
 from sd_gym.envs.exact import REFERENCES, hull, oracle
 from sd_gym.envs.protocols import Core
 from sd_gym.envs.shared import shared_core
@@ -92,22 +94,23 @@ def tabulate(
         >>> import sd_gym
         >>> table = sd_gym.tabulate("SD/Classification-Mini-v0", "table", decisions="random:64")  # doctest: +SKIP
     """
-    core = shared_core(_config(str(env_or_run), settings, instances))
-    asked = [decisions] if isinstance(decisions, str) else list(decisions or ())
-    few = number_of_decisions(core.decision_nvec) <= MOST
-    masks = ways = units = None
-    if core.is_staged:
-        asked = asked or ["path"]
-        masks, ways = combine_stages(core, _chosen(core, asked, seed))
-    else:
-        asked = asked or ["all" if few else "random:64"]
-        masks = None if asked == ["all"] and few else _chosen(core, asked, seed)
-        if masks is not None and asked == ["layers"]:
-            units = _units(core, _choice(core, "layers", seed), masks)
-    chosen = "" if masks is None else _label(asked, seed, share)
-    maker = TableMaker(core, masks, Path(output), ways, units, chosen, pca, share, bf16)
-    on_chunk = on_progress or (lambda done, total: None)
-    maker.make(resume=resume, jobs=jobs, ray=ray, imports=imports, on_chunk=on_chunk)
+    config = _config(str(env_or_run), settings, instances)
+    # A core keeps what it has computed. What it computes in bfloat16 must not get into the envs of this process.
+    core = BackboneCore(config) if bf16 else shared_core(config)
+    with torch.autocast(torch.device(config.backbone.device).type, torch.bfloat16, enabled=bf16):
+        few = number_of_decisions(core.decision_nvec) <= MOST
+        asked = [decisions] if isinstance(decisions, str) else list(decisions or ())
+        asked = asked or ["path" if core.is_staged else "all" if few else "random:64"]
+        masks = ways = units = None
+        if core.is_staged:
+            masks, ways = combine_stages(core, _chosen(core, asked, seed))
+        elif asked != ["all"] or not few:
+            masks = _chosen(core, asked, seed)
+            units = _units(core, _choice(core, "layers", seed), masks) if asked == ["layers"] else None
+        chosen = "" if masks is None else _label(asked, seed, share)
+        maker = TableMaker(core, masks, Path(output), ways, units, chosen, pca, share, bf16)
+        on_chunk = on_progress or (lambda done, total: None)
+        maker.make(resume=resume, jobs=jobs, ray=ray, imports=imports, on_chunk=on_chunk)
     if references:
         write_references(TABLE, table=str(output))
     return read_table(Path(output))

@@ -319,14 +319,14 @@ def _write_chunk(
             arrays[JUDGED] = np.clip(judged, -OBSERVATION_LIMIT, OBSERVATION_LIMIT).astype(_observation_dtype(reduce))
         else:
             quality, _ = split.scoring.under_all(rows, masks)
-    arrays |= {"rows": rows, "quality": _smallest(quality)}
-    for stage in range(1, len(ways)):
-        observed = []
-        for mask in masks[:: math.prod(ways[stage:])]:  # one mask per combination of the earlier stages' choices
-            decisions = np.tile(mask, (len(rows), 1))
-            values = np.asarray(core.stage_observation.observe(split, rows, stage, decisions, None)[0])
-            observed.append(values if reduce is None else reduce(values))
-        arrays[observations_at(stage)] = np.stack(observed, axis=1).astype(_observation_dtype(reduce))
+        arrays |= {"rows": rows, "quality": _smallest(quality)}
+        for stage in range(1, len(ways)):
+            observed = []
+            for mask in masks[:: math.prod(ways[stage:])]:  # one mask per combination of the earlier stages' choices
+                decisions = np.tile(mask, (len(rows), 1))
+                values = np.asarray(core.stage_observation.observe(split, rows, stage, decisions, None)[0])
+                observed.append(values if reduce is None else reduce(values))
+            arrays[observations_at(stage)] = np.stack(observed, axis=1).astype(_observation_dtype(reduce))
     write_arrays(chunk.file, arrays)
     return chunk
 

@@ -133,6 +133,19 @@ def test_a_table_is_not_tabulated(full_table, tmp_path):
         sd_gym.tabulate("SD/Nothing-v0", tmp_path / "again")
 
 
+def test_all_of_a_bfloat16_table_is_computed_in_bfloat16_and_no_later_one_is(tmp_path, table_source):
+    env_id, keys = table_source
+    arrays = {}
+    for name in ("half", "full"):  # both in this process, where cores are shared
+        asked = {"decisions": "random:3", "bf16": name == "half", "stages": ["first", "middle", "answer"], **keys}
+        sd_gym.tabulate(env_id, tmp_path / name, **asked)
+        arrays[name] = map_arrays(tmp_path / name / "test.safetensors")
+    for name in ("observations.1", "judged", "fact.dense_loss"):
+        half, full = (np.asarray(arrays[kind][name], dtype=np.float64) for kind in ("half", "full"))
+        assert not np.array_equal(half, full), name
+        np.testing.assert_allclose(half, full, atol=0.3)
+
+
 def test_the_command(tmp_path, table_source):
     sets = [f"--set={key}={json.dumps(value)}" for key, value in table_source[1].items()]
     asked = ["tabulate", table_source[0], "--output", str(tmp_path / "table"), "--decisions", "random:3", *sets]
