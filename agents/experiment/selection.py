@@ -1,5 +1,6 @@
 """Selection of an operating point: points are tested from dense to bold, with a guarantee."""
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from sd_gym.agents.learning.decisions import (
     decide_on,
     outcomes,
     policy_rows,
+    versions,
 )
 from sd_gym.agents.runs.guarantee import POINTS, Tested, guarantee, sequence
 from sd_gym.agents.runs.verdict import CONFIDENCE, Verdict, highest_loss, verdict
@@ -106,19 +108,22 @@ class Selection:
         self._points = [point for path in paths for point in path]
         self.tested, self.selected = [], None
         for version in self._order(paths):
-            scored = outcomes(self.core, version.policy, self.core.split("validation"))
-            result = Tested(
-                float(scored["flops_ratio"].mean()),
-                float(scored["flops_ratio_with_policy"].mean()),
-                float((scored["quality_ref"] - scored["quality"]).mean()),
-                highest_loss(scored["quality"], scored["quality_ref"], self.confidence),
-                self._kept(scored),
-            )
+            result = self._test(version)
             self.tested.append((version, result))
             if not result.passed:
                 break
             self.selected = version
         return self.selected
+
+    def _test(self, version: Version) -> Tested:
+        scored = outcomes(self.core, version.policy, self.core.split("validation"))
+        return Tested(
+            float(scored["flops_ratio"].mean()),
+            float(scored["flops_ratio_with_policy"].mean()),
+            float((scored["quality_ref"] - scored["quality"]).mean()),
+            highest_loss(scored["quality"], scored["quality_ref"], self.confidence),
+            self._kept(scored),
+        )
 
     def as_searched(self) -> Version | None:
         """After ``select``: the point that policy rows alone would choose, ``None``: dense.
@@ -150,11 +155,25 @@ class Selection:
         if self._points is None:
             return []
         points, origin = [OperatingPoint(DENSE_MARGIN - self.margin, 0.0, 0.0, 1.0, True)], self.origin
-        for version, result in self.tested:
-            if version is self.selected or (version.of is not None and version.of is origin):
-                values = result.loss, result.highest_loss, result.flops_ratio, result.passed
-                points.append(OperatingPoint(version.margin - self.margin, *values))
+        own = [
+            (version, result)
+            for version, result in self.tested
+            if version is self.selected or (version.of is not None and version.of is origin)
+        ]
+        for version, result in [*self._cautious(own), *own]:
+            values = result.loss, result.highest_loss, result.flops_ratio, result.passed
+            points.append(OperatingPoint(version.margin - self.margin, *values))
         return points[::-1]
+
+    def _cautious(self, own: list[tuple[Version, Tested]]) -> list[tuple[Version, Tested]]:
+        """Versions of the selected policy for stricter limits, from dense to bold, if it is the only one of its own."""
+        origin = self.origin
+        if self.selected is None or len(own) > 1 or not isinstance(origin, DecisionPolicy):
+            return []
+        found = [version for version in versions(self.core, origin) if version.margin > self.margin]
+        most = PASSES // 2 if self.core.config.table is None else POINTS
+        tested = [(version, self._test(version)) for version in found[:: max(1, math.ceil(len(found) / most))]]
+        return [(version, result) for version, result in tested if result.flops_ratio < 1]
 
     def report(self) -> dict[str, Any]:
         """For ``result.json``: ``margin``, ``guarantee`` in words, and ``selection``, the tests in their order."""

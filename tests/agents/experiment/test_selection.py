@@ -4,8 +4,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from sd_gym.agents import make_agent
-from sd_gym.agents.experiment.selection import Selection
+from sd_gym.agents.experiment.selection import PASSES, Selection
 from sd_gym.agents.learning.decisions import DENSE_MARGIN, MARGINS, Version, outcomes, versions
+from sd_gym.agents.runs.verdict import Verdict
 
 from sd_gym.config import RewardConfig
 from sd_gym.policy import DecisionPolicy
@@ -120,6 +121,21 @@ def test_the_artefact_lists_what_was_tested_of_the_selected_policy(scripted_scor
         (DENSE_MARGIN - 1.0, True),
     ]
     assert [point.loss for point in points] == [30 / 2000, 8 / 2000, 1 / 2000, 0.0]
+
+
+def test_a_policy_that_was_tested_alone_is_listed_with_cautious_versions(env, monkeypatch):
+    """So there is something to choose from for a stricter limit."""
+    monkeypatch.setattr("sd_gym.agents.experiment.selection.verdict", lambda *_: Verdict.KEPT)
+    policy, validation = make_agent("ppo", env).policy(), env.core.split("validation")
+    selection = Selection(env.core)
+    assert selection.select([Version(policy, of=policy)]).policy is policy
+    boldest, *cautious, dense = selection.operating_points()
+    assert (boldest.margin, dense.margin, len(selection.tested)) == (0.0, DENSE_MARGIN, 1)
+    assert 3 <= len(cautious) <= PASSES
+    assert [point.margin for point in cautious] == sorted(point.margin for point in cautious)
+    for point in (boldest, *cautious):
+        ran = outcomes(env.core, policy.with_margin(point.margin), validation)["flops_ratio"]
+        assert point.flops_ratio == ran.mean()
 
 
 def test_versions_of_a_policy_go_from_dense_to_bold(env):
