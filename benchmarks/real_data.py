@@ -38,7 +38,6 @@ LOOKS = {  # the agents of each env: those that see the answer, and those that d
 }
 CLASSIFICATION = "SD/Classification-Custom-v0"
 TEXTS = 4000  # at most, of a set without labels
-SKIPPED = (0, 3, 6, 9, 12, 15, 18)  # of thirty layers, the least important ones
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,11 @@ class Set:
     settings: tuple[str, ...] = ()  # more ones, of the env
     backbone: str = "minilm"
     stages: str = "[first, encoder.3, answer]"
+    skipped: tuple[int, ...] = (0, 3, 6, 9, 12, 15, 18)  # by the masks of SmolLM2, of its thirty layers
     splits: str = "train: 'train[:{0}]', validation: 'train[{0}:]', test: validation"
     text_of: tuple[str, ...] = ()  # data sets whose texts, without labels, are the policy rows
     drawn: int | None = None  # so many rows of the training file, at random; ``None``: all, in the file's order
+    instances: int | None = None  # of each part of the table, at most; ``None``: all rows
     held_out: int | None = None  # the preparation is validated on so many; ``None``: on all policy rows
 
 
@@ -109,8 +110,10 @@ SETS["debian-smollm2"] = Set(
     env="SD/Summarization-Custom-v0",
     settings=(r"prompt='{source}\nSynopsis:'", r'stop="\n"', "max_target_length=20", "quality=metric", "metric=rouge"),
     backbone="smollm2",
+    skipped=(0, 1, 2, 3, 5, 8, 12),
     stages="[first, answer]",  # a stage in between would mean 49 generated texts per row, not seven
     drawn=7800,
+    instances=800,  # generating takes most of the time
     held_out=300,
 )
 WITHOUT_LABELS = "-text"  # ends the names of sets whose policies learn on text; the backbone is that of the set before
@@ -183,6 +186,8 @@ class Experiment:
             self._prepare()
         if not (self.folder / "table" / "test.json").exists():
             how = ["--output", self.folder / "table", "--pca", 32, "--share", "--bf16", "--resume"]
+            how += ["--jobs", self.arguments.jobs]
+            how += [] if self.data.instances is None else ["--instances", self.data.instances]
             masks = ["--decisions", self._masks()]
             backbone = self.labelled.folder / "backbone"
             stages = ["--set", f"stages={self.data.stages}", "--set", f"backbone={backbone}"]
@@ -239,8 +244,8 @@ class Experiment:
             return "path"
         importance = json.loads((self.folder / "backbone" / "preparation.json").read_text())["importance"]
         order = np.argsort(importance)
-        masks = np.zeros((len(SKIPPED), 2 * len(order) + 1), dtype=np.int64)
-        for mask, count in zip(masks, SKIPPED, strict=True):
+        masks = np.zeros((len(self.data.skipped), 2 * len(order) + 1), dtype=np.int64)
+        for mask, count in zip(masks, self.data.skipped, strict=True):
             for layer in order[:count]:
                 mask[2 * layer : 2 * layer + 2] = 1
         write_masks(masks, self.folder / "masks.json")
@@ -280,6 +285,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20_000, help="decisions that an agent learns from")
     parser.add_argument("--epsilon", type=float, default=0.01, help="quality that may be lost")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that make a table")
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
     arguments = parser.parse_args()
     experiments = [Experiment(name, arguments) for name in arguments.sets]
