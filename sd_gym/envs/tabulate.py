@@ -313,6 +313,7 @@ def _write_chunk(
     chunk: _Chunk, core: Core[BackboneSplit], masks: Array, ways: list[int], bf16: bool, reduce: Projection | None
 ) -> _Chunk:
     split, rows, arrays = core.split(chunk.split), chunk.rows, dict[str, Array]()
+    # Another process may run this, so it sets the precision itself.
     with torch.autocast(core.backbone.model.device.type, torch.bfloat16, enabled=bf16):
         if core.has_answer_stage:
             quality, judged = split.scoring.judged_under_all(rows, masks)
