@@ -60,7 +60,7 @@ ENVS = Registry(
 )
 
 
-SERVING = {env_id(file): file for file in sorted((CONFIG_FOLDER / "serving").glob("*.yaml"))}
+SERVING = {env_id(file): file for file in sorted((CONFIG_FOLDER / "serving").glob("*.yaml"))}  # and users' own
 
 
 def serving_file(identity: str) -> Path:
@@ -87,11 +87,12 @@ def shipped_tables() -> dict[str, str]:
 def register_env(file: str | Path) -> str:
     """Register your own env with Gymnasium, from a YAML file like those of ``envs_configs/``.
 
-    Its ``dataset``, ``backbone`` and ``table`` may be paths relative to the file. Paths in ``gym.make`` or ``--set``
-    are relative to the working directory. The keys are checked when an env is made.
+    A file with ``points`` is that of a serving env. Its ``dataset``, ``backbone``, ``table`` and ``policy`` may be
+    paths relative to the file. Paths in ``gym.make`` or ``--set`` are relative to the working directory. The keys are
+    checked when an env is made.
 
     Returns:
-        Its id, for ``gym.make``, ``gym.make_vec`` and, with ``--import``, the command line. It replaces an earlier file
+        Its id, for ``gym.make``, ``gym.make_vec`` and the command line (``--import FILE``). It replaces an earlier file
         of the same id.
 
     Raises:
@@ -102,25 +103,40 @@ def register_env(file: str | Path) -> str:
     file = Path(file).expanduser().resolve()
     identity = env_id(file)
     parse_env_id(identity)
-    if identity in gym.registry and identity not in ENVS.names():
+    is_serving = _line(file, "points") is not None
+    others = gym.registry.keys() - (_own_serving() if is_serving else {*ENVS.names()})
+    if identity in others:
         raise ValueError(f"{file}: the id {identity!r} is taken by another env of Gymnasium's registry")
-    ENVS.register(identity, file)
     gym.registry.pop(identity, None)
-    _register(identity)
+    if is_serving:
+        SERVING[identity] = file
+        _register_serving(identity)
+    else:
+        ENVS.register(identity, file)
+        _register(identity)
     return identity
+
+
+def _own_serving() -> set[str]:
+    return {identity for identity, file in SERVING.items() if CONFIG_FOLDER not in file.parents}
 
 
 def register_envs() -> None:
     """Register the bundled envs with Gymnasium."""
     for identity in ENVS.names():
         _register(identity)
-    for identity, file in SERVING.items():
-        gym.register(
-            identity,
-            entry_point="sd_gym.envs.serving.shells:ServingEnv",
-            vector_entry_point="sd_gym.envs.serving.shells:ServingVectorEnv",
-            kwargs={"config_file": file.name},
-        )
+    for identity in SERVING:
+        _register_serving(identity)
+
+
+def _register_serving(identity: str) -> None:
+    file = SERVING[identity]
+    gym.register(
+        identity,
+        entry_point="sd_gym.envs.serving.shells:ServingEnv",
+        vector_entry_point="sd_gym.envs.serving.shells:ServingVectorEnv",
+        kwargs={"config_file": str(file) if identity in _own_serving() else file.name},
+    )
 
 
 def _register(identity: str) -> None:

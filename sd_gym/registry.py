@@ -91,12 +91,17 @@ def _imports_of(run: Path) -> list[str]:
 
 
 def import_own(name: str) -> str:
-    """Import a user's module, by its name or the path of its file, for what it registers.
+    """Import a user's module, by its name or the path of its file, for what it registers; of an env, its YAML file.
 
     It may import modules in its folder, as if it ran as a script; installed modules have precedence. Returns the name,
-    or the absolute path of the file. Raises ``FileNotFoundError`` if there is no such module, ``ValueError`` if an
-    installed module has the file's name.
+    or the absolute path of the file. Raises ``FileNotFoundError`` if there is no such module or file, ``ValueError`` if
+    an installed module has the file's name; of a YAML file as ``register_env``.
     """
+    if name.endswith((".yaml", ".yml")):
+        from sd_gym.registration import register_env
+
+        register_env(name)
+        return str(Path(name).expanduser().resolve())
     if not name.endswith(".py"):
         _also_from(Path.cwd())
         try:

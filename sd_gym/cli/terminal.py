@@ -35,7 +35,7 @@ ADVICE = {
 
 Imports = Annotated[
     list[str],
-    Option("--import", metavar="MODULE_OR_FILE", help="Import your module or .py file first, for what it registers."),
+    Option("--import", metavar="MODULE_OR_FILE", help="Import your module, .py file or env (.yaml) first."),
 ]
 Settings = Annotated[
     list[str],

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from sd_gym.config import dotted
-from sd_gym.envs.config import load_config, located_values, read_yaml
+from sd_gym.envs.config import load_config, located_values
 from sd_gym.envs.infos import checked_split
+from sd_gym.envs.serving.config import make_serving_config
 from sd_gym.envs.table_files import read_description, table_folder
 from sd_gym.registration import SERVING, config_of
 from sd_gym.tasks.splits import Splits
@@ -70,11 +71,11 @@ def head(env_id: str) -> Head:
 
 def _serving_head(env_id: str) -> Head:
     file = SERVING[env_id]
-    values = read_yaml(file)
-    facts = {"task": "serving", "data set": f"requests to a server, on {values['table']}", "backbone": "-"}
-    facts["points"] = str(len(values["points"]))
+    config = make_serving_config(file, {})
+    facts = {"task": "serving", "data set": f"requests to a server, on {config.table}", "backbone": "-"}
+    facts["points"] = str(len(config.points))
     keys = ("arrivals", "load", "requests", "deadline", "max_batch", "epsilon", "penalty")
-    return Head(*_comment(file, env_id), facts | {key: str(values[key]) for key in keys})
+    return Head(*_comment(file, env_id), facts | {key: str(getattr(config, key)) for key in keys})
 
 
 def _comment(file: Path, env_id: str) -> tuple[str, list[str]]:

@@ -1,8 +1,11 @@
 """Dials: they choose the operating point of each group."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+import numpy as np
 
 from sd_gym.envs.serving import dial
 
@@ -34,20 +37,27 @@ class Trained:
 
     Args:
         folder: Run folder.
-        points: Number of operating points that the server allows.
+        margins: Of the operating points that the server allows.
 
     Raises:
         FileNotFoundError: If the folder has no dial.
-        ValueError: If the dial is damaged, or chooses among another number of points.
+        ValueError: If the dial is damaged, or chooses among other points.
     """
 
-    def __init__(self, folder: str | Path, points: int) -> None:
-        self._dial, self._last = dial.Dial.load(folder), points - 1
-        self.window = self._dial.config.deadline
-        if (trained := len(self._dial.config.points)) != points:
+    def __init__(self, folder: str | Path, margins: Sequence[float]) -> None:
+        self._dial, self._last = dial.Dial.load(folder), len(margins) - 1
+        config = self._dial.config
+        self.window = config.deadline
+        if (trained := len(config.points)) != len(margins):
             raise ValueError(
-                f"the dial {folder} chooses among {trained} operating points, but the server allows {points} points of "
+                f"the dial {folder} chooses among {trained} operating points, but the server allows {len(margins)} of "
                 "its policy; change --allow-loss or --allow-flops, or train a dial on an env with as many 'points'"
+            )
+        of_env = [point.margin or 0.0 for point in config.points[::-1]]
+        if config.policy is not None and not np.allclose(np.diff(of_env), np.diff(margins)):
+            raise ValueError(
+                f"the dial {folder} chooses among the operating points of {config.policy}, but the server's policy has "
+                "others; train a dial on an env with this policy"
             )
 
     def choose(self, queue_length: int, oldest_wait: float, arrival_rate: float) -> int:

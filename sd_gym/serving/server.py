@@ -64,7 +64,7 @@ def service(
         engine_of = partial(TextEngine, model)
     if dial is None:
         return Service(engine_of(points, [points.default]), points, limits, settings)
-    trained = Trained(dial, len(points.points))
+    trained = Trained(dial, [point.margin for point in points.points])
     return Service(engine_of(points, range(len(points.points))), points, limits, settings, trained)
 
 

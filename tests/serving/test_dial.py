@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sd_gym.envs.serving.config import serving_config
+from sd_gym.envs.serving.config import Point, serving_config
 from sd_gym.envs.serving.dial import Dial, Network
 from sd_gym.operating_points import OperatingPoint
 from sd_gym.serving.app import Settings
@@ -29,7 +29,7 @@ def run(tmp_path):
 
 
 def test_dense_is_the_first_point_of_the_env_and_the_last_one_of_the_server(run):
-    dial = Trained(run, 6)
+    dial = Trained(run, np.arange(6.0))
     assert dial.window == 2.0
     assert dial.choose(1, 0.0, 1.0) == 3
     assert dial.choose(100_000, 0.0, 1.0) == 0  # it skips most
@@ -47,3 +47,16 @@ def test_a_server_follows_its_dial(run, tmp_path, tiny_tokenizer):
         service(replace(policy, operating_points=points[:5]), Limits(), Settings(), dial=run)
     with pytest.raises(FileNotFoundError, match="no dial"):
         service(policy, Limits(), Settings(), dial=tmp_path / "backbone")
+
+
+def test_a_dial_of_a_policy_refuses_other_margins(run, tmp_path):
+    config = serving_config("SD/Serving-TREC-Table-v0", {})
+    margins = [1000.0, 3.0, 2.0, 1.0, 0.0, -1.0]
+    points = tuple(Point(margin=margin, per_request=1e-3, per_group=0.0) for margin in margins)
+    config = config.model_copy(update={"policy": "runs/policy", "points": points})
+    Dial(config, np.zeros(6), Dial.load(run).network).save(tmp_path)
+    shifted = np.array(margins[::-1]) - 1.0  # those of a server whose default is another point
+    assert Trained(tmp_path, shifted).choose(1, 0.0, 1.0) == 3
+    shifted[2] += 0.5
+    with pytest.raises(ValueError, match="operating points of runs/policy"):
+        Trained(tmp_path, shifted)

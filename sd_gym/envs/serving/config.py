@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from sd_gym.config import ConfigError, SplitName, StrictModel, UnknownKeyError
-from sd_gym.envs.config import read_yaml
+from sd_gym.envs.config import located, read_yaml
 from sd_gym.envs.serving.arrivals import Arrivals
 from sd_gym.errors import short
 from sd_gym.registration import CONFIG_FOLDER, serving_file
 
 
 class Point(StrictModel):
-    """An operating point of the server: a mask, and the time of a group of ``n`` requests, ``a*n + b`` seconds."""
+    """An operating point of the server, and the time of a group of ``n`` requests, ``a*n + b`` seconds."""
 
-    mask: tuple[int, ...]  # the decision of each switch, 1 = skip; then the token level
+    mask: tuple[int, ...] | None = None  # the decision of each switch, 1 = skip; then the token level
+    margin: float | None = None  # of the policy's operating point, if there is a policy
     per_request: float = Field(gt=0, le=1e3)  # a
     per_group: float = Field(ge=0, le=1e3)  # b
 
@@ -28,6 +30,7 @@ class ServingConfig(StrictModel):
 
     id: str
     table: str
+    policy: str | None = None
     points: tuple[Point, ...] = Field(min_length=2)
     split: SplitName = "train"
     arrivals: Arrivals = "bursts"
@@ -44,9 +47,16 @@ class ServingConfig(StrictModel):
 
     @field_validator("points")
     @classmethod
-    def _dense_first(cls, points: tuple[Point, ...]) -> tuple[Point, ...]:
-        if any(points[0].mask):
-            raise ValueError(f"expected dense, a mask of zeros, as the first point, got {list(points[0].mask)}")
+    def _dense_first(cls, points: tuple[Point, ...], info: ValidationInfo) -> tuple[Point, ...]:
+        has = "mask" if info.data.get("policy") is None else "margin"
+        for point in points:
+            if getattr(point, has) is None or None not in (point.mask, point.margin):
+                raise ValueError(f"expected points with a {has} each: masks without 'policy', margins with it")
+        if any(points[0].mask or ()):
+            raise ValueError(f"expected dense, a mask of zeros, as the first point, got {list(points[0].mask or ())}")
+        margins = [point.margin or 0.0 for point in points]
+        if has == "margin" and not all(one > other for one, other in pairwise(margins)):
+            raise ValueError(f"expected margins in descending order, from dense to bold, got {margins}")
         return points
 
     @property
@@ -62,7 +72,8 @@ def make_serving_config(file: str | Path, overrides: Mapping[str, Any]) -> Servi
     Raises ``FileNotFoundError``, or ``ConfigError`` if a key or value is wrong.
     """
     bundled = CONFIG_FOLDER / "serving" / file
-    values = read_yaml(bundled if bundled.is_file() else Path(file))
+    source = bundled if bundled.is_file() else Path(file)
+    values = located(read_yaml(source), source, ("table", "policy"))
     origin = str(values.get("id", file))
     unknown = sorted(set(overrides) - set(ServingConfig.model_fields) | {"id"} & set(overrides))
     if unknown:

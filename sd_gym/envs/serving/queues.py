@@ -40,7 +40,13 @@ def core_of(config: ServingConfig) -> TableCore:
 
 @lru_cache(maxsize=16)
 def outcomes(config: ServingConfig, split: str) -> Outcomes:
-    """The table's outcomes of the operating points; raises ``ConfigError`` if the table lacks a mask."""
+    """The table's outcomes of the operating points.
+
+    Raises ``ConfigError`` if the table lacks a mask, or the policy does not fit the table or its first point skips;
+    ``FileNotFoundError`` or ``ValueError`` if the policy cannot be loaded.
+    """
+    if config.policy is not None:
+        return _outcomes_of_policy(config, split)
     core = core_of(config)
     rows = core.split(split)
     try:
@@ -50,6 +56,29 @@ def outcomes(config: ServingConfig, split: str) -> Outcomes:
         raise ConfigError(f"config key 'points': a mask is not one of the table {config.table}: {error}") from error
     numbers = np.arange(len(rows))
     return Outcomes(rows.scoring.of_masks(numbers)[:, masks], rows.costs.of_masks(numbers)[:, masks])
+
+
+def _outcomes_of_policy(config: ServingConfig, split: str) -> Outcomes:
+    """Outcomes of a policy at its points' margins; FLOPs include the policy's own."""
+    from sd_gym.inference.choices import learned_network
+    from sd_gym.policy.artefact import SkipPolicy
+
+    policy = SkipPolicy.from_pretrained(config.policy or "")
+    network = learned_network(policy)
+    core = table_core(load_config(config_of("SD/Table-v0"), {"table": config.table, "stages": network.stages}))
+    has, needs = (network.nvec, network.switches), (core.nvec.tolist(), core.switch_names)
+    if has != needs or network.observation_size != core.observation.shape[0]:
+        raise ConfigError(f"config key 'policy': {config.policy} was not trained on the table {config.table}")
+    of_split = core.split(split)
+    rows, scored = np.arange(len(of_split)), []
+    for point in config.points:
+        decisions, state = core.rollout(of_split, rows, network.with_margin(point.margin or 0.0).decide)
+        scored.append(core.score(of_split, rows, decisions, state))
+    if (scored[0].flops_ratio != 1).any():
+        raise ConfigError("config key 'points': the first point skips; expected the margin of dense, of sd-gym show")
+    own = policy.network.flops / of_split.costs.dense_flops(rows)
+    quality, flops_ratio = (np.stack([getattr(one, of) for one in scored], axis=1) for of in ("quality", "flops_ratio"))
+    return Outcomes(quality, flops_ratio + own[:, None])
 
 
 @lru_cache(maxsize=16)

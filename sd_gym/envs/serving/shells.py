@@ -60,7 +60,7 @@ class ServingEnv(gym.Env[Array, Any]):
         config_file: YAML file, in ``envs_configs/serving/`` or elsewhere.
         overrides: Any key of it but ``id``: ``arrivals`` (``poisson``, ``bursts``, ``day``), ``load`` (the mean rate
             over what dense can answer), ``deadline``, ``max_batch``, ``requests``, ``epsilon``, ``penalty``, ``split``,
-            ``table``, ``points``. ``reset(options={"split": "test"})`` takes the rows of another split.
+            ``table``, ``policy``, ``points``. ``reset(options={"split": "test"})`` takes the rows of another split.
 
     Version History:
         * v0: first version.

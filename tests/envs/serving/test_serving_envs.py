@@ -8,12 +8,15 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as check_env_of_sb3
 
-import sd_gym  # noqa: F401  (registers the ids)
+import sd_gym
 from sd_gym.config import ConfigError
+from sd_gym.envs.listing import head
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.serving.arrivals import arrival_times
 from sd_gym.envs.serving.queues import expected_loss, outcomes
-from sd_gym.registration import SERVING
+from sd_gym.policy.artefact import SkipPolicy
+from sd_gym.registration import SERVING, register_env
+from sd_gym.registry import import_own
 
 TREC = "SD/Serving-TREC-Table-v0"
 SMALL = {"requests": 300}
@@ -174,3 +177,69 @@ def test_errors_say_what_was_expected():
     ]
     with pytest.raises(ValueError, match="'points'"):
         gym.make(TREC, points=points)
+
+
+@pytest.fixture(scope="module")
+def of_policy(tmp_path_factory):
+    """A run on the TREC table, its result, and the settings of a serving env of its operating points."""
+    folder = tmp_path_factory.mktemp("policy") / "run"
+    result = sd_gym.train("SD/Classification-TREC-Table-v1", "imitation", folder, steps=100, epsilon=0.05)
+    margins = [point.margin for point in SkipPolicy.from_pretrained(folder).operating_points if point.passed][::-1]
+    points = [{"margin": margin, "per_request": 1e-3, "per_group": 0} for margin in margins]
+    return folder, result, {"policy": str(folder), "points": points}
+
+
+def test_points_of_a_policy_do_what_its_run_has_measured(of_policy):
+    _, result, settings = of_policy
+    config = gym.make(TREC, **settings).unwrapped.config
+    own = next(number for number, point in enumerate(config.points) if point.margin == 0)
+    known = outcomes(config, "test")
+    assert 1 <= own < len(config.points)
+    assert known.quality[:, own].mean() == pytest.approx(result["quality"])
+    assert known.quality[:, 0].mean() == pytest.approx(result["quality_ref"])
+    assert known.flops_ratio[:, own].mean() == pytest.approx(result["flops_ratio_with_policy"])
+    assert (np.diff(known.flops_ratio.mean(axis=0)) < 0).all()
+
+
+def test_points_must_be_those_of_the_policy(of_policy):
+    _, _, settings = of_policy
+    points = settings["points"]
+    for wrong in (points[::-1], points[1:], [{**points[0], "mask": [0] * 13}, points[1]]):
+        with pytest.raises(ConfigError, match="'points'"):
+            gym.make(TREC, policy=settings["policy"], points=wrong)
+    with pytest.raises(ConfigError, match="margins with it"):
+        gym.make(TREC, policy=settings["policy"])
+    with pytest.raises(ConfigError, match="margins with it"):
+        gym.make(TREC, points=points)
+    with pytest.raises(ConfigError, match="was not trained on the table"):
+        gym.make("SD/Serving-AGNews-Table-v0", **settings)
+    with pytest.raises(FileNotFoundError):
+        gym.make(TREC, policy="nowhere", points=points)
+
+
+@pytest.fixture
+def forgotten():
+    """What a test registers is forgotten after it."""
+    before = set(SERVING)
+    yield
+    for identity in SERVING.keys() - before:
+        del SERVING[identity], gym.registry[identity]
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_an_own_file_is_an_env(of_policy, tmp_path):
+    folder, _, settings = of_policy
+    file = folder.parent / "mine.yaml"
+    keys = ["id: Mine/Serving-v0", "table: tables/classification-trec", "policy: run", "points:"]
+    file.write_text("\n".join([*keys, *(f"  - {point}" for point in settings["points"])]))
+    assert register_env(file) == "Mine/Serving-v0"
+    assert gym.make("Mine/Serving-v0").unwrapped.config.policy == str(folder.resolve())
+    assert gym.make_vec("Mine/Serving-v0", num_envs=2, load=0.5).unwrapped.config.load == 0.5
+    assert head("Mine/Serving-v0").facts["deadline"] == "1.0"
+    assert import_own(str(file)) == str(file)
+    result = sd_gym.train("Mine/Serving-v0", "threshold", tmp_path / "dial", steps=1, requests=200)
+    assert 0 < result["goodput"] <= 1
+    for taken in (TREC, "CartPole-v1", "SD/Classification-Mini-v0"):
+        file.write_text(f"id: {taken}\npoints:\n")
+        with pytest.raises(ValueError, match="is taken"):
+            register_env(file)
