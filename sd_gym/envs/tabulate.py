@@ -112,14 +112,14 @@ class TableMaker:
         self._check()
         with locked(self.folder):
             core, folder, exported = self.core, self.folder, self.core.export()
-            description = self._description(exported)
-            self._begin(description, resume)
-            reduce = self._projection()
             masks = all_decisions(core.decision_nvec) if self.masks is None else self.masks
             chunks = [chunk for name in SPLITS for chunk in self._chunks(core.split(name))]
             missing = [chunk for chunk in chunks if not chunk.file.exists()]
             total, left = (len(masks) * sum(len(chunk.rows) for chunk in some) for some in (chunks, missing))
-            on_chunk(total - left, total)
+            on_chunk(total - left, total)  # before dense passes, which take minutes with a large backbone
+            description = self._description(exported)
+            self._begin(description, resume)
+            reduce = self._projection()
             for chunk in _written((core, masks, self.ways or [], self.bf16, reduce), missing, jobs, ray, imports):
                 left -= len(masks) * len(chunk.rows)
                 on_chunk(total - left, total)
