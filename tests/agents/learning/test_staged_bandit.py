@@ -1,6 +1,6 @@
 """A decision problem with a known optimum, where the early look cannot tell and the late look can, if one pays for it.
 
-Half of the instances are hard: they need the late layers. Before the first layer nothing tells which; behind the early
+Half of the instances are hard: they need the late layers. Before the first layer nothing tells which; after the early
 layers it shows, but only if those ran. By hand, the savings and the quality lost (epsilon is 0.01):
 
 | early | late | easy | hard |
@@ -80,6 +80,7 @@ def end(name, stages, seed, folder, reviews, backbone, monkeypatch):
 # What pays late has to be tried for long enough: each decision is used once, and to look does not pay at first.
 # Of few instances, imitation needs many passes.
 SETTINGS = {
+    "ppo": {"entropy": 0.05},
     "a2c": {"entropy": 0.05, "learning_rate": 2e-3},
     "reinforce": {"beta": 10},
     "imitation": {"batch_size": 4, "epochs": 100, "learning_rate": 3e-3},
