@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -31,7 +32,9 @@ import numpy as np
 from scipy.stats import t
 from sd_gym.agents.report.compare import markdown
 
+from sd_gym.data.instance import Instance
 from sd_gym.envs.actions import write_masks
+from sd_gym.tasks.backbone_rows import backbone_part
 
 LOOKS = {  # the agents of each env: those that see the answer, and those that decide before the first layer
     "one stage": ("stages=[first]", ["hull", "imitation", "ppo", "reinforce"]),
@@ -58,6 +61,7 @@ class Set:
     stages: str = "[first, encoder.3, answer]"
     skipped: tuple[int, ...] = (0, 3, 6, 9, 12, 15, 18)  # by the masks of SmolLM2, of its thirty layers
     splits: str = "train: 'train[:{0}]', validation: 'train[{0}:]', test: validation"
+    phrases: str | None = None  # a data set of labelled parts of texts; those of backbone rows are backbone rows, too
     text_of: tuple[str, ...] = ()  # data sets whose texts, without labels, are the policy rows
     drawn: int | None = None  # so many rows of the training file, at random; ``None``: all, in the file's order
     instances: int | None = None  # of each part of the table, at most; ``None``: all rows
@@ -70,15 +74,15 @@ class Set:
 
 
 SETS = {
-    "trec": Set("trec", 3652, 2400, 600, length=32),
-    "sst2": Set("sst2_sentences", 5120, 3400, 600),
-    "subj": Set("subj", 4700, 3000, 450),
-    "agnews": Set("agnews", 7001, 5000, 500, length=32),
+    "trec": Set("trec", 3652, 2400, 1800, length=32),
+    "sst2": Set("sst2_sentences", 5120, 3400, 2400, phrases="sst2"),
+    "subj": Set("subj", 4700, 3000, 1350),
+    "agnews": Set("agnews", 7001, 5000, 1500, length=32),
     "snli": Set(
         "snli",
         2413,
         6000,
-        650,
+        2000,
         max_rate=0.6,
         splits="train: train, validation: 'validation[:{0}]', test: 'validation[{0}:]'",
     ),
@@ -105,6 +109,7 @@ SETS |= {
     )
     for name in ("sst2", "agnews")
 }
+SETS["sst2-smollm2"] = replace(SETS["sst2-smollm2"], phrases=None)
 SETS["debian-smollm2"] = Set(
     "debian_desc",  # sorted by name
     6300,
@@ -129,10 +134,25 @@ SETS |= {
 }
 
 
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def words_of(row: dict[str, Any]) -> str:
+    """The words of a row in lower case, without punctuation, which data sets write differently."""
+    return " ".join(re.findall(r"[a-z0-9]+", row["text"].lower()))
+
+
+def parts_of(rows: list[dict[str, Any]]) -> set[str]:
+    """All runs of words of the rows."""
+    texts = (words_of(row).split() for row in rows)
+    return {" ".join(text[i:j]) for text in texts for i in range(len(text)) for j in range(i + 1, len(text) + 1)}
+
+
 def texts(file: Path) -> Iterator[str]:
     """Questions, or sentences of reviews (those of ``subj`` that are subjective)."""
-    for line in file.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in rows_of(file):
         if "question" in row:
             yield row["question"]
         elif row["label"] == 0:
@@ -174,10 +194,15 @@ class Experiment:
     def settings(self) -> list[str]:
         """Of the env, as options."""
         data = self.data
+        dataset = self.folder / "data" if data.writes else self.arguments.data / data.folder
+        return self._settings(dataset, data.splits.format(data.selection))
+
+    def _settings(self, dataset: Path, splits: str) -> list[str]:
+        data = self.data
         pairs = [
-            f"dataset={self.folder / 'data' if data.writes else self.arguments.data / data.folder}",
+            f"dataset={dataset}",
             f"policy_labels={'dense' if data.text_of else 'given'}",
-            f"splits={{{data.splits.format(data.selection)}}}",
+            f"splits={{{splits}}}",
             "overlap=drop",
             f"max_source_length={data.length}",
             *data.settings,
@@ -239,12 +264,33 @@ class Experiment:
         data, folder = self.data, self.folder / "backbone"
         if (folder / "preparation.json").exists():
             return
-        how = ["--rows", data.rows, "--steps", data.steps, "--max-rate", data.max_rate, "--resume"]
-        how += ["--learning-rate", data.learning_rate]
+        how = ["--steps", data.steps, "--max-rate", data.max_rate, "--learning-rate", data.learning_rate, "--resume"]
+        rows, settings = data.rows, self.settings
+        if data.phrases is not None:
+            self._write_phrases(data.phrases)
+            rows = 1.0
+            settings = self._settings(self.folder / "phrases", "train: train, validation: validation, test: test")
+        how += ["--rows", rows]
         how += ["--draw", "layers", "--batch-size", 16] if data.backbone == "smollm2" else ["--batch-size", 32]
         how += [] if data.held_out is None else ["--set", f"train_size={data.rows + data.held_out}"]
         model = getattr(self.arguments, data.backbone)
-        sd_gym("prepare", "--backbone", model, "--env", data.env, "--output", folder, *how, *self.settings)
+        sd_gym("prepare", "--backbone", model, "--env", data.env, "--output", folder, *how, *settings)
+
+    def _write_phrases(self, phrases: str) -> None:
+        """Backbone rows and their phrases, which are in no other row; policy rows, to validate on; selection rows."""
+        source, data = self.arguments.data, self.data
+        train = rows_of(source / data.folder / "train.jsonl")
+        labelled, selection = train[: data.selection], train[data.selection :]
+        is_backbone = backbone_part([Instance("", row["text"], "") for row in labelled], data.rows)
+        backbone = [labelled[number] for number in np.flatnonzero(is_backbone)]
+        policy = [labelled[number] for number in np.flatnonzero(~is_backbone)]
+        others = policy + selection + rows_of(source / data.folder / "validation.jsonl")
+        allowed = parts_of(backbone) - parts_of(others)
+        own = backbone + [row for row in rows_of(source / phrases / "train.jsonl") if words_of(row) in allowed]
+        folder = self.folder / "phrases"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, some in (("train", own), ("validation", policy), ("test", selection)):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
 
     def _masks(self) -> str:
         """Those of a searched path; of thirty layers, where a search takes hours, the least important ones together."""

@@ -56,7 +56,8 @@ class NetworkDescription(Strict):
     def _one_choice_a_switch(self) -> NetworkDescription:
         if len(set(self.switches)) < len(self.switches):
             raise ValueError("expected switches that are all different")
-        of_table = not self.switches and len(self.nvec) == len(self.stages)  # one component per stage
+        # On a table: one component per stage, also if all are decided at once.
+        of_table = not self.switches and (self.stages == ["first"] or len(self.nvec) == len(self.stages))
         switches, answers = len(self.switches), self.stages[-1] == ANSWER
         fits = len(self.nvec) == switches + 1 + answers and set(self.nvec[:switches]) <= {1, 2}
         if not of_table and not (fits and self.nvec[switches + 1 :] == [2] * answers):

@@ -147,17 +147,19 @@ def test_a_table_that_was_cut_off_goes_on(table, source, tmp_path, monkeypatch):
     assert contents_of(tmp_path / "cut") == contents_of(table)
 
 
+@pytest.mark.parametrize("stages", [STAGES["stages"], ["first"]], ids=len)
 @pytest.mark.parametrize("algo", ["ppo", "a2c", "reinforce", "imitation"])
-def test_agents_learn_on_it_and_are_played_again(table, algo, tmp_path):
+def test_agents_learn_on_it_and_are_played_again(table, algo, stages, tmp_path):
     def called(*words):
         done = CliRunner().invoke(app, list(words))
         assert done.exit_code == 0, done.output
         return done.output
 
-    keys = ["--algo", algo, "--set", f"table={table}", "--steps", "128", "--output", str(tmp_path / "run")]
+    keys = ["--algo", algo, "--steps", "128", "--output", str(tmp_path / "run")]
+    keys += ["--set", f"table={table}", "--set", f"stages=[{', '.join(stages)}]"]
     called("train", ID, *keys)
     assert "decides the same again" in called("validate", str(tmp_path / "run"))
-    assert json.loads((tmp_path / "run" / "policy.json").read_text())["stages"] == STAGES["stages"]
+    assert json.loads((tmp_path / "run" / "policy.json").read_text())["stages"] == stages
 
 
 def test_more_combinations_than_a_table_has_are_told():
