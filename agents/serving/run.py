@@ -80,20 +80,31 @@ def train(described: dict[str, Any], folder: Path, settings: dict[str, Any], on_
             logger = configure(str(folder), ["tensorboard"])
             networks = learned(algo, env, of_agent, described["steps"], seed, logger, on_progress)
             logger.close()
-        result = _selected(config, _on_hull(config, networks), described["confidence"], folder)
+        result = _selected(config, *_front(config, networks), described["confidence"], folder)
     result["data"] = {name: core.split(name).provenance for name in SPLITS}
     write_json(folder / "result.json", result)
     return result
 
 
-def _on_hull(config: ServingConfig, networks: Sequence[Network]) -> list[Network]:
-    """Those on the hull of loss and goodput on policy rows and training arrivals, from dense to bold."""
+def _front(config: ServingConfig, networks: Sequence[Network]) -> tuple[list[Network], list[bool]]:
+    """Those that no other one beats in loss and goodput on policy rows and training arrivals, from dense to bold.
+
+    Also which of them are on the hull: the others are steps of the selection between them.
+    """
     played = play(config, networks, "train", SEARCH_EPISODES)
-    hull = lower_hull(played.shares @ expected_loss(config), -played.goodput.mean(axis=1))
-    return [networks[number] for number in hull.number]
+    loss, goodput = played.shares @ expected_loss(config), played.goodput.mean(axis=1)
+    front, best = list[int](), -1.0
+    for number in np.lexsort((-goodput, loss)).tolist():
+        if goodput[number] > best:
+            front.append(number)
+            best = goodput[number]
+    on_hull = lower_hull(loss, -goodput).number.tolist()
+    return [networks[number] for number in front], [number in on_hull for number in front]
 
 
-def _selected(config: ServingConfig, tried: Sequence[Network], confidence: float, folder: Path) -> dict[str, Any]:
+def _selected(
+    config: ServingConfig, tried: Sequence[Network], on_hull: list[bool], confidence: float, folder: Path
+) -> dict[str, Any]:
     """Select a dial by fixed-sequence testing on validation rows and arrivals, save it, and test all dials."""
     quality = outcomes(config, "validation").quality
     passed = 0
@@ -106,9 +117,9 @@ def _selected(config: ServingConfig, tried: Sequence[Network], confidence: float
     tested, dense = play(config, tried, "test", EPISODES), _play_dense(config, EPISODES)
     result = _measured(config, Played(*(values[[passed - 1]] for values in tested)) if passed else dense)
     result["guarantee"] = f"{guarantee(len(quality), config.epsilon, confidence, passed == 0)}; {on_other_rows(result)}"
-    # Coins between the dials and dense, which loses nothing.
-    loss = np.append(tested.shares @ outcomes(config, "test").cost.mean(axis=0), 0.0)
-    hull = lower_hull(loss, -np.append(tested.goodput.mean(axis=1), dense.goodput.mean()))
+    # Coins between the dials on the hull and dense, which loses nothing.
+    loss = np.append(tested.shares[on_hull] @ outcomes(config, "test").cost.mean(axis=0), 0.0)
+    hull = lower_hull(loss, -np.append(tested.goodput[on_hull].mean(axis=1), dense.goodput.mean()))
     at = -np.interp(np.array(FRONT) * config.epsilon, hull.loss, hull.flops)
     return result | {"goodput_at": _at_front(at)}
 
