@@ -7,7 +7,7 @@ from typing import Any
 from uuid import uuid4
 
 from sd_gym.errors import quiet
-from sd_gym.registry import import_own
+from sd_gym.registration import import_own
 
 RETRIES = 3  # of a task whose process or machine has died
 

@@ -1,7 +1,10 @@
 """Registers every YAML file of ``envs_configs/`` with an ``id`` as a Gymnasium env; it imports nothing slow."""
 
+import sys
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 from gymnasium.envs.registration import parse_env_id
@@ -148,3 +151,39 @@ def _register(identity: str) -> None:
         vector_entry_point=f"sd_gym.envs:{kind}VectorEnv",
         kwargs={"config_file": file.name if file.parent == CONFIG_FOLDER else str(file)},
     )
+
+
+def import_own(name: str) -> str:
+    """Import a user's module, by its name or the path of its file, for what it registers; of an env, its YAML file.
+
+    It may import modules in its folder, as if it ran as a script; installed modules have precedence. Returns the name,
+    or the absolute path of the file. Raises ``FileNotFoundError`` if there is no such module or file, ``ValueError`` if
+    an installed module has the file's name; of a YAML file as ``register_env``.
+    """
+    if name.endswith((".yaml", ".yml")):
+        register_env(name)
+        return str(Path(name).expanduser().resolve())
+    if not name.endswith(".py"):
+        _also_from(Path.cwd())
+        try:
+            import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (name + ".").startswith(error.name + "."):
+                raise  # the module imports a missing one
+            raise FileNotFoundError(
+                f"no module {name!r} to import; expected one that can be imported from here, or the path of a .py file"
+            ) from error
+        return name
+    file = Path(name).expanduser().resolve()
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {name!r} to import")
+    _also_from(file.parent)
+    module: Any = import_module(file.stem)
+    if Path(module.__file__ or "").resolve() != file:
+        raise ValueError(f"cannot import {name!r}: there is another module {file.stem!r}; rename the file")
+    return str(file)
+
+
+def _also_from(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))

@@ -2,12 +2,11 @@
 
 import difflib
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 Thing = TypeVar("Thing")
 
@@ -88,41 +87,3 @@ def _imports_of(run: Path) -> list[str]:
         return list(json.loads((run / "config.json").read_text(encoding="utf-8"))["imports"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
-
-
-def import_own(name: str) -> str:
-    """Import a user's module, by its name or the path of its file, for what it registers; of an env, its YAML file.
-
-    It may import modules in its folder, as if it ran as a script; installed modules have precedence. Returns the name,
-    or the absolute path of the file. Raises ``FileNotFoundError`` if there is no such module or file, ``ValueError`` if
-    an installed module has the file's name; of a YAML file as ``register_env``.
-    """
-    if name.endswith((".yaml", ".yml")):
-        from sd_gym.registration import register_env
-
-        register_env(name)
-        return str(Path(name).expanduser().resolve())
-    if not name.endswith(".py"):
-        _also_from(Path.cwd())
-        try:
-            import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not (name + ".").startswith(error.name + "."):
-                raise  # the module imports a missing one
-            raise FileNotFoundError(
-                f"no module {name!r} to import; expected one that can be imported from here, or the path of a .py file"
-            ) from error
-        return name
-    file = Path(name).expanduser().resolve()
-    if not file.is_file():
-        raise FileNotFoundError(f"no file {name!r} to import")
-    _also_from(file.parent)
-    module: Any = import_module(file.stem)
-    if Path(module.__file__ or "").resolve() != file:
-        raise ValueError(f"cannot import {name!r}: there is another module {file.stem!r}; rename the file")
-    return str(file)
-
-
-def _also_from(folder: Path) -> None:
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))

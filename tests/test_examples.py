@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sd_gym
-from sd_gym.registry import import_own
+from sd_gym.registration import import_own
 from tests.conftest import WORDS, make_model, write_env
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,8 @@ from sd_gym.agents import agent_names
 from typer.testing import CliRunner
 
 from sd_gym.cli import app
-from sd_gym.registry import Registry, UnknownNameError, import_own
+from sd_gym.registration import import_own
+from sd_gym.registry import Registry, UnknownNameError
 from tests.conftest import write_env
 
 pytestmark = pytest.mark.usefixtures("own_names")

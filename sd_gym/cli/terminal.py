@@ -51,7 +51,7 @@ Ray = Annotated[str | None, Option(metavar="ADDRESS", help="A Ray cluster instea
 
 def import_all(names: list[str]) -> list[str]:
     """Import a user's modules; returns their names, with absolute paths."""
-    from sd_gym.registry import import_own
+    from sd_gym.registration import import_own
 
     with errors_as_lines():
         return [import_own(name) for name in names]

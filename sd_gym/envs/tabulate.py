@@ -30,7 +30,7 @@ from sd_gym.files import as_json, map_arrays, read_json, write_arrays, write_jso
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.objectives import OBJECTIVES
 from sd_gym.projection import OBSERVATION_LIMIT, Projection, fit_projection, read_projection
-from sd_gym.registry import import_own
+from sd_gym.registration import import_own
 from sd_gym.tasks.data import SPLITS
 from sd_gym.version import __version__
 

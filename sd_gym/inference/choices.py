@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.table_export import TablePolicy
 
@@ -23,7 +22,7 @@ def decided_masks(policy: SkipPolicy) -> NDArray | None:
 
 def choices_of(policy: SkipPolicy) -> NDArray | None:
     """What a policy chooses among before the first layer, int64 ``[choices, components]``; ``None``: anything."""
-    network = learned_network(policy)
+    network = policy.learned
     size = len(network.nvec) - policy.sees_answer
     if network.codebook is not None:
         of_all = network.codebook.numpy()[:, :size]
@@ -44,8 +43,3 @@ def masks_of(policy: SkipPolicy, choices: NDArray) -> NDArray:
         accepted = np.pad(choices, ((0, 0), (0, int(policy.sees_answer))))
         choices = network.masks[np.ravel_multi_index(tuple(accepted.T), network.network.nvec)]
     return choices[:, : len(network.switches) + 1]
-
-
-def learned_network(policy: SkipPolicy) -> DecisionPolicy:
-    """The network of a policy, on a table or not."""
-    return policy.network.network if isinstance(policy.network, TablePolicy) else policy.network

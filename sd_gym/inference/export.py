@@ -20,7 +20,7 @@ from sd_gym.files import as_json, sha256, write_json, write_text
 from sd_gym.folders import contents, locked
 from sd_gym.going_on import resumed_from
 from sd_gym.inference.branches import branched
-from sd_gym.inference.choices import choices_of, decided_masks, few_masks, learned_network, masks_of
+from sd_gym.inference.choices import choices_of, decided_masks, few_masks, masks_of
 from sd_gym.inference.graphs import INPUTS, AnswerDecider, Decider, Graph, Rest, Switched, logits_of
 from sd_gym.inference.onnx import (
     ANSWER,
@@ -101,7 +101,7 @@ def _refused(why: str, remedy: str) -> ValueError:
 
 def _check_policy(policy: SkipPolicy) -> None:
     """Raise ValueError if a policy has no export."""
-    network = learned_network(policy)
+    network = policy.learned
     if later := [name for name in policy.stages_of_pass if name != "first"]:
         raise _refused(f"it decides in the middle of the pass, at {', '.join(later)}", INSTEAD)
     if network.noise != "none" or network.blind:

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from sd_gym.execution.bank import FirstLayerInput, path_of_layers, without_skipped
 from sd_gym.inference.branches import Sides
-from sd_gym.inference.choices import learned_network
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.features import pooled_features, standardised
 from sd_gym.policy.table_export import TablePolicy
@@ -137,7 +136,7 @@ class Decider(Graph):
     def __init__(self, board: Switchboard, policy: SkipPolicy, choices: NDArray) -> None:
         super().__init__()
         self.first_input = FirstLayerInput(board)
-        network, self.longest = learned_network(policy), policy.longest
+        network, self.longest = policy.learned, policy.longest
         self.encoder = deepcopy(network.token_encoder) if isinstance(network.token_encoder, TokenEncoder) else None
         self.of_tokens = [torch.from_numpy(values) for values in policy.of_tokens or (policy.mean, policy.deviation)]
         self.size = 2 * board.model.config.hidden_size + 2
@@ -174,7 +173,7 @@ class AnswerDecider(Graph):
         super().__init__()
         self.network, self.pooled, self.size = _Network(policy, 1, pooled), pooled, pooled
         self.judged, self.others = judged, self.network.judged - judged
-        if isinstance(encoder := learned_network(policy).token_encoder, TokenEncoder):
+        if isinstance(encoder := policy.learned.token_encoder, TokenEncoder):
             self.size += len(encoder.mean)
 
     def inputs(self, of_model: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
@@ -194,7 +193,7 @@ class _Network(nn.Module):
 
     def __init__(self, policy: SkipPolicy, number: int, pooled: int) -> None:
         super().__init__()
-        table, self.network = policy.network, deepcopy(learned_network(policy))
+        table, self.network = policy.network, deepcopy(policy.learned)
         self.projection: Projection | None = table.projection if isinstance(table, TablePolicy) else None
         self.sees_pooled = policy.is_staged or self.network.channels is None
         self.network.channels, self.network.token_encoder = None, nn.Identity()

@@ -73,6 +73,11 @@ class SkipPolicy:
     context: ProtectedTokens | None = None
 
     @property
+    def learned(self) -> DecisionPolicy:
+        """The network that was trained, on a table or not."""
+        return self.network.network if isinstance(self.network, TablePolicy) else self.network
+
+    @property
     def token_shares(self) -> tuple[float, ...]:
         """The share of the tokens that each token level drops."""
         return tuple(self.card["env"]["tokens"]["shares"])

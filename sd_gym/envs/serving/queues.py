@@ -60,11 +60,10 @@ def outcomes(config: ServingConfig, split: str) -> Outcomes:
 
 def _outcomes_of_policy(config: ServingConfig, split: str) -> Outcomes:
     """Outcomes of a policy at its points' margins; FLOPs include the policy's own."""
-    from sd_gym.inference.choices import learned_network
     from sd_gym.policy.artefact import SkipPolicy
 
     policy = SkipPolicy.from_pretrained(config.policy or "")
-    network = learned_network(policy)
+    network = policy.learned
     core = table_core(load_config(config_of("SD/Table-v0"), {"table": config.table, "stages": network.stages}))
     has, needs = (network.nvec, network.switches), (core.nvec.tolist(), core.switch_names)
     if has != needs or network.observation_size != core.observation.shape[0]:

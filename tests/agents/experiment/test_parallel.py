@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import sd_gym
 from sd_gym.cli import app
-from sd_gym.registry import import_own
+from sd_gym.registration import import_own
 
 CUSTOM = "SD/Classification-Custom-v0"
 FLAKY = """

@@ -21,7 +21,8 @@ from torch import nn
 import sd_gym
 from sd_gym.envs import ConfigError
 from sd_gym.policy import DecisionPolicy
-from sd_gym.registry import Registry, UnknownNameError, import_own
+from sd_gym.registration import import_own
+from sd_gym.registry import Registry, UnknownNameError
 from tests.conftest import forget_own
 
 pytestmark = pytest.mark.usefixtures("own_names")

@@ -15,8 +15,7 @@ from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.serving.arrivals import arrival_times
 from sd_gym.envs.serving.queues import expected_loss, outcomes
 from sd_gym.policy.artefact import SkipPolicy
-from sd_gym.registration import SERVING, register_env
-from sd_gym.registry import import_own
+from sd_gym.registration import SERVING, import_own, register_env
 
 TREC = "SD/Serving-TREC-Table-v0"
 SMALL = {"requests": 300}
