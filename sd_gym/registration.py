@@ -110,13 +110,12 @@ def register_env(file: str | Path) -> str:
     others = gym.registry.keys() - (_own_serving() if is_serving else {*ENVS.names()})
     if identity in others:
         raise ValueError(f"{file}: the id {identity!r} is taken by another env of Gymnasium's registry")
-    gym.registry.pop(identity, None)
     if is_serving:
         SERVING[identity] = file
-        _register_serving(identity)
     else:
-        ENVS.register(identity, file)
-        _register(identity)
+        ENVS.register(identity, file)  # raises if the id is built in
+    gym.registry.pop(identity, None)
+    (_register_serving if is_serving else _register)(identity)
     return identity
 
 
