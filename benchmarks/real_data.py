@@ -106,10 +106,10 @@ SETS |= {
         learning_rate=1e-4,
         backbone="smollm2",
         stages="[first, decoder.15, answer]",
+        phrases=None,
     )
     for name in ("sst2", "agnews")
 }
-SETS["sst2-smollm2"] = replace(SETS["sst2-smollm2"], phrases=None)
 SETS["debian-smollm2"] = Set(
     "debian_desc",  # sorted by name
     6300,

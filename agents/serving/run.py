@@ -80,13 +80,13 @@ def train(described: dict[str, Any], folder: Path, settings: dict[str, Any], on_
             logger = configure(str(folder), ["tensorboard"])
             networks = learned(algo, env, of_agent, described["steps"], seed, logger, on_progress)
             logger.close()
-        result = _selected(config, *_front(config, networks), described["confidence"], folder)
+        result = _selected(config, *_undominated(config, networks), described["confidence"], folder)
     result["data"] = {name: core.split(name).provenance for name in SPLITS}
     write_json(folder / "result.json", result)
     return result
 
 
-def _front(config: ServingConfig, networks: Sequence[Network]) -> tuple[list[Network], list[bool]]:
+def _undominated(config: ServingConfig, networks: Sequence[Network]) -> tuple[list[Network], list[bool]]:
     """Those that no other one beats in loss and goodput on policy rows and training arrivals, from dense to bold.
 
     Also which of them are on the hull: the others are steps of the selection between them.
