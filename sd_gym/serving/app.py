@@ -269,19 +269,21 @@ def _failed(error: Exception, *, openai: bool) -> Response:
 
 async def _unless_gone(request: Request, answering: Awaitable[list[Served]]) -> list[Served]:
     """Wait for the answers. If the client hangs up first, cancel them and raise ``GoneError``."""
+    waiting: Any = asyncio.current_task()
 
     async def hang_up() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
+        waiting.cancel()
 
-    answers, gone = asyncio.ensure_future(answering), asyncio.ensure_future(hang_up())
+    gone = asyncio.ensure_future(hang_up())
     try:
-        await asyncio.wait({answers, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not answers.done():
-            raise GoneError
-        return answers.result()
+        return await answering
+    except asyncio.CancelledError:
+        if gone.done() and waiting.uncancel() == 0:  # nobody else has cancelled it
+            raise GoneError from None
+        raise
     finally:
-        answers.cancel()
         gone.cancel()
 
 

@@ -85,6 +85,7 @@ class _Entry:
     arrived: float
     deadline: float
     answer: asyncio.Future[Any]
+    is_queued: bool = True  # it is not running yet
     row: Row = field(init=False)  # set when it is decided
 
     @property
@@ -113,16 +114,12 @@ class Batcher:
         on_group: Callable[[Group], None] = lambda group: None,
     ) -> None:
         self._engine, self._limits, self._cost, self._dial, self._on_group = engine, limits, cost, dial, on_group
+        self.queued = 0  # number of waiting rows
         self._new: list[_Entry] = []  # not decided yet
-        self._queue: list[_Entry] = []
+        self._queue: list[_Entry] = []  # by deadline
         self._wake, self._closed = asyncio.Event(), False
         self._arrivals: deque[float] = deque()  # when the rows of the last ``dial.window`` seconds arrived
         self._fastest: dict[Hashable, tuple[float, int]] = {}  # seconds per padded token, and tokens of that group
-
-    @property
-    def queued(self) -> int:
-        """Number of waiting rows."""
-        return sum(entry.waits for entries in (self._new, self._queue) for entry in entries)
 
     def close(self) -> None:
         """Take no more requests; ``work`` ends when all accepted requests are answered."""
@@ -147,6 +144,7 @@ class Batcher:
         self._arrivals.extend([now] * len(inputs))
         entries = [_Entry(given, now, now + timeout, loop.create_future()) for given in inputs]
         self._new += entries
+        self.queued += len(entries)
         self._wake.set()
         try:
             async with asyncio.timeout_at(now + timeout):
@@ -154,6 +152,7 @@ class Batcher:
         except (TimeoutError, LateError):
             raise LateError(f"no answer within {timeout:g} s") from None
         finally:
+            self.queued -= sum(entry.is_queued for entry in entries)
             for entry in entries:
                 entry.answer.cancel()  # if one row failed, the request needs no other answers
 
@@ -186,6 +185,7 @@ class Batcher:
                     entry.row = row
                     self._queue.append(entry)
                     tokens += row.length
+        self._queue.sort(key=lambda entry: entry.deadline)
 
     def _next_group(self) -> tuple[list[_Entry], int] | None:
         """Take the next rows out of the queue, with their operating point."""
@@ -208,6 +208,9 @@ class Batcher:
             leaving = late or set(group)
             self._queue = [entry for entry in self._queue if entry not in leaving]
             if not late:
+                for entry in group:
+                    entry.is_queued = False
+                self.queued -= len(group)
                 return group, point
         return None
 
@@ -219,12 +222,11 @@ class Batcher:
 
     def _grouped(self, point: int, now: float) -> list[_Entry]:
         """The best group of queued rows at an operating point."""
-        by_deadline = sorted(self._queue, key=lambda entry: entry.deadline)
-        first = next((entry for entry in by_deadline if now - entry.arrived >= self._limits.max_wait), None)
+        first = next((entry for entry in self._queue if now - entry.arrived >= self._limits.max_wait), None)
         if first is None:
-            count = Counter(entry.row.masks[point] for entry in by_deadline)
-            first = max(by_deadline, key=lambda entry: count[entry.row.masks[point]])  # earliest deadline if equal
-        of_kind = [entry for entry in by_deadline if entry.row.kind == first.row.kind]
+            count = Counter(entry.row.masks[point] for entry in self._queue)
+            first = max(self._queue, key=lambda entry: count[entry.row.masks[point]])  # earliest deadline if equal
+        of_kind = [entry for entry in self._queue if entry.row.kind == first.row.kind]
         of_mask = [entry for entry in of_kind if entry.row.masks[point] == first.row.masks[point]]
         group, mixed = self._filled(first, of_mask), self._filled(first, of_kind)
         is_mixed_cheaper = self._cost.mixed / len(mixed) + self._cost.mixed_row < self._cost.one_mask / len(group)
@@ -234,10 +236,12 @@ class Batcher:
         """``first`` and as many candidates of similar length as fit."""
         group, longest = [first], first.row.length
         for entry in candidates:
+            if len(group) == self._limits.rows:
+                break
             length = max(longest, entry.row.length)
             padded = (len(group) + 1) * length
             added_padding = padded - len(group) * longest - entry.row.length
-            fits = len(group) < self._limits.rows and padded <= self._limits.tokens
+            fits = padded <= self._limits.tokens
             if entry is not first and fits and added_padding <= self._cost.one_mask:
                 group.append(entry)
                 longest = length

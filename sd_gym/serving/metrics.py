@@ -56,10 +56,11 @@ class Metrics:
         self._tokens.observe(len(lengths) * max(lengths))
         self._inference.observe(group.seconds)
         self._point.set(group.point)
-        for length, wait, served in zip(lengths, group.waits, group.answers, strict=True):
+        for length, wait in zip(lengths, group.waits, strict=True):
             self._length.observe(length)
             self._queued.observe(wait)
-            if not isinstance(served, Exception):
-                self._ratio.observe(served.answer.flops_ratio)
-                for what in ("promised", "executed", "dense"):
-                    self._flops.labels(what).inc(getattr(served, what))
+        answered = [served for served in group.answers if not isinstance(served, Exception)]
+        for served in answered:
+            self._ratio.observe(served.answer.flops_ratio)
+        for what in ("promised", "executed", "dense"):
+            self._flops.labels(what).inc(sum(getattr(served, what) for served in answered))

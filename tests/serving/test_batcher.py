@@ -43,7 +43,12 @@ async def send(batcher, number, request):
 async def play(requests, engine, limits=LIMITS, dial=ALWAYS, close_at=None, cost=COST):
     """Send all requests; their outcomes, and the groups that were reported."""
     reported = []
-    batcher = Batcher(engine, limits, cost, dial, reported.append)
+
+    def report(group):
+        assert 0 <= batcher.queued <= limits.queued_rows
+        reported.append(group)
+
+    batcher = Batcher(engine, limits, cost, dial, report)
     working = asyncio.create_task(batcher.work())
     if close_at is not None:
         asyncio.get_running_loop().call_later(close_at, batcher.close)

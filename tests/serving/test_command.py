@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sd_gym.cli import app
+from sd_gym.serving.server import run
 
 runner = CliRunner()
 
@@ -29,6 +30,21 @@ def test_a_port_that_is_taken_is_one_line(tmp_path, monkeypatch):
         result = runner.invoke(app, ["serve", str(tmp_path), "--port", str(taken.getsockname()[1])])
     assert result.exit_code == 2
     assert "Address already in use" in result.output
+
+
+def test_connections_send_at_once(monkeypatch):
+    delays = []
+
+    def serve(server, sockets):
+        with socket.create_connection(sockets[0].getsockname()), sockets[0].accept()[0] as connection:
+            delays.append(not connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    monkeypatch.setattr("uvicorn.Server.run", serve)
+    monkeypatch.setattr("gc.freeze", lambda: None)  # these two are for a process that serves
+    monkeypatch.setattr("sys.setswitchinterval", lambda seconds: None)
+    served = SimpleNamespace(app=lambda: None, settings=SimpleNamespace(timeout=1.0))
+    run(served, "127.0.0.1", 0, lambda address: None)
+    assert delays == [False]
 
 
 def test_a_dial_reaches_the_service(monkeypatch):
