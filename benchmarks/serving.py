@@ -67,7 +67,7 @@ class AsTheyCome:
     def warm_up(self) -> PassCost:
         """Padding does not count."""
         self._engine.warm_up()
-        return PassCost(math.inf)
+        return PassCost(1e6)
 
 
 def serve_arm(arm: str, policy: str, backbone: str | None, threads: int, texts: list[Any], connection: Any) -> None:
@@ -115,8 +115,8 @@ def _decide_always(engine: Any, mask: Any) -> None:
         }
     else:
         changes = {
-            "decide": lambda batch: (
-                np.full(len(batch["input_ids"]), mask or 0),
+            "decide": lambda batch, margins: (
+                np.full((len(batch["input_ids"]), len(margins)), mask or 0),
                 np.zeros((len(batch["input_ids"]), 0)),
             ),
             "own_flops": lambda length: np.zeros(len(length)),

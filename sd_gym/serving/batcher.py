@@ -74,9 +74,31 @@ class Limits:
 class PassCost(NamedTuple):
     """The overhead of a pass, in the number of tokens that take as long to compute."""
 
-    one_mask: float  # if its rows share a mask; a row joins a group if it adds less padding than this
+    one_mask: float  # if its rows share a mask, finite; a row joins a group if it adds less padding than this
     mixed: float = math.inf  # if they do not; infinite if they cannot run together
     mixed_row: float = 0.0  # of each row of a mixed pass
+
+
+@dataclass
+class Pace:
+    """Seconds per token of recent groups: moving averages of their mean and deviation, as of RFC 6298."""
+
+    mean: float
+    deviation: float = 0.0
+
+    def add(self, pace: float) -> None:
+        """Count a group."""
+        self.deviation += (abs(pace - self.mean) - self.deviation) / 4
+        self.mean += (pace - self.mean) / 8
+
+    def forget(self) -> None:
+        """Expect less, since a group that does not run teaches nothing: after a pause, requests are answered again."""
+        self.mean, self.deviation = 0.99 * self.mean, 0.99 * self.deviation
+
+    @property
+    def slow(self) -> float:
+        """A pace that few groups exceed."""
+        return self.mean + 2 * self.deviation
 
 
 @dataclass(eq=False)
@@ -119,7 +141,7 @@ class Batcher:
         self._queue: list[_Entry] = []  # by deadline
         self._wake, self._closed = asyncio.Event(), False
         self._arrivals: deque[float] = deque()  # when the rows of the last ``dial.window`` seconds arrived
-        self._fastest: dict[Hashable, tuple[float, int]] = {}  # seconds per padded token, and tokens of that group
+        self._paces: dict[Hashable, Pace] = {}
 
     def close(self) -> None:
         """Take no more requests; ``work`` ends when all accepted requests are answered."""
@@ -158,14 +180,12 @@ class Batcher:
 
     async def work(self) -> None:
         """Answer requests until ``close`` is called and none is left."""
-        while True:
+        while self._new or self._queue or not self._closed:
             if self._new:
-                await self._decide()
-            elif group := self._next_group():
+                await self._decide()  # once: while many requests arrive, there are new ones again
+            if group := self._next_group():
                 await self._run(*group)
-            elif self._closed:
-                return
-            else:
+            elif not self._new and not self._closed:
                 self._wake.clear()
                 await self._wake.wait()
 
@@ -201,24 +221,34 @@ class Batcher:
             group = self._grouped(point, now)
             late: set[_Entry] = set()
             for entry in sorted(group, key=lambda entry: entry.deadline):
-                if entry.deadline >= now + self._least_seconds([one for one in group if one not in late], point):
+                if entry.deadline >= now + self._expected_seconds([one for one in group if one not in late], point):
                     break
                 entry.finish(LateError())
                 late.add(entry)
             leaving = late or set(group)
             self._queue = [entry for entry in self._queue if entry not in leaving]
-            if not late:
-                for entry in group:
-                    entry.is_queued = False
-                self.queued -= len(group)
-                return group, point
+            if late:
+                if pace := self._paces.get(self._size(group, point)[0]):
+                    pace.forget()
+                continue
+            for entry in group:
+                entry.is_queued = False
+            self.queued -= len(group)
+            return group, point
         return None
 
-    def _least_seconds(self, group: list[_Entry], point: int) -> float:
-        """A lower bound of a group's time, or 0. Groups smaller than the measured one take longer per token."""
-        key, tokens = _size(group, point)
-        pace, measured_tokens = self._fastest.get(key, (0.0, 0))
-        return pace * min(tokens, measured_tokens)
+    def _expected_seconds(self, group: list[_Entry], point: int) -> float:
+        """The time that few groups of this size exceed; 0 if none of this mask has run."""
+        key, tokens = self._size(group, point)
+        return self._paces[key].slow * tokens if key in self._paces else 0.0
+
+    def _size(self, group: list[_Entry], point: int) -> tuple[Hashable, float]:
+        """What the time of a group depends on: its operating point and mask, and its tokens with the overhead."""
+        masks = {entry.row.masks[point] for entry in group}
+        tokens = len(group) * max(entry.row.length for entry in group)
+        if len(masks) == 1:
+            return (point, *masks), tokens + self._cost.one_mask
+        return point, tokens + self._cost.mixed + self._cost.mixed_row * len(group)
 
     def _grouped(self, point: int, now: float) -> list[_Entry]:
         """The best group of queued rows at an operating point."""
@@ -255,8 +285,9 @@ class Batcher:
             entry.finish(answer)
         now = loop.time()
         if not any(isinstance(answer, Exception) for answer in answers):
-            key, tokens = _size(group, point)
-            self._fastest[key] = min(((now - started) / tokens, tokens), self._fastest.get(key, (math.inf, 0)))
+            key, tokens = self._size(group, point)
+            pace = (now - started) / tokens
+            self._paces.setdefault(key, Pace(pace)).add(pace)
         self._on_group(Group(rows, answers, [started - entry.arrived for entry in group], now - started, point))
 
     def _full(self) -> QueueFullError:
@@ -264,11 +295,6 @@ class Batcher:
         now = asyncio.get_running_loop().time()
         oldest = max((now - entry.arrived for entry in self._queue), default=0.0)
         return QueueFullError(max(1, math.ceil(oldest / 2)))
-
-
-def _size(group: list[_Entry], point: int) -> tuple[Hashable, int]:
-    """What the time of a group depends on: its operating point and mask, and its padded tokens."""
-    return (point, group[0].row.masks[point]), len(group) * max(entry.row.length for entry in group)
 
 
 async def _alone_on_failure(call: Callable[[list[Any]], Any], items: list[Any]) -> list[Any]:

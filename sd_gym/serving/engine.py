@@ -257,10 +257,9 @@ class GraphEngine(BlockingEngine):
     def _prepared(self, inputs: list[Asked]) -> list[Row]:
         encoded = self.model._encoded([asked.texts for asked in inputs])
         batch, masks = self.model._batch(encoded), np.zeros((len(inputs), len(self._points)), dtype=np.int64)
-        observed: NDArray = np.zeros((len(inputs), 0))
-        for point in self._needed(inputs):
-            self.model._margin = np.float32(self._points[point].margin)
-            masks[:, point], observed = self.model.decide(batch)
+        needed = self._needed(inputs)
+        margins = np.array([self._points[point].margin for point in needed], dtype=np.float32)
+        masks[:, needed], observed = self.model.decide(batch, margins)
         rows = []
         for asked, encoding, of_points, own in zip(inputs, encoded, masks, observed, strict=True):
             chosen = of_points if asked.point is None else np.repeat(of_points[asked.point], len(of_points))

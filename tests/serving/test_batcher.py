@@ -189,6 +189,29 @@ def test_the_dial_is_asked_before_each_group():
     assert [rate for *_, rate in dial.asked] == [4, 0, 0]  # all arrived at the start; a group takes over a second
 
 
+def test_more_requests_than_can_be_answered_do_not_make_all_of_them_late():
+    """A full group takes 1.4 seconds: 100 of 190 requests can be answered, in the order of their deadlines."""
+    engine = CountingEngine()
+    requests = [one for wave in range(38) for one in requests_of(*[(0, 5)] * 5, at=float(wave), timeout=4.0)]
+    outcomes, _ = simulate(play(requests, engine, Limits(rows=4), cost=PassCost(50)))
+    answered = [isinstance(outcome, list) for outcome, _ in outcomes]
+    assert sum(answered) >= 100
+    assert sum(answered) == sum(len(rows) for rows, _ in engine.groups)  # nothing ran in vain
+
+
+def test_a_group_that_took_long_is_forgotten():
+    engine = CountingEngine(seconds=60.0)
+    requests = [one for at in range(80, 600) for one in requests_of((0, 5), at=float(at), timeout=1.0)]
+
+    async def sped_up():
+        asyncio.get_running_loop().call_later(70, setattr, engine, "seconds", 0.5)
+        return await play([*requests_of((0, 5)), *requests], engine)
+
+    outcomes, _ = simulate(sped_up())
+    assert isinstance(outcomes[1][0], LateError)
+    assert all(isinstance(outcome, list) for outcome, _ in outcomes[-50:])
+
+
 def test_what_cannot_be_in_time_is_dropped_before_it_runs():
     """A group takes a second and a tenth for each row, which the first group has shown."""
     engine = CountingEngine()
@@ -199,7 +222,7 @@ def test_what_cannot_be_in_time_is_dropped_before_it_runs():
         *requests_of((1, 5), at=9.0, timeout=0.5),  # another mask, which may be quicker
         *requests_of(*[(0, 5)] * 4, at=12.0, timeout=1.5),  # twice as many rows do not take twice as long
     ]
-    outcomes, _ = simulate(play(requests, engine))
+    outcomes, _ = simulate(play(requests, engine, cost=PassCost(50)))  # a token takes 0.02 seconds
     assert list(map(sorted, names(engine))) == [[0, 1], [4, 5], [6], [7, 8, 9, 10]]
     expected = [LateError] * 4 + [list] * 2 + [LateError] + [list] * 4
     assert [type(outcome) for outcome, _ in outcomes] == expected
