@@ -115,7 +115,7 @@ def _decide_always(engine: Any, mask: Any) -> None:
         }
     else:
         changes = {
-            "decide": lambda batch, margins: (
+            "decide_at": lambda margins, batch: (
                 np.full((len(batch["input_ids"]), len(margins)), mask or 0),
                 np.zeros((len(batch["input_ids"]), 0)),
             ),

@@ -150,8 +150,7 @@ class OnnxModel(TextModel):
         seen: NDArray | None = None
         if not dense:
             for part in _parts(np.arange(len(rows)), length, DECIDED):
-                chosen, shown = self.decide(self._batch([rows[row] for row in part]), self._margin[None])
-                number[part] = chosen[:, 0]
+                number[part], shown = self.decide(self._batch([rows[row] for row in part]))
                 seen = np.zeros((len(rows), shown.shape[1]), np.float32) if seen is None else seen
                 seen[part] = shown
             own = self.own_flops(length)
@@ -167,13 +166,18 @@ class OnnxModel(TextModel):
         columns = answers, self.masks[number], [0] * len(rows), ratio.tolist(), unknowns, went_on.tolist()
         return [Answer(*values) for values in zip(*columns, strict=True)]
 
-    def decide(self, batch: Batch, margins: NDArray) -> tuple[NDArray, NDArray]:
-        """Decide before the first layer, on the model's inputs ``[n, length]``, at the margins of operating points.
+    def decide(self, batch: Batch) -> tuple[NDArray, NDArray]:
+        """Decide before the first layer, on the model's inputs ``[n, length]``.
 
         Returns:
-            The number of each row's mask at each margin, int64 ``[n, margins]``; and what the policy needs to judge the
-            answer, float32 ``[n, features]``: no features if it does not.
+            The number of each row's mask, int64 ``[n]``; and what the policy needs to judge the answer, float32
+            ``[n, features]``: no features if it does not.
         """
+        numbers, seen = self.decide_at(self._margin[None], batch)
+        return numbers[:, 0], seen
+
+    def decide_at(self, margins: NDArray, batch: Batch) -> tuple[NDArray, NDArray]:
+        """As ``decide``, at the margins of several operating points: numbers of masks ``[n, margins]``."""
         length = batch["attention_mask"].sum(axis=1)
         scores, *seen = self._run(DECIDE, batch | {"share": self._least[length]})
         choice = (scores[:, None] + margins[:, None] * self._cautious).argmax(axis=2)

@@ -26,7 +26,9 @@ from sd_gym.inference.attach import attach
 from sd_gym.inference.choices import decided_masks
 from sd_gym.inference.second_answers import rows_of
 from sd_gym.policy.artefact import SkipPolicy
+from sd_gym.policy.observations import Observations
 from sd_gym.policy.rollout import Keep, StagedRollout
+from sd_gym.switch import first_layer_input
 from sd_gym.tasks.data import Instances
 from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.metrics import METRICS
@@ -157,10 +159,16 @@ class SkippingModel(TextModel):
 
     def decided(self, split: BackboneSplit) -> NDArray:
         """The policy's decisions, int64 ``[n, switches + 1]``; zeros if it decides in the pass."""
-        decisions = np.zeros((len(split), len(self.board) + 1), dtype=np.int64)
+        return self.decided_at([self.policy], split)[0]
+
+    def decided_at(self, policies: Sequence[SkipPolicy], split: BackboneSplit) -> NDArray:
+        """Decisions of versions of the policy (``with_margin``), int64 ``[policies, n, switches + 1]``; see above."""
+        decisions = np.zeros((len(policies), len(split), len(self.board) + 1), dtype=np.int64)
         by_length = np.argsort(split.encoded.source_length, kind="stable")  # for little padding
         for part in [] if self.policy.is_staged else np.split(by_length, range(BATCH, len(split), BATCH)):
-            decisions[part] = self._decided(split.encoded.inputs(part, self.model.device))
+            observed = self._observed(split.encoded.inputs(part, self.model.device))
+            for own, policy in zip(decisions, policies, strict=True):
+                own[part] = policy.network.decide(observed)
         return decisions
 
     def answered(self, split: BackboneSplit, decided: NDArray | None) -> list[Answer]:
@@ -185,11 +193,11 @@ class SkippingModel(TextModel):
             for answer, row, share, count, again in zip(answers, decisions, ratio, unknown, went_on, strict=True)
         ]
 
-    def _decided(self, inputs: dict[str, Tensor]) -> NDArray:
-        if self._float32_input is None:
-            return self.policy.decide(self.board, inputs)
-        with torch.inference_mode():
-            return self.policy.decide_on(self._float32_input(**inputs), inputs["attention_mask"])
+    @torch.inference_mode()
+    def _observed(self, inputs: dict[str, Tensor]) -> Observations | Tensor:
+        own = self._float32_input
+        hidden = first_layer_input(self.board, inputs) if own is None else own(**inputs)
+        return self.policy.observed(hidden, inputs["attention_mask"])
 
     def saying(self, split: BackboneSplit, answers: list[str]) -> BackboneSplit:
         """The split with these answers as its targets, if the length of answers varies."""

@@ -27,6 +27,7 @@ from sd_gym.operating_points import OperatingPoint, margin_for
 from sd_gym.policy.card import FILE, FILES, TENSORS, model_card, read_card, write_card
 from sd_gym.policy.features import pooled_features, standardised, token_observations
 from sd_gym.policy.network import DecisionPolicy
+from sd_gym.policy.observations import Observations
 from sd_gym.policy.protected_tokens import ProtectedTokens
 from sd_gym.policy.table_export import TablePolicy
 from sd_gym.switch import (
@@ -112,7 +113,11 @@ class SkipPolicy:
         return self.decide_on(first_layer_input(board, inputs), inputs["attention_mask"])
 
     def decide_on(self, hidden: Tensor, mask: Tensor, *, whole: bool = False) -> NDArray:
-        """Decisions, int64 ``[n, switches + 1]``.
+        """Decisions, int64 ``[n, switches + 1]``; arguments and errors are those of ``observed``."""
+        return self.network.decide(self.observed(hidden, mask, whole=whole))
+
+    def observed(self, hidden: Tensor, mask: Tensor, *, whole: bool = False) -> Observations | Tensor:
+        """What the network sees before the first layer; versions of the policy (``with_margin``) see the same.
 
         Args:
             hidden: The first layer's input, ``[n, length, width]``, padded at the right.
@@ -128,10 +133,10 @@ class SkipPolicy:
                 "to its model, or call sd_gym.load(policy)(texts)"
             )
         if self.network.channels is not None:
-            return self.network.decide(token_observations(hidden, mask, self.mean, self.deviation, self.longest))
+            return token_observations(hidden, mask, self.mean, self.deviation, self.longest)
         features = pooled_features(hidden, None if whole else mask).float()
         mean, deviation = (torch.from_numpy(values).to(features.device) for values in (self.mean, self.deviation))
-        return self.network.decide(standardised(features, mean, deviation))
+        return standardised(features, mean, deviation)
 
     def kept(self, board: Switchboard, inputs: dict[str, Tensor], level: NDArray) -> Tensor | None:
         """Which tokens stay at the token levels ``[n]``, bool ``[n, length]``; ``None``: all.

@@ -178,9 +178,9 @@ class TextEngine(BlockingEngine):
     def _prepared(self, inputs: list[Asked]) -> list[Row]:
         split = self.model.split([asked.texts for asked in inputs])
         decisions = np.zeros((len(inputs), len(self._policies), len(self.model.board) + 1), dtype=np.int64)
-        for point in self._needed(inputs):
-            self.model.policy = self._policies[point]
-            decisions[:, point] = self.model.decided(split)
+        needed = self._needed(inputs)
+        decided = self.model.decided_at([self._policies[point] for point in needed], split)
+        decisions[:, needed] = decided.swapaxes(0, 1)
         return list(map(self._row, inputs, split.encoded.source_length.tolist(), decisions))
 
     def _row(self, asked: Asked, length: int, decisions: NDArray) -> Row:
@@ -259,7 +259,7 @@ class GraphEngine(BlockingEngine):
         batch, masks = self.model._batch(encoded), np.zeros((len(inputs), len(self._points)), dtype=np.int64)
         needed = self._needed(inputs)
         margins = np.array([self._points[point].margin for point in needed], dtype=np.float32)
-        masks[:, needed], observed = self.model.decide(batch, margins)
+        masks[:, needed], observed = self.model.decide_at(margins, batch)
         rows = []
         for asked, encoding, of_points, own in zip(inputs, encoded, masks, observed, strict=True):
             chosen = of_points if asked.point is None else np.repeat(of_points[asked.point], len(of_points))
