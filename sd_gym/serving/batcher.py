@@ -238,17 +238,17 @@ class Batcher:
         return None
 
     def _expected_seconds(self, group: list[_Entry], point: int) -> float:
-        """The time that few groups of this size exceed; 0 if none of this mask has run."""
+        """The time that few groups of this size exceed; 0 if none like it has run."""
         key, tokens = self._size(group, point)
         return self._paces[key].slow * tokens if key in self._paces else 0.0
 
     def _size(self, group: list[_Entry], point: int) -> tuple[Hashable, float]:
-        """What the time of a group depends on: its operating point and mask, and its tokens with the overhead."""
+        """What the time of a group depends on: operating point, kind and mask, and its tokens with the overhead."""
         masks = {entry.row.masks[point] for entry in group}
         tokens = len(group) * max(entry.row.length for entry in group)
         if len(masks) == 1:
-            return (point, *masks), tokens + self._cost.one_mask
-        return point, tokens + self._cost.mixed + self._cost.mixed_row * len(group)
+            return (point, group[0].row.kind, *masks), tokens + self._cost.one_mask
+        return (point, group[0].row.kind), tokens + self._cost.mixed + self._cost.mixed_row * len(group)
 
     def _grouped(self, point: int, now: float) -> list[_Entry]:
         """The best group of queued rows at an operating point."""
