@@ -173,7 +173,7 @@ class OnnxModel(TextModel):
             The number of each row's mask, int64 ``[n]``; and what the policy needs to judge the answer, float32
             ``[n, features]``: no features if it does not.
         """
-        numbers, seen = self.decide_at(self._margin[None], batch)
+        numbers, seen = self.decide_at(np.array([self._margin]), batch)
         return numbers[:, 0], seen
 
     def decide_at(self, margins: NDArray, batch: Batch) -> tuple[NDArray, NDArray]:
