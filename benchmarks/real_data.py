@@ -82,7 +82,7 @@ SETS = {
         "snli",
         2413,
         6000,
-        2000,
+        4000,
         max_rate=0.6,
         splits="train: train, validation: 'validation[:{0}]', test: 'validation[{0}:]'",
     ),
