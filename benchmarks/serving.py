@@ -67,7 +67,7 @@ class AsTheyCome:
     def warm_up(self) -> PassCost:
         """Padding does not count."""
         self._engine.warm_up()
-        return PassCost(1e6)
+        return PassCost(1e6)  # more tokens than any group has
 
 
 def serve_arm(arm: str, policy: str, backbone: str | None, threads: int, texts: list[Any], connection: Any) -> None:

@@ -162,7 +162,7 @@ class SkippingModel(TextModel):
         return self.decided_at([self.policy], split)[0]
 
     def decided_at(self, policies: Sequence[SkipPolicy], split: BackboneSplit) -> NDArray:
-        """Decisions of versions of the policy (``with_margin``), int64 ``[policies, n, switches + 1]``; see above."""
+        """As ``decided``, for versions of the policy (``with_margin``): int64 ``[policies, n, switches + 1]``."""
         decisions = np.zeros((len(policies), len(split), len(self.board) + 1), dtype=np.int64)
         by_length = np.argsort(split.encoded.source_length, kind="stable")  # for little padding
         for part in [] if self.policy.is_staged else np.split(by_length, range(BATCH, len(split), BATCH)):

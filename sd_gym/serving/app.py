@@ -276,7 +276,7 @@ async def _unless_gone(request: Request, answering: Awaitable[list[Served]]) -> 
             pass
         waiting.cancel()
 
-    gone = asyncio.ensure_future(hang_up())
+    gone = asyncio.create_task(hang_up())
     try:
         return await answering
     except asyncio.CancelledError:

@@ -92,7 +92,7 @@ class Pace:
         self.mean += (pace - self.mean) / 8
 
     def forget(self) -> None:
-        """Expect less, since a group that does not run teaches nothing: after a pause, requests are answered again."""
+        """Expect a percent less. Refused groups are not measured, so one long pause could refuse all later ones."""
         self.mean, self.deviation = 0.99 * self.mean, 0.99 * self.deviation
 
     @property

@@ -199,6 +199,13 @@ def test_more_requests_than_can_be_answered_do_not_make_all_of_them_late():
     assert sum(answered) == sum(len(rows) for rows, _ in engine.groups)  # nothing ran in vain
 
 
+def test_requests_that_keep_coming_do_not_hold_up_the_first_ones():
+    """There is a new request whenever a decision, which takes 0.01 seconds, has been made."""
+    requests = [one for number in range(1000) for one in requests_of((0, 5), at=number / 200)]
+    outcomes, _ = simulate(play(requests, CountingEngine(), Limits()))
+    assert outcomes[0][1] < 1.2
+
+
 def test_a_group_that_took_long_is_forgotten():
     engine = CountingEngine(seconds=60.0)
     requests = [one for at in range(80, 600) for one in requests_of((0, 5), at=float(at), timeout=1.0)]
