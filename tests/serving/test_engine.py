@@ -12,7 +12,7 @@ import sd_gym
 from sd_gym.operating_points import OperatingPoint
 from sd_gym.serving.app import Settings
 from sd_gym.serving.batcher import Limits
-from sd_gym.serving.engine import Asked, OperatingPoints, TextEngine
+from sd_gym.serving.engine import Asked, GraphEngine, OperatingPoints, TextEngine
 from sd_gym.serving.server import service
 from tests.envs.conftest import trained
 from tests.serving.conftest import client_of
@@ -100,7 +100,12 @@ def test_exported_graphs_are_served_alike(stages, tmp_path, tiny_tokenizer):
         artefact = few_masks(artefact)
     artefact = replace(artefact, operating_points=POINTS)
     sd_gym.export(artefact, tmp_path / "onnx")
-    wanted = sd_gym.onnx.load(tmp_path / "onnx")(texts)
+    model = sd_gym.onnx.load(tmp_path / "onnx")
+    engine, wanted = GraphEngine(model, OperatingPoints(POINTS), range(2)), model(texts)
+    dialled, bold, safe = (engine.prepare([Asked([text], point) for text in texts]) for point in (None, 0, 1))
+    assert [row.masks for row in dialled] == [[one.masks[0], two.masks[0]] for one, two in zip(bold, safe, strict=True)]
+    if stages == ["first"]:  # else the cautious point differs only in going on
+        assert {row.masks[1] for row in dialled} == {0} != {row.masks[0] for row in dialled}
     dense = sd_gym.onnx.load(tmp_path / "onnx", max_loss=0.0)(texts)
     with client_of(service(tmp_path / "onnx", Limits(rows=4), Settings())) as client, ThreadPoolExecutor(6) as threads:
         came = list(threads.map(lambda text: served(client, "/predict", text), texts))
