@@ -11,7 +11,8 @@ from sd_gym.switch import Switchboard
 
 NOISE = 3.0  # ranks: how far the layers that ``whole_layers`` draws stray from the least important ones
 FEWEST = 1 / 3  # a row draws at least this share of the highest number of layers
-MEASURED_ROWS = 8  # rows of a batch that importance is measured on
+MEASURED_ROWS = 32  # rows of a batch that importance is measured on, at most
+CANDIDATES = 4  # of which the next layer to skip is chosen
 BOLDNESS = (-1.0, 2.0)  # range of the shift of a policy's log-odds of skipping
 RARE = 0.02  # the least probability of skipping, and of running, a switch
 RANDOM_SHARE = 0.3  # share of the rows under random decisions, where a policy decides on the others
@@ -27,10 +28,13 @@ def layers_of(board: Switchboard) -> Tensor:
 
 
 @torch.inference_mode()
-def layer_importance(board: Switchboard, batch: dict[str, Tensor], accelerator: Accelerator) -> Tensor:
-    """How much each layer matters: the distillation loss if it alone is skipped, float32 ``[layers]`` on the CPU.
+def layer_importance(board: Switchboard, batch: dict[str, Tensor], max_rate: float, accelerator: Accelerator) -> Tensor:
+    """Ranks of the layers in the order in which they are best skipped, int64 ``[layers]`` on the CPU; 0: the first.
 
-    It is measured on the first rows of ``batch`` (see ``sandwich_loss``), and averaged over the processes.
+    A share ``max_rate`` of them is skipped one by one: of the few that alone raise the distillation loss least, the one
+    that raises it least together with those skipped so far. Layers that hardly matter alone may matter together. The
+    others follow by their losses alone. Losses are those of the first rows of ``batch`` (see ``sandwich_loss``),
+    averaged over the processes.
     """
     model, head, layers = board.model, head_of(board.model), layers_of(board)
     names = batch.keys() - {"keep", "skip_logits"}
@@ -38,26 +42,37 @@ def layer_importance(board: Switchboard, batch: dict[str, Tensor], accelerator: 
     was_training = model.training
     model.eval()
 
-    def logits(skip: Tensor) -> Tensor:
-        with board.decide(skip.long().expand(len(inputs["labels"]), -1)), accelerator.autocast():
+    def logits(skipped: list[int]) -> Tensor:
+        skip = torch.isin(layers, torch.tensor(skipped, dtype=layers.dtype)).long()
+        with board.decide(skip.expand(len(inputs["labels"]), -1)), accelerator.autocast():
             return head.forward(board, inputs).float()
 
-    dense = logits(torch.zeros_like(layers))
-    skipped = [logits(layers == layer) for layer in layers.unique()]
-    losses = torch.stack([head.distillation(each, dense, inputs["labels"]) for each in skipped])
+    dense = logits([])
+
+    def losses(candidates: list[int], skipped: list[int]) -> Tensor:
+        each = [head.distillation(logits([*skipped, layer]), dense, inputs["labels"]) for layer in candidates]
+        return accelerator.reduce(torch.stack(each), "mean")  # pyright: ignore[reportReturnType]  (any structure)
+
+    running = losses(layers.unique().tolist(), []).argsort().tolist()
+    skipped: list[int] = []
+    for _ in range(round(max_rate * len(running))):
+        candidates = running[:CANDIDATES]
+        best = candidates[int(losses(candidates, skipped).argmin())]
+        running.remove(best)
+        skipped.append(best)
     model.train(was_training)
-    return accelerator.reduce(losses, "mean").cpu()  # pyright: ignore[reportAttributeAccessIssue]  (any structure)
+    return torch.tensor([*skipped, *running]).argsort()
 
 
 def least_important(importance: Tensor, rate: float, layers: Tensor) -> Tensor:
     """The skip vector of a share of all layers, the least important ones, int64 ``[switches]``; see ``layers_of``."""
-    return (importance.argsort().argsort() < round(rate * len(importance)))[layers].long()
+    return (importance < round(rate * len(importance)))[layers].long()
 
 
 def even(rows: int, layers: Tensor, max_rate: float, generator: torch.Generator, _: Tensor | None = None) -> Tensor:
     """Each row draws its own rate from ``[0, max_rate]``, then each switch by that rate: int64 ``[rows, switches]``.
 
-    ``layers`` is from ``layers_of``. All draws take an importance (of ``layer_importance``); ``whole_layers`` uses it.
+    ``layers`` is from ``layers_of``. All draws take ranks (of ``layer_importance``); ``whole_layers`` uses them.
     """
     rates = torch.rand(rows, 1, generator=generator) * max_rate
     return (torch.rand(rows, len(layers), generator=generator) < rates).long()
@@ -92,7 +107,7 @@ def whole_layers(
     count = len(importance)
     most = max_rate * count * (FEWEST + (1 - FEWEST) * torch.rand(rows, 1, generator=generator))
     noise = -torch.empty(rows, count).exponential_(generator=generator).log()  # of a Gumbel distribution
-    order = (importance.argsort().argsort() - NOISE * noise).argsort(dim=1).argsort(dim=1)
+    order = (importance - NOISE * noise).argsort(dim=1).argsort(dim=1)
     return (order < most.round())[:, layers].long()
 
 

@@ -69,7 +69,7 @@ class TrainingHistory:
     best: float = -math.inf  # the best quality so far
     since: int = 0  # validations since then
     weights: dict[str, Tensor] = field(default_factory=dict, repr=False)  # the model's weights at the best quality
-    importance: Tensor | None = None  # running mean of ``layer_importance``; ``None``: not measured
+    importance: Tensor | None = None  # the last ``layer_importance``; ``None``: not measured
 
     def add(self, quality: float, model: torch.nn.Module) -> None:
         """Add a validation, and keep the model's weights unless earlier ones were better."""
@@ -166,8 +166,7 @@ def prepare(
         if recipe.patience is not None and history.since >= recipe.patience:
             break
         if recipe.draw == "layers" and (history.importance is None or step % recipe.interval == 0):
-            latest = layer_importance(board, batch, accelerator)
-            history.importance = latest if history.importance is None else (history.importance + latest) / 2
+            history.importance = layer_importance(board, batch, recipe.max_rate, accelerator)
         figures = trainer.train(step, batch, history.importance)
         history.step = step
         if validate is not None and (step % recipe.interval == 0 or step == recipe.steps):

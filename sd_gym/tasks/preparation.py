@@ -145,10 +145,14 @@ def prepare_backbone(
         mean = MeanQuality(board, encoded["held out"], quality, reading, accelerator)
         begin = on_phase if first else lambda phase: None
         begin("evaluating")
-        importance = None
-        if recipe.draw == "layers":
-            importance = layer_importance(board, next(_batches(encoded["held out"], 32, 0, accelerator)), accelerator)
-        before = mean.by_rate(importance), mean.by_share()
+
+        def importance() -> Tensor | None:
+            if recipe.draw != "layers":
+                return None
+            batch = next(_batches(encoded["held out"], 32, 0, accelerator))
+            return layer_importance(board, batch, recipe.max_rate, accelerator)
+
+        before = mean.by_rate(importance()), mean.by_share()
         precision = accelerator.mixed_precision
         begin("preparing" if precision == "no" else f"preparing in {precision}")
         with _curves(output, on_step, write=first) as log:
@@ -168,14 +172,15 @@ def prepare_backbone(
             write_backbone_rows(output, np.concatenate([new, backbone_rows(backbone.name)]))  # of both preparations
             save_backbone(model, tokenizer, output)
         begin("evaluating")
-        after = mean.by_rate(history.importance), mean.by_share()
+        ranks = importance()  # of the weights that were kept
+        after = mean.by_rate(ranks), mean.by_share()
         board.remove()
         report = {
             **settings,
             "steps_done": history.step,
             "validation": [{"step": step, "quality": value} for step, value in history.validation],
             "measure": head_of(model).measured_by(None).name,
-            "importance": None if history.importance is None else history.importance.tolist(),
+            "importance": None if ranks is None else ranks.tolist(),
             "quality": {"before": before[0], "after": after[0]},
             "quality_by_token_share": {"before": before[1], "after": after[1]},
         }

@@ -7,12 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sd_gym.backbones.draws import DRAWS, decisions_around, layer_importance, layers_of, least_important
+from sd_gym.backbones.heads import head_of
 from sd_gym.switch import Switchboard
 from tests.conftest import make_inputs, make_last_token_classifier, make_model
 
 ROWS = 4000
 LAYERS = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
-IMPORTANCE = torch.tensor([0.9, 0.2, 0.1, 0.5])
+IMPORTANCE = torch.tensor([3, 1, 0, 2])
 
 
 def drawn(draw, rate=0.6, seed=0, rows=ROWS):
@@ -75,19 +76,50 @@ def test_the_least_important_layers_are_drawn_mostly():
     assert least_important(IMPORTANCE, 0.5, LAYERS).tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
 
 
-def test_a_layer_that_does_nothing_matters_least():
+def last_token_classifier():
     model, inputs = make_last_token_classifier("llama"), make_inputs("llama")
     model.config.pad_token_id = 1
+    batch = {"labels": torch.zeros(5, dtype=torch.int64)}
+    batch |= {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    return model, batch
+
+
+def test_a_layer_that_does_nothing_is_skipped_first():
+    model, batch = last_token_classifier()
     board = Switchboard(model.train())
     with torch.no_grad():
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             model.model.layers[1].get_submodule(name).weight.zero_()
-    batch = {"labels": torch.zeros(5, dtype=torch.int64)}
-    batch |= {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    importance = layer_importance(board, batch, Accelerator(cpu=True))
-    assert importance[1] == pytest.approx(0, abs=1e-6)
-    assert (importance[[0, 2]] > 1e-3).all()
+    importance = layer_importance(board, batch, 0.6, Accelerator(cpu=True))
+    assert importance[1] == 0
+    assert sorted(importance.tolist()) == [0, 1, 2]
     assert model.training
+
+
+def test_layers_are_skipped_in_the_order_of_what_they_lose_together():
+    model, batch = last_token_classifier()
+    board, head = Switchboard(model.eval()), head_of(model)
+    layers, accelerator = layers_of(board), Accelerator(cpu=True)
+
+    def loss(*skipped):
+        skip = torch.isin(layers, torch.tensor(skipped)).long().expand(5, -1)
+        with torch.inference_mode(), board.decide(skip):
+            logits = head.forward(board, batch)
+        with torch.inference_mode():
+            return head.distillation(logits, head.forward(board, batch), batch["labels"]).item()
+
+    with torch.no_grad():  # the first two layers undo each other
+        attention, feed_forward = (
+            [model.model.layers[layer].get_submodule(name).weight for layer in (0, 1)]
+            for name in ("self_attn.o_proj", "mlp.down_proj")
+        )
+        for first, second in (attention, feed_forward):
+            second.copy_(-first)
+    first, second, last = layer_importance(board, batch, 1.0, accelerator).argsort().tolist()
+    others = {0, 1, 2} - {first}
+    assert loss(first) == min(map(loss, range(3)))
+    assert loss(first, second) == min(loss(first, other) for other in others)
+    assert others == {second, last}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.8])
