@@ -330,7 +330,8 @@ def _log_softmax(values: NDArray) -> NDArray:
 def _judged_choice(log_prob: NDArray) -> NDArray:
     """Log-odds of the best choice, its margin over the next, entropy: ``[n, 3]``, of log-probabilities."""
     probability, best = np.exp(log_prob), log_prob.max(axis=1)
-    two = np.sort(np.pad(probability, ((0, 0), (1, 0))), axis=1)[:, -2:]
+    two = np.zeros((len(best), 2), dtype=best.dtype)  # of a single choice, the next has none
+    two[:, -probability.shape[1] :] = np.sort(probability, axis=1)[:, -2:]
     odds = np.clip(best - np.log(np.maximum(-np.expm1(best), LEAST)), -MOST, MOST)
     return np.stack([odds, two[:, 1] - two[:, 0], -(probability * log_prob).sum(axis=1)], axis=1)
 

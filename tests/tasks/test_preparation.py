@@ -189,7 +189,7 @@ def test_two_processes_share_the_work(tmp_path, reviews, tiny_backbone):
     # accelerate's own launcher starts several processes on GPUs only; torch's, which it calls there, on CPUs too.
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sd_gym.cli"]
     arguments = ["prepare", "--backbone", tiny_backbone, "--dataset", reviews, "--learning-rate", 0.003]
-    arguments += ["--steps", 250, "--batch-size", 8, "--output", tmp_path / "out"]
+    arguments += ["--steps", 250, "--batch-size", 8, "--draw", "layers", "--output", tmp_path / "out"]
     command = [sys.executable, *launch, *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr
