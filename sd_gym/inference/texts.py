@@ -292,9 +292,12 @@ def _checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def _check_compiles(policy: SkipPolicy, head: Head) -> None:
-    """Raise ``ValueError`` if a policy has too many masks to compile a model for each, or generates."""
+    """Raise ``ValueError`` if a policy has stages or too many masks to compile a model for each, or generates."""
+    if policy.is_staged:
+        stages = ", ".join(policy.network.stages)
+        raise ValueError(f"compile=True is for policies that decide once; this has the stages {stages}: leave it out")
     masks = decided_masks(policy)
-    if policy.is_staged or masks is None or len(masks) > MODELS or masks[:, -1].any():
+    if masks is None or len(masks) > MODELS or masks[:, -1].any():
         expected = f"compile=True is for a choice of at most {MODELS} masks that drop no tokens"
         raise ValueError(f"{expected}, and this policy decides otherwise; sd-gym reduce makes one of few masks")
     if head.gives == "text":

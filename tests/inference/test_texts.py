@@ -86,6 +86,12 @@ def test_a_staged_policy_extracts_nothing_where_it_drops_tokens(tmp_path, tiny_t
     torch.testing.assert_close(logits[picked.argsort()], wanted[same.argsort()], rtol=1e-3, atol=1e-3)
 
 
+def test_a_policy_of_several_stages_is_not_compiled(tmp_path, tiny_tokenizer):
+    *_, artefact, _ = trained("classification", None, tmp_path, tiny_tokenizer, stages=("first", "answer"))
+    with pytest.raises(ValueError, match="has the stages first, answer: leave it out"):
+        sd_gym.load(artefact, compile=True)
+
+
 def test_each_mask_is_compiled_once_for_single_inputs_and_once_for_batches(tmp_path, tiny_tokenizer, monkeypatch):
     counter = CompileCounter()
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # usually 8, and all masks count together
