@@ -145,14 +145,7 @@ def prepare_backbone(
         mean = MeanQuality(board, encoded["held out"], quality, reading, accelerator)
         begin = on_phase if first else lambda phase: None
         begin("evaluating")
-
-        def importance() -> Tensor | None:
-            if recipe.draw != "layers":
-                return None
-            batch = next(_batches(encoded["held out"], 32, 0, accelerator))
-            return layer_importance(board, batch, recipe.max_rate, accelerator)
-
-        before = mean.by_rate(importance()), mean.by_share()
+        before = mean.by_rate(_importance(board, encoded["held out"], recipe, accelerator)), mean.by_share()
         precision = accelerator.mixed_precision
         begin("preparing" if precision == "no" else f"preparing in {precision}")
         with _curves(output, on_step, write=first) as log:
@@ -172,15 +165,15 @@ def prepare_backbone(
             write_backbone_rows(output, np.concatenate([new, backbone_rows(backbone.name)]))  # of both preparations
             save_backbone(model, tokenizer, output)
         begin("evaluating")
-        ranks = importance()  # of the weights that were kept
-        after = mean.by_rate(ranks), mean.by_share()
+        importance = _importance(board, encoded["held out"], recipe, accelerator)  # with the weights that were kept
+        after = mean.by_rate(importance), mean.by_share()
         board.remove()
         report = {
             **settings,
             "steps_done": history.step,
             "validation": [{"step": step, "quality": value} for step, value in history.validation],
             "measure": head_of(model).measured_by(None).name,
-            "importance": None if ranks is None else ranks.tolist(),
+            "importance": None if importance is None else importance.tolist(),
             "quality": {"before": before[0], "after": after[0]},
             "quality_by_token_share": {"before": before[1], "after": after[1]},
         }
@@ -198,6 +191,13 @@ def _mixed_precision(device: str) -> str | None:
     if "ACCELERATE_MIXED_PRECISION" in os.environ or is_initialized():
         return None
     return "bf16" if has_bf16(usable_device(device)) else "no"
+
+
+def _importance(board: Switchboard, split: EncodedSplit, recipe: Recipe, accelerator: Accelerator) -> Tensor | None:
+    """The layers' ranks on a batch of a split; ``None`` if the recipe does not draw whole layers."""
+    if recipe.draw != "layers":
+        return None
+    return layer_importance(board, next(_batches(split, 32, 0, accelerator)), recipe.max_rate, accelerator)
 
 
 def _switchable(

@@ -109,12 +109,9 @@ def test_layers_are_skipped_in_the_order_of_what_they_lose_together():
             return head.distillation(logits, head.forward(board, batch), batch["labels"]).item()
 
     with torch.no_grad():  # the first two layers undo each other
-        attention, feed_forward = (
-            [model.model.layers[layer].get_submodule(name).weight for layer in (0, 1)]
-            for name in ("self_attn.o_proj", "mlp.down_proj")
-        )
-        for first, second in (attention, feed_forward):
-            second.copy_(-first)
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            undone, undoing = (model.model.layers[layer].get_submodule(name).weight for layer in (0, 1))
+            undoing.copy_(-undone)
     first, second, last = layer_importance(board, batch, 1.0, accelerator).argsort().tolist()
     others = {0, 1, 2} - {first}
     assert loss(first) == min(map(loss, range(3)))
