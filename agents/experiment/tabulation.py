@@ -198,7 +198,12 @@ def _choice(core: Core, asked: str, seed: int) -> NDArray:
         name = value or core.config.codebook
         if name is None:
             raise ValueError(f"{core.config.id} has no codebook; name one: codebook:FILE")
-        return read_masks(codebook_file(name), core.decision_nvec)
+        masks = read_masks(codebook_file(name), core.decision_nvec)
+        undecided = np.ones(masks.shape[1], dtype=np.bool_)
+        undecided[np.concatenate(core.steps.components[: len(stages_of_pass(core.stages))]).astype(int)] = False
+        if core.is_staged and masks[:, undecided].any():
+            raise ValueError(f"{asked} has masks that skip before the first of the stages {core.stages}; add 'first'")
+        return masks
     if asked == "all":
         raise ValueError(
             f"{core.config.id} has {number_of_decisions(core.decision_nvec):,} decisions; a table has all where "

@@ -48,6 +48,16 @@ def test_its_masks_are_all_combinations_of_what_stages_say(table, source):
             assert way or not mask[components].any()  # the first way of each stage runs all
 
 
+def test_a_codebook_skips_nothing_before_the_first_stage(tmp_path, source):
+    masks = np.zeros((2, len(core_of(source[0], **source[1]).decision_nvec)), dtype=int)
+    masks[1, 1] = 1
+    (tmp_path / "masks.json").write_text(json.dumps(masks.tolist()))
+    keys = {**source[1], "stages": ["encoder.1", "encoder.2"], "decisions": f"codebook:{tmp_path / 'masks.json'}"}
+    with pytest.raises(ValueError, match="skip before the first of the stages .*add 'first'"):
+        sd_gym.tabulate(source[0], tmp_path / "table", **keys)
+    assert not (tmp_path / "table").exists()
+
+
 def test_outcomes_and_looks_are_those_of_the_env(table, source):
     core, computed = core_of(ID, table=table), core_of(source[0], **source[1])
     for name in SPLITS:
