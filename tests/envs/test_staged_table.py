@@ -53,7 +53,7 @@ def test_a_codebook_skips_nothing_before_the_first_stage(tmp_path, source):
     masks[1, 1] = 1
     (tmp_path / "masks.json").write_text(json.dumps(masks.tolist()))
     keys = {**source[1], "stages": ["encoder.1", "encoder.2"], "decisions": f"codebook:{tmp_path / 'masks.json'}"}
-    with pytest.raises(ValueError, match="skip before the first of the stages .*add 'first'"):
+    with pytest.raises(ValueError, match=r"skip before the first of the stages .*add 'first'"):
         sd_gym.tabulate(source[0], tmp_path / "table", **keys)
     assert not (tmp_path / "table").exists()
 
