@@ -110,6 +110,7 @@ def load_model(
     expected = "expected its files beside the weights, as tokenizer.save_pretrained() writes them"
     with _backbone_errors(name, f"its tokenizer cannot be loaded; {expected}"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **file)
+        tokenizer("a")  # some damaged files load, but cannot be used
     check_tokenizer(name, model, tokenizer)
     if tokenizer.pad_token is None:  # padding is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token
@@ -126,7 +127,9 @@ def _backbone_errors(name: str, what: str) -> Iterator[None]:
     """Turn any error of the libraries into a BackboneError of one line."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust, in tokenizers
+            raise
         folder = Path(resolve(name))
         if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
             what = (

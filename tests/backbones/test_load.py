@@ -1,5 +1,8 @@
 """A backbone that is broken is refused when it is loaded, and the error says what to do."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -7,7 +10,7 @@ from safetensors.torch import load_file
 import sd_gym  # noqa: F401  (registers the ids)
 from sd_gym.backbones.checks import BackboneError
 from sd_gym.backbones.heads import LabelHead, SpanHead
-from sd_gym.backbones.load import load_model
+from sd_gym.backbones.load import BUNDLED, load_model
 from tests.backbones.conftest import change_config, change_weights
 from tests.conftest import DECODER, ENCODER, ENCODER_DECODER, make_extractor, make_model
 
@@ -17,6 +20,15 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path, name):
     make_model(name).save_pretrained(tmp_path)
     with pytest.raises(BackboneError, match=r"tokenizer .*expected (its files|them) beside the weights"):
         load_model(str(tmp_path))
+
+
+def test_a_tokenizer_that_loads_but_cannot_be_used_is_refused(tmp_path):
+    folder = shutil.copytree(BUNDLED["mini"], tmp_path / "mini")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["post_processor"]["special_tokens"] = {}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(BackboneError, match="its tokenizer cannot be loaded"):
+        load_model(str(folder))
 
 
 def test_only_a_head_that_is_asked_for_may_be_new_and_it_is_seeded(folder):
