@@ -90,7 +90,7 @@ SETS = {
         "qamr",
         16500,
         10_000,
-        900,
+        1800,
         length=96,
         max_rate=0.6,
         learning_rate=3e-4,

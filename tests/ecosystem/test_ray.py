@@ -16,13 +16,14 @@ from tests.ecosystem import ID, SMALL
 PINS = ["ray==2.60.0"]
 ray = pytest.importorskip("ray")
 SETTINGS = {"steps": 256, "seeds": 2, "controls": False, **SMALL}
+LOCAL = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 2**27, "log_to_driver": False}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def local_ray():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as there, so that the last bits of sums are the same
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=2**27, log_to_driver=False)
+    ray.init(**LOCAL)
     yield
     ray.shutdown()
     torch.set_num_threads(threads)
@@ -66,6 +67,7 @@ def two_machines():
     yield cluster.address, lambda: cluster.remove_node(second, allow_graceful=False)
     ray.shutdown()
     cluster.shutdown()
+    ray.init(**LOCAL)  # for the tests that follow
 
 
 @pytest.mark.slow
