@@ -60,6 +60,7 @@ class Set:
     backbone: str = "minilm"
     stages: str = "[first, encoder.3, answer]"
     skipped: tuple[int, ...] = (0, 4, 8, 12, 14, 16, 18)  # by the masks of SmolLM2, of its thirty layers
+    kept: int = 0  # the first layers of SmolLM2, which no mask skips
     splits: str = "train: 'train[:{0}]', validation: 'train[{0}:]', test: validation"
     phrases: str | None = None  # a data set of labelled parts of texts; those of backbone rows are backbone rows, too
     text_of: tuple[str, ...] = ()  # data sets whose texts, without labels, are the policy rows
@@ -105,7 +106,8 @@ SETS |= {
         max_rate=0.6,
         learning_rate=1e-4,
         backbone="smollm2",
-        stages="[decoder.5, decoder.15, answer]",  # the layers before it matter too much to be skipped
+        stages="[decoder.5, decoder.15, answer]",
+        kept=5,  # they matter most, and the policy sees more after them
     )
     for name, steps in {"sst2": 1200, "agnews": 450}.items()
 }
@@ -298,8 +300,8 @@ class Experiment:
         if self.data.backbone == "minilm":
             return "path"
         importance = json.loads((self.folder / "backbone" / "preparation.json").read_text())["importance"]
-        order = np.argsort(importance)
-        masks = np.zeros((len(self.data.skipped), 2 * len(order) + 1), dtype=np.int64)
+        masks = np.zeros((len(self.data.skipped), 2 * len(importance) + 1), dtype=np.int64)
+        order = [layer for layer in np.argsort(importance) if layer >= self.data.kept]
         for mask, count in zip(masks, self.data.skipped, strict=True):
             for layer in order[:count]:
                 mask[2 * layer : 2 * layer + 2] = 1
