@@ -60,7 +60,7 @@ class Set:
     backbone: str = "minilm"
     stages: str = "[first, encoder.3, answer]"
     skipped: tuple[int, ...] = (0, 4, 8, 12, 14, 16, 18)  # by the masks of SmolLM2, of its thirty layers
-    kept: int = 0  # the first layers of SmolLM2, which no mask skips
+    kept: int = 0  # so many first layers of SmolLM2 run under all masks
     splits: str = "train: 'train[:{0}]', validation: 'train[{0}:]', test: validation"
     phrases: str | None = None  # a data set of labelled parts of texts; those of backbone rows are backbone rows, too
     text_of: tuple[str, ...] = ()  # data sets whose texts, without labels, are the policy rows
