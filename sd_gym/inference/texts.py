@@ -1,9 +1,9 @@
 """A backbone with its policy, called on texts: tokenised, decided on, grouped and answered as in the env."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from sd_gym.backbones.heads import Head
 from sd_gym.backbones.load import load_own_backbone
@@ -19,15 +19,13 @@ from sd_gym.config import dotted
 from sd_gym.data.instance import Instance
 from sd_gym.execution.bank import MODELS, Bank, FirstLayerInput
 from sd_gym.execution.config import checked_config
-from sd_gym.execution.passes import Passes
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.inference.answer import Answer, TextModel
 from sd_gym.inference.attach import attach
 from sd_gym.inference.choices import decided_masks
-from sd_gym.inference.second_answers import rows_of
+from sd_gym.inference.staged_passes import StagedPasses
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.observations import Observations
-from sd_gym.policy.rollout import Keep, StagedRollout
 from sd_gym.switch import first_layer_input
 from sd_gym.tasks.data import Instances
 from sd_gym.tasks.family import TASKS
@@ -36,65 +34,6 @@ from sd_gym.tasks.metrics import METRICS
 BATCH = 256  # inputs that are decided on at once
 DTYPES = "float32", "bfloat16", "float16"
 NOT_NEEDED = ("data", "reward", "action", "codebook")  # of the config, to answer inputs
-
-
-class StagedPasses(Passes):
-    """Passes of a split in which a policy decides stage by stage; rows are grouped by length alone."""
-
-    def __init__(self, split: BackboneSplit, policy: SkipPolicy, first_input: nn.Module | None = None) -> None:
-        vars(self).update(vars(split.passes))
-        self.bank = None  # these passes run on the switchboard, so calls cost what they cost there
-        self._policy, self._first_input = policy, first_input
-        self.masks = np.zeros((len(split), len(self.backbone.board) + 1), dtype=np.int64)  # the policy's decisions
-        self.went_on = np.zeros(len(split), dtype=np.bool_)  # which rows went on after their answer
-        self.first_texts = np.full(len(split), "", dtype=object)  # the texts before that, if texts are generated
-
-    def _pass(self, rows: NDArray, decisions: NDArray, inputs: dict[str, Tensor]) -> Tensor:
-        given = dict(inputs)  # dropping tokens changes it
-        rollout = self._rollout(rows, given, lambda keep: self.head.kept(given, keep))
-        with rollout.deciding(inputs["attention_mask"]):
-            logits = self.backbone.logits(given)
-        if self._policy.sees_answer:
-            rollout.answered(self.head.judge(logits))
-        for picked, block in rollout.going_on():
-            with block:
-                logits = logits.index_copy(0, picked, self.backbone.logits(rows_of(inputs, picked, len(rows))))
-        self._note(rows, rollout)
-        return logits
-
-    def generated_batch(
-        self, rows: NDArray, decisions: NDArray, inputs: dict[str, Tensor], *, judges: bool
-    ) -> tuple[list[str], NDArray]:
-        """The final texts, and the judgement of the first ones, if the policy sees that."""
-        rollout = self._rollout(rows, inputs, lambda keep: keep)
-        deciding = rollout.deciding(inputs["attention_mask"])
-        first, judged = self._generated(inputs, deciding, judges=self._policy.sees_answer)
-        texts = np.array(first, dtype=object)
-        self.first_texts[rows] = texts
-        if self._policy.sees_answer:
-            rollout.answered(judged)
-        for picked, block in rollout.going_on():
-            texts[picked.cpu().numpy()], _ = self._generated(rows_of(inputs, picked, len(rows)), block, judges=False)
-        self._note(rows, rollout)
-        return texts.tolist(), judged
-
-    def _rollout(self, rows: NDArray, inputs: dict[str, Tensor], in_pass: Callable[[NDArray], Keep]) -> StagedRollout:
-        """Decides in a pass on these rows; ``in_pass`` maps the input's tokens that stay to those of the pass."""
-        board, length = self.backbone.board, self.encoded.source_length[rows]
-
-        def keeps(level: NDArray) -> tuple[Keep, NDArray]:
-            keep = self._tokens.kept(rows, level)
-            return None if keep is None else in_pass(keep), self._tokens.kept_length(rows, level)
-
-        first = None
-        if self._first_input is not None:
-            shown = self.encoded.inputs(rows, self.backbone.model.device)
-            first = self._first_input(**shown), shown["attention_mask"]
-        model, judge = (board, self.head, self.backbone.flops), partial(self.backbone.logits, inputs)
-        return StagedRollout(self._policy, *model, length, keeps, judge, first)
-
-    def _note(self, rows: NDArray, rollout: StagedRollout) -> None:
-        self.masks[rows], self.went_on[rows] = rollout.decisions, rollout.went_on
 
 
 class SkippingModel(TextModel):

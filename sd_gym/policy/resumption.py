@@ -53,21 +53,25 @@ class Resumption:
             state = state.rows(torch.from_numpy(rows).to(state.hidden.device))
         self._states.append((rows, state if keep is None else _at_all_positions(state, keep[rows])))
 
-    def blocks(self, goes_on: NDArray) -> Iterator[tuple[Tensor, Block]]:
-        """Rows that go on from the same switch, int64 ``[rows]``, and the context manager for their pass.
+    def parts(self, goes_on: NDArray) -> Iterator[tuple[NDArray, PassState | None]]:
+        """Rows that go on from the same switch, int64 ``[rows]``, and their state there; ``None``: from the start.
 
         ``goes_on``: which rows go on, bool ``[n]``. Rows that skipped nothing are left out: their answer is dense.
         """
         from_start = np.flatnonzero(self._from == 0)
-        dense = np.zeros((1, len(self._board)), dtype=np.bool_)
         for rows, state in [(from_start, None), *self._states]:
             again = np.flatnonzero(goes_on[rows])
             if not len(again):
                 continue
             if state is not None and len(again) < len(rows):
                 state = state.rows(torch.from_numpy(again).to(state.hidden.device))
-            picked = torch.from_numpy(rows[again]).to(self._board.model.device)
-            yield picked, self._board.decide(dense, resume_from=state)
+            yield rows[again], state
+
+    def blocks(self, goes_on: NDArray) -> Iterator[tuple[Tensor, Block]]:
+        """As ``parts``: the rows on the model's device, and the context manager for their pass."""
+        dense = np.zeros((1, len(self._board)), dtype=np.bool_)
+        for rows, state in self.parts(goes_on):
+            yield torch.from_numpy(rows).to(self._board.model.device), self._board.decide(dense, resume_from=state)
 
 
 def _at_all_positions(state: PassState, keep: NDArray | Tensor) -> PassState:

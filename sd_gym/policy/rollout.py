@@ -72,6 +72,13 @@ class StagedRollout:
         self._features[:, self._features.shape[1] - self._answer_size :] = values
         self.went_on = self._decided(ANSWER, self.decisions)[:, -1] == 1
 
+    def resumable(self) -> Iterator[tuple[NDArray, PassState | None]]:
+        """Parts of the rows that go on after skipping, int64 ``[rows]``, each with the state from which they do.
+
+        ``None``: from the start.
+        """
+        return iter(()) if self._resumption is None else self._resumption.parts(self.went_on)
+
     def going_on(self) -> Iterator[tuple[Tensor, Block]]:
         """Parts of the rows that go on after skipping, int64 ``[rows]``, each with the context manager for its pass."""
         return iter(()) if self._resumption is None else self._resumption.blocks(self.went_on)

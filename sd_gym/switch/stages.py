@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from sd_gym.switch.architectures import Switch
 
@@ -40,6 +41,16 @@ class PassState:
         """The state of some rows, by indices int64 ``[rows]``, to resume only those; the padding stays the same."""
         encoded = None if self.encoded is None else self.encoded.index_select(0, indices)
         return PassState(self.stage, self.hidden.index_select(0, indices), self.mask.index_select(0, indices), encoded)
+
+    def padded(self, length: int, side: str) -> PassState:
+        """The state at so many positions: padding is added at a ``side``, ``left`` or ``right``, or taken away."""
+
+        def resized(values: Tensor) -> Tensor:
+            more = length - values.shape[1]
+            return F.pad(values, (0, 0) * (values.ndim - 2) + ((more, 0) if side == "left" else (0, more)))
+
+        encoded = None if self.encoded is None else resized(self.encoded)
+        return PassState(self.stage, resized(self.hidden), resized(self.mask), encoded)
 
 
 class StageReached(Exception):  # noqa: N818  (not an error: it ends the pass on purpose)

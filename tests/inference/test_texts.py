@@ -10,8 +10,6 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import sd_gym
-from sd_gym.going_on import answering
-from sd_gym.inference.texts import StagedPasses
 from sd_gym.tasks import cache
 from tests.envs.conftest import trained
 
@@ -71,19 +69,6 @@ def test_what_is_answered_is_kept_in_no_cache(model, tmp_path, monkeypatch):
     monkeypatch.setenv("SD_GYM_CACHE", str(tmp_path / "cache"))
     model(texts)
     assert not (tmp_path / "cache").exists()
-
-
-def test_a_staged_policy_extracts_nothing_where_it_drops_tokens(tmp_path, tiny_tokenizer):
-    core, policy, artefact, _ = trained(
-        "extracted", "position", tmp_path, tiny_tokenizer, stages=["first", "encoder.1", "answer"]
-    )
-    split, every = core.split("test"), np.arange(24)
-    decisions = core.rollout(split, every, policy.decide)[0]
-    assert decisions[:, -2].any()
-    passes = StagedPasses(split, artefact)
-    ((picked, logits, _),) = passes.logits(every, passes.masks)
-    ((same, wanted, _),) = split.passes.logits(every, answering(decisions, len(core.decision_nvec)))
-    torch.testing.assert_close(logits[picked.argsort()], wanted[same.argsort()], rtol=1e-3, atol=1e-3)
 
 
 def test_a_policy_of_several_stages_is_not_compiled(tmp_path, tiny_tokenizer):

@@ -1,0 +1,156 @@
+"""Passes in which a policy decides stage by stage; rows that go on wait, so that many of them run together."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sd_gym.execution.passes import PASS_TOKENS, Passes
+from sd_gym.execution.split import BackboneSplit
+from sd_gym.policy.artefact import SkipPolicy
+from sd_gym.policy.rollout import Keep, StagedRollout
+from sd_gym.switch import PassState, Switchboard
+from sd_gym.switch.context import Block
+
+
+class StagedPasses(Passes):
+    """Passes of a split in which a policy decides stage by stage; rows are grouped by length alone.
+
+    Few rows of a pass go on, and a pass of few rows takes nearly the time of one of many. So they wait for those of
+    other passes that go on from the same switch.
+    """
+
+    def __init__(self, split: BackboneSplit, policy: SkipPolicy, first_input: nn.Module | None = None) -> None:
+        vars(self).update(vars(split.passes))
+        self.bank = None  # these passes run on the switchboard, so calls cost what they cost there
+        self._policy, self._first_input = policy, first_input
+        self.masks = np.zeros((len(split), len(self.backbone.board) + 1), dtype=np.int64)  # the policy's decisions
+        self.went_on = np.zeros(len(split), dtype=np.bool_)  # which rows went on after their answer
+        self.first_texts = np.full(len(split), "", dtype=object)  # the texts before that, if texts are generated
+
+    def logits(self, rows: NDArray, decisions: NDArray) -> Iterator[tuple[NDArray, Tensor, Tensor]]:
+        """Positions in ``rows``, final logits and labels, in parts; ``decisions`` are zeros."""
+        waiting = _Waiting()
+        for picked, inputs in self.planned(rows, decisions):
+            given = dict(inputs)  # dropping tokens changes it
+            rollout = self._rollout(rows[picked], given, partial(self.head.kept, given))
+            with rollout.deciding(inputs["attention_mask"]):
+                logits = self.backbone.logits(given)
+            if self._policy.sees_answer:
+                rollout.answered(self.head.judge(logits))
+            self._note(rows[picked], rollout)
+            done = ~waiting.add(picked, rollout.resumable())
+            if done.any():
+                final = torch.from_numpy(np.flatnonzero(done)).to(logits.device)
+                yield picked[done], logits.index_select(0, final), inputs["labels"].index_select(0, final)
+            if waiting.tokens > PASS_TOKENS:
+                yield from self._dense_logits(rows, waiting)
+        yield from self._dense_logits(rows, waiting)
+
+    def _dense_logits(self, rows: NDArray, waiting: "_Waiting") -> Iterator[tuple[NDArray, Tensor, Tensor]]:
+        for picked, inputs, block in self._together(rows, waiting):
+            with block:
+                logits = self.backbone.logits(inputs)
+            yield picked, logits, inputs["labels"]
+
+    @torch.inference_mode()
+    def _texts(
+        self, rows: NDArray, decisions: NDArray, seen: PassState | None, *, judges: bool
+    ) -> tuple[list[str], NDArray]:
+        """The final texts, and the judgement of the first ones, if the policy sees that."""
+        texts, judged = np.empty(len(rows), dtype=object), np.empty((len(rows), len(self.head.judgement)))
+        waiting = _Waiting()
+        for picked, inputs in self.planned(rows, decisions, self.longest):
+            rollout = self._rollout(rows[picked], inputs, lambda keep: keep)
+            deciding = rollout.deciding(inputs["attention_mask"])
+            texts[picked], judged[picked] = self._generated(inputs, deciding, judges=self._policy.sees_answer)
+            if self._policy.sees_answer:
+                rollout.answered(judged[picked])
+            self._note(rows[picked], rollout)
+            self.first_texts[rows[picked]] = texts[picked]
+            waiting.add(picked, rollout.resumable())
+            if waiting.tokens > PASS_TOKENS:
+                self._write_dense(texts, rows, waiting)
+        self._write_dense(texts, rows, waiting)
+        return texts.tolist(), judged
+
+    def _write_dense(self, texts: NDArray, rows: NDArray, waiting: "_Waiting") -> None:
+        for picked, inputs, block in self._together(rows, waiting, self.longest):
+            texts[picked], _ = self._generated(inputs, block, judges=False)
+
+    def _together(
+        self, rows: NDArray, waiting: "_Waiting", steps: int = 0
+    ) -> Iterator[tuple[NDArray, dict[str, Tensor], Block]]:
+        """Positions in ``rows``, inputs and context manager of each pass, or ``generate()``, of rows that waited."""
+        board, dense = self.backbone.board, np.zeros((1, len(self.backbone.board)), dtype=np.bool_)
+        for start, positions, states in waiting.taken(board):
+            runs = np.zeros((len(positions), len(board) + 1), dtype=np.int64)
+            runs[:, :start] = 1
+            for part, inputs in self.planned(rows[positions], runs, steps):
+                state = _joined(states, part, inputs["input_ids"].shape[1], self.head.padding_side) if states else None
+                yield positions[part], inputs, board.decide(dense, resume_from=state)
+
+    def _rollout(self, rows: NDArray, inputs: dict[str, Tensor], in_pass: Callable[[NDArray], Keep]) -> StagedRollout:
+        """Decides in a pass on these rows; ``in_pass`` maps the input's tokens that stay to those of the pass."""
+        board, length = self.backbone.board, self.encoded.source_length[rows]
+
+        def keeps(level: NDArray) -> tuple[Keep, NDArray]:
+            keep = self._tokens.kept(rows, level)
+            return None if keep is None else in_pass(keep), self._tokens.kept_length(rows, level)
+
+        first = None
+        if self._first_input is not None:
+            shown = self.encoded.inputs(rows, self.backbone.model.device)
+            first = self._first_input(**shown), shown["attention_mask"]
+        model, judge = (board, self.head, self.backbone.flops), partial(self.backbone.logits, inputs)
+        return StagedRollout(self._policy, *model, length, keeps, judge, first)
+
+    def _note(self, rows: NDArray, rollout: StagedRollout) -> None:
+        self.masks[rows], self.went_on[rows] = rollout.decisions, rollout.went_on
+
+
+class _Waiting:
+    """Rows that go on, by the stage from which they do (``None``: from the start), with their states there."""
+
+    def __init__(self) -> None:
+        self.tokens = 0  # padded tokens of the states that are held
+        self._positions: dict[str | None, list[NDArray]] = {}
+        self._states: dict[str | None, list[PassState]] = {}
+
+    def add(self, positions: NDArray, parts: Iterable[tuple[NDArray, PassState | None]]) -> NDArray:
+        """Let the parts of a pass on ``positions`` wait; which of its rows do, bool ``[rows]``."""
+        waits = np.zeros(len(positions), dtype=np.bool_)
+        for rows, state in parts:
+            waits[rows] = True
+            stage = None if state is None else state.stage
+            self._positions.setdefault(stage, []).append(positions[rows])
+            held = self._states.setdefault(stage, [])
+            if state is not None:
+                held.append(state)
+                self.tokens += state.hidden.shape[0] * state.hidden.shape[1]
+        return waits
+
+    def taken(self, board: Switchboard) -> Iterator[tuple[int, NDArray, list[PassState]]]:
+        """The switch from which rows go on, their positions, and states in that order; none of them waits then."""
+        positions, states = self._positions, self._states
+        self.__init__()
+        for stage, parts in positions.items():
+            start = 0 if stage is None else board.decided_at([stage])[stage].start
+            yield start, np.concatenate(parts), states[stage]
+
+
+def _joined(states: Sequence[PassState], rows: NDArray, length: int, side: str) -> PassState:
+    """The state of some ``rows`` of all these states, padded to a ``length`` at a ``side``."""
+    ends = np.cumsum([len(state.hidden) for state in states])
+    owner, parts = np.searchsorted(ends, rows, side="right"), []
+    for number in np.unique(owner):
+        state = states[number]
+        own = rows[owner == number] - (ends[number] - len(state.hidden))
+        parts.append(state.rows(torch.from_numpy(own).to(state.hidden.device)).padded(length, side))
+    order = torch.from_numpy(np.argsort(np.argsort(owner, kind="stable"))).to(states[0].hidden.device)
+    encoded = None if states[0].encoded is None else torch.cat([part.encoded for part in parts])
+    hidden, mask = (torch.cat([getattr(part, name) for part in parts]) for name in ("hidden", "mask"))
+    return PassState(states[0].stage, hidden, mask, encoded).rows(order)

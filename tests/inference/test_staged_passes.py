@@ -1,0 +1,98 @@
+"""Passes in which a policy decides stage by stage: rows that go on wait for those of other passes."""
+
+from collections import Counter
+from math import ceil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sd_gym
+from sd_gym.going_on import answering
+from sd_gym.inference import staged_passes
+from sd_gym.inference.staged_passes import StagedPasses
+from sd_gym.switch import PassState
+from tests.envs.conftest import trained
+
+STAGES = {
+    "classification": ["first", "encoder.1", "answer"],
+    "last token": ["decoder.1", "answer"],
+    "extracted": ["first", "encoder.1", "answer"],
+    "summarization": ["first", "decoder", "answer"],
+    "prompted": ["first", "answer"],
+}
+
+
+def plain(answers):
+    return [(one.answer, one.skip.tolist(), one.went_on, one.flops_ratio) for one in answers]
+
+
+@pytest.mark.parametrize("task", STAGES)
+def test_a_row_that_waited_is_answered_as_if_it_were_alone(task, tmp_path, tiny_tokenizer, monkeypatch):
+    *_, artefact, texts = trained(task, None, tmp_path, tiny_tokenizer, stages=STAGES[task])
+    model = sd_gym.load(artefact)
+    alone = [plain(model([text]))[0] for text in texts]
+    assert 0 < sum(went_on for *_, went_on, _ in alone) < len(texts)
+    assert plain(model(texts)) == alone
+    assert plain(model(texts, batch_size=4)) == alone
+    monkeypatch.setattr(staged_passes, "PASS_TOKENS", 0)  # no state is held longer than its pass
+    assert plain(model(texts, batch_size=4)) == alone
+
+
+def test_rows_that_go_on_from_a_layer_run_in_as_few_passes_as_they_may(tmp_path, tiny_tokenizer):
+    core, _, artefact, _ = trained("classification", None, tmp_path, tiny_tokenizer, stages=STAGES["classification"])
+    split, every = core.split("test"), np.arange(24)
+    passes, board, resumed = StagedPasses(split, artefact), core.backbone.board, Counter()
+    passes.most, decide = 3, board.decide
+
+    def counted(skip, keep=None, *, resume_from=None):
+        if len(skip) == 1:  # not to judge an early exit
+            resumed[None if resume_from is None else resume_from.stage] += 1
+        return decide(skip, keep, resume_from=resume_from)
+
+    board.decide = counted
+    passes.answers(every, passes.masks)
+    del board.decide
+    again = passes.went_on & passes.masks.any(axis=1)
+    layer = (passes.masks[:, :-1] != 0).argmax(axis=1) // 2  # of two switches
+    rows = Counter(f"encoder.{one}" if one else None for one in layer[again])
+    assert sum(rows.values()) > 6
+    assert resumed == {stage: ceil(count / 3) for stage, count in rows.items()}
+
+
+@given(st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=4), min_size=1, max_size=4), st.booleans(), st.data())
+@settings(max_examples=50, deadline=None)
+def test_states_of_several_passes_are_joined_row_by_row(lengths, left, data):
+    states, rows, side = [], [], "left" if left else "right"
+    for own in lengths:
+        mask = torch.arange(max(own)) < torch.tensor(own)[:, None]
+        mask = mask.flip(1) if left else mask
+        hidden = torch.where(mask[..., None], torch.rand(*mask.shape, 2) + 1, 0)
+        states.append(PassState("encoder.1", hidden, mask.long(), encoded=hidden))
+        rows += [one[present] for one, present in zip(hidden, mask, strict=True)]
+    picked = np.array(data.draw(st.permutations(range(len(rows)))))[: data.draw(st.integers(1, len(rows)))]
+    longest = max(len(rows[row]) for row in picked)
+    joined = staged_passes._joined(states, picked, longest, side)
+    assert joined.hidden.shape == (len(picked), longest, 2)
+    assert torch.equal(joined.encoded, joined.hidden)
+    for row, hidden, mask in zip(picked, joined.hidden, joined.mask.bool(), strict=True):
+        assert torch.equal(hidden[mask], rows[row])
+        assert not hidden[~mask].any()
+
+
+def test_nothing_is_extracted_from_tokens_that_were_dropped(tmp_path, tiny_tokenizer):
+    core, policy, artefact, _ = trained(
+        "extracted", "position", tmp_path, tiny_tokenizer, stages=["first", "encoder.1", "answer"]
+    )
+    split, every = core.split("test"), np.arange(24)
+    decisions = core.rollout(split, every, policy.decide)[0]
+    assert decisions[:, -2].any()
+    passes = StagedPasses(split, artefact)
+    parts = [(picked, logits) for picked, logits, _ in passes.logits(every, passes.masks)]
+    came = {row: one for picked, logits in parts for row, one in zip(picked, logits, strict=True)}
+    ((picked, logits, _),) = split.passes.logits(every, answering(decisions, len(core.decision_nvec)))
+    for row, wanted in zip(picked, logits, strict=True):
+        length = split.encoded.source_length[row]
+        torch.testing.assert_close(came[row][..., :length], wanted[..., :length], rtol=1e-3, atol=1e-3)
