@@ -128,6 +128,12 @@ SETS["debian-smollm2"] = Set(
     instances=800,  # generating takes most of the time
     held_out=300,
 )
+SETS["rnnlg-smollm2"] = replace(
+    SETS["debian-smollm2"],
+    folder="rnnlg",
+    length=64,
+    settings=(r"prompt='{source}\nSentence:'", r'stop="\n"', "max_target_length=44", "quality=metric", "metric=rouge"),
+)
 WITHOUT_LABELS = "-text"  # ends the names of sets whose policies learn on text; the backbone is that of the set before
 SETS |= {
     name + WITHOUT_LABELS: replace(SETS[name], splits="train: text, validation: train, test: validation", text_of=of)
