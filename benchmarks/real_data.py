@@ -65,6 +65,7 @@ class Set:
     phrases: str | None = None  # a data set of labelled parts of texts; those of backbone rows are backbone rows, too
     text_of: tuple[str, ...] = ()  # data sets whose texts, without labels, are the policy rows
     drawn: int | None = None  # so many rows of the training file, at random; ``None``: all, in the file's order
+    distinct: str | None = None  # the rows drawn differ in this field
     instances: int | None = None  # of each part of the table, at most; ``None``: all rows
     held_out: int | None = None  # the preparation is validated on so many; ``None``: on all policy rows
 
@@ -132,6 +133,7 @@ SETS["rnnlg-smollm2"] = replace(
     SETS["debian-smollm2"],
     folder="rnnlg",
     length=64,
+    distinct="document",  # many rows share one
     settings=(r"prompt='{source}\nSentence:'", r'stop="\n"', "max_target_length=44", "quality=metric", "metric=rouge"),
 )
 WITHOUT_LABELS = "-text"  # ends the names of sets whose policies learn on text; the backbone is that of the set before
@@ -248,6 +250,8 @@ class Experiment:
         if self.data.drawn:
             rows = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
             np.random.default_rng(0).shuffle(rows)
+            if self.data.distinct is not None:
+                rows = list({json.loads(row)[self.data.distinct]: row for row in reversed(rows)}.values())[::-1]
             (folder / "train.jsonl").write_text("".join(rows[: self.data.drawn]), encoding="utf-8")
         if self.data.text_of:
             self._write_texts()
