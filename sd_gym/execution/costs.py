@@ -69,7 +69,7 @@ class Costs:
     def executed_flops(self, rows: Array, decisions: Array, parts: list[Array]) -> int:
         """FLOPs of forward passes, with padding to the longest row of each, as torch's counter counts them.
 
-        ``flops`` are those of each row alone.
+        Rows that go on from the same switch run in one pass. ``flops`` are those of each row alone.
         """
         masks, goes_on = parted(decisions, self._components)
         length = self._encoded.source_length[rows]
@@ -81,10 +81,12 @@ class Costs:
             source, target = length[part], self._encoded.target_length[rows[part]]
             always, switched = self._costs_padded(len(part), source, target, kept[part])
             total += always.sum() + (switched * (1 - masks[part, :-1])).sum()
-            again = part[goes_on[part]]  # which keep the padding of their pass
-            if len(again):
-                always, switched = self._costs_padded(len(again), source, target, source)
-                total += going_on_flops(always, switched, resumed_from(masks[again], self.points)).sum()
+        first = resumed_from(masks, self.points)
+        for start in np.unique(first[goes_on]):
+            again = np.flatnonzero(goes_on & (first == start))
+            source, target = length[again], self._encoded.target_length[rows[again]]
+            always, switched = self._costs_padded(len(again), source, target, source)
+            total += going_on_flops(always, switched, first[again]).sum()
         return int(total)
 
     def _ranking(self, length: Array, kept: Array) -> Array:
