@@ -27,7 +27,7 @@ from sd_gym.tasks.metrics import text_quality
 from sd_gym.version import __version__
 
 CHUNK = 1024  # inputs that are grouped into passes together
-WARM_UP = 8  # inputs
+WARM_UP = 8  # inputs that are answered both ways before a comparison is timed
 
 
 @dataclass

@@ -117,29 +117,24 @@ class _Waiting:
 
     def __init__(self) -> None:
         self.tokens = 0  # padded tokens of the states that are held
-        self._positions: dict[str | None, list[NDArray]] = {}
-        self._states: dict[str | None, list[PassState]] = {}
+        self._parts: dict[str | None, list[tuple[NDArray, PassState | None]]] = {}
 
     def add(self, positions: NDArray, parts: Iterable[tuple[NDArray, PassState | None]]) -> NDArray:
         """Let the parts of a pass on ``positions`` wait; which of its rows do, bool ``[rows]``."""
         waits = np.zeros(len(positions), dtype=np.bool_)
         for rows, state in parts:
             waits[rows] = True
-            stage = None if state is None else state.stage
-            self._positions.setdefault(stage, []).append(positions[rows])
-            held = self._states.setdefault(stage, [])
-            if state is not None:
-                held.append(state)
-                self.tokens += state.hidden.shape[0] * state.hidden.shape[1]
+            self._parts.setdefault(None if state is None else state.stage, []).append((positions[rows], state))
+            self.tokens += 0 if state is None else state.hidden[..., 0].numel()
         return waits
 
     def taken(self, board: Switchboard) -> Iterator[tuple[int, NDArray, list[PassState]]]:
         """The switch from which rows go on, their positions, and states in that order; none of them waits then."""
-        positions, states = self._positions, self._states
-        self.__init__()
-        for stage, parts in positions.items():
+        held, self._parts, self.tokens = self._parts, {}, 0
+        for stage, parts in held.items():
             start = 0 if stage is None else board.decided_at([stage])[stage].start
-            yield start, np.concatenate(parts), states[stage]
+            positions = np.concatenate([own for own, _ in parts])
+            yield start, positions, [state for _, state in parts if state is not None]
 
 
 def _joined(states: Sequence[PassState], rows: NDArray, length: int, side: str) -> PassState:
