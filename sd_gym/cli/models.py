@@ -225,6 +225,7 @@ def serve(
     timeout: Annotated[float, Option(min=0.001, help="Seconds after which a request gets 504.")] = 30.0,
     max_body: Annotated[int, Option(min=1, help="Most bytes of a request; longer ones get 413.")] = 2**20,
     max_inputs: Annotated[int, Option(min=1, help="Most inputs of a request; longer ones get 413.")] = 64,
+    max_characters: Annotated[int, Option(min=1, help="Most characters of an input; longer ones get 413.")] = 50_000,
     imports: Imports = [],
 ) -> None:
     """Serve a policy over HTTP: requests that share a mask run together. Needs `pip install "sd-gym[serve]"`.
@@ -247,7 +248,7 @@ def serve(
             served = service(
                 policy,
                 Limits(batch_size, batch_tokens, queue, queue_tokens, max_wait),
-                Settings(timeout, max_body, max_inputs),
+                Settings(timeout, max_body, max_inputs, max_characters),
                 backbone=backbone,
                 device=device,
                 max_loss=max_loss,

@@ -21,7 +21,16 @@ from sd_gym.serving.batcher import Batcher, ClosedError, LateError, Limits, Queu
 from sd_gym.serving.dial import Dial, Fixed
 from sd_gym.serving.engine import Asked, BlockingEngine, InThread, OperatingPoints, Served
 from sd_gym.serving.metrics import Metrics
-from sd_gym.serving.requests import Body, Completions, Generate, Predict, RefusedError, body_of, inputs_of
+from sd_gym.serving.requests import (
+    Body,
+    Completions,
+    Generate,
+    GenerateParameters,
+    Predict,
+    RefusedError,
+    body_of,
+    inputs_of,
+)
 from sd_gym.version import __version__
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -36,6 +45,7 @@ class Settings:
     timeout: float = 30.0  # seconds for an answer; also for the body to arrive
     body: int = 2**20  # bytes
     inputs: int = 64
+    characters: int = 50_000  # of an input: all of them are tokenised, also those that are then cut
 
 
 class GoneError(Exception):
@@ -46,6 +56,11 @@ class Service:
     """A model that answers over HTTP.
 
     ``dial`` chooses the operating point of each group; ``None``: always the default point.
+
+    Attributes:
+        batcher: Groups the requests; ``None`` until the model is warm.
+        failure: What ended the service: the model cannot answer.
+        on_failure: Called then.
     """
 
     def __init__(
@@ -59,7 +74,9 @@ class Service:
         self.engine, self.points, self.settings, self._limits = engine, points, settings, limits
         self._thread, self._dial, self._served = InThread(engine), dial or Fixed(points.default), engine.served
         self.metrics = Metrics(lambda: self.batcher.queued if self.batcher else 0)
-        self.batcher: Batcher | None = None  # once it is warm
+        self.batcher: Batcher | None = None
+        self.failure: BaseException | None = None
+        self.on_failure: Callable[[], None] = lambda: None
         self._work: asyncio.Task[None] | None = None
         self._is_closing = False
 
@@ -80,8 +97,7 @@ class Service:
             yield
         finally:
             self.close()
-            with contextlib.suppress(Exception):
-                await starting
+            await starting
             if self.batcher is not None and self._work is not None:
                 self.batcher.close()
                 await asyncio.wait([self._work])
@@ -90,12 +106,22 @@ class Service:
     async def _start(self) -> None:
         try:
             cost = await self._thread.call(self.engine.warm_up)
-        except Exception:
-            log.exception("the model cannot answer")
-            raise
+        except Exception as error:
+            self._fail(error)
+            return
         self.batcher = Batcher(self._thread, self._limits, cost, self._dial, self.metrics.group)
         self._work = asyncio.create_task(self.batcher.work())
-        self._work.add_done_callback(_log_failure)
+        self._work.add_done_callback(self._watch)
+
+    def _watch(self, work: asyncio.Task[None]) -> None:
+        if not work.cancelled() and (error := work.exception()) is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        log.error("the model cannot answer", exc_info=error)
+        self.close()
+        self.failure = error
+        self.on_failure()
 
     async def answer(self, request: Request, given: list[Any], body: Body, longest: int | None = None) -> list[Served]:
         """The answers to the inputs of a request.
@@ -117,9 +143,12 @@ class Service:
 
     def _texts(self, number: int, given: Any) -> list[str]:
         try:
-            return self.engine.checked(given)
+            texts = self.engine.checked(given)
         except ValueError as error:
             raise RefusedError(422, f"input {number}: {error}") from None
+        if (length := sum(map(len, texts))) > (most := self.settings.characters):
+            raise RefusedError(413, f"input {number}: expected at most {most:,} characters, got {length:,}")
+        return texts
 
     def _point(self, body: Body) -> int | None:
         if body.point is not None:
@@ -145,10 +174,11 @@ class Service:
         """``POST /generate``."""
         body = await body_of(request, Generate, self.settings.body, self.settings.timeout)
         given, is_single = inputs_of(body.inputs)
-        longest = self._longest(body.parameters.max_new_tokens, "parameters.max_new_tokens")
-        served = await self.answer(request, given, body.parameters, longest)
+        parameters = body.parameters or GenerateParameters()
+        longest = self._longest(parameters.max_new_tokens, "parameters.max_new_tokens")
+        served = await self.answer(request, given, parameters, longest)
         texts = [
-            {"generated_text": one.answer.answer} | ({"details": _details(one)} if body.parameters.details else {})
+            {"generated_text": one.answer.answer} | ({"details": _details(one)} if parameters.details else {})
             for one in served
         ]
         return _json(texts[0] if is_single else texts, served)
@@ -313,8 +343,3 @@ def _cut(text: str, stops: list[str]) -> str:
 
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
-
-
-def _log_failure(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.error("no more requests can be answered", exc_info=error)

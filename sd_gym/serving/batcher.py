@@ -159,7 +159,7 @@ class Batcher:
         """
         if self._closed:
             raise ClosedError("the server is shutting down")
-        if self.queued + len(inputs) > self._limits.queued_rows:
+        if self.queued and self.queued + len(inputs) > self._limits.queued_rows:
             raise self._full()
         loop = asyncio.get_running_loop()
         now = loop.time()

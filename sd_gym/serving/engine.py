@@ -108,19 +108,9 @@ class BlockingEngine(ABC):
         """Number of tokens of a generated text; only an engine that completes texts is asked."""
         raise NotImplementedError
 
-    def prepare(self, inputs: list[Asked]) -> list[Row]:
-        """Tokenise, and decide at the requested operating point, or else at all that the dial may choose.
-
-        Only inputs with the same number of texts are tokenised together: among pairs, a text would get further tokens.
-        """
-        rows: dict[int, Row] = {}
-        for count in {len(asked.texts) for asked in inputs}:
-            numbers = [number for number, asked in enumerate(inputs) if len(asked.texts) == count]
-            rows |= zip(numbers, self._prepared([inputs[number] for number in numbers]), strict=True)
-        return [rows[number] for number in range(len(inputs))]
-
     @abstractmethod
-    def _prepared(self, inputs: list[Asked]) -> list[Row]: ...
+    def prepare(self, inputs: list[Asked]) -> list[Row]:
+        """Tokenise, and decide at the requested operating point, or else at all that the dial may choose."""
 
     @abstractmethod
     def run(self, rows: list[Row], point: int) -> list[Served]:
@@ -175,7 +165,8 @@ class TextEngine(BlockingEngine):
         return len(self.model.tokenizer(text, add_special_tokens=False).input_ids)
 
     @torch.inference_mode()
-    def _prepared(self, inputs: list[Asked]) -> list[Row]:
+    def prepare(self, inputs: list[Asked]) -> list[Row]:
+        """See ``BlockingEngine``."""
         split = self.model.split([asked.texts for asked in inputs])
         decisions = np.zeros((len(inputs), len(self._policies), len(self.model.board) + 1), dtype=np.int64)
         needed = self._needed(inputs)
@@ -187,7 +178,7 @@ class TextEngine(BlockingEngine):
         if asked.point is not None:
             decisions = np.repeat(decisions[[asked.point]], len(decisions), axis=0)
         masks = [decision.tobytes() if self.groups_masks else b"" for decision in decisions]
-        kind = len(asked.texts), asked.longest, asked.point if self._staged else None
+        kind = asked.longest, asked.point if self._staged else None
         return Row(length, masks, kind, (asked, decisions))
 
     @torch.inference_mode()
@@ -254,7 +245,8 @@ class GraphEngine(BlockingEngine):
         name = Path(manifest["backbone"]["name"]).name
         self.served = Described(name, model.fields, manifest["head"], manifest["switches"], 0, completes=False)
 
-    def _prepared(self, inputs: list[Asked]) -> list[Row]:
+    def prepare(self, inputs: list[Asked]) -> list[Row]:
+        """See ``BlockingEngine``."""
         encoded = self.model._encoded([asked.texts for asked in inputs])
         batch, masks = self.model._batch(encoded), np.zeros((len(inputs), len(self._points)), dtype=np.int64)
         needed = self._needed(inputs)
@@ -263,7 +255,7 @@ class GraphEngine(BlockingEngine):
         rows = []
         for asked, encoding, of_points, own in zip(inputs, encoded, masks, observed, strict=True):
             chosen = of_points if asked.point is None else np.repeat(of_points[asked.point], len(of_points))
-            kind = len(asked.texts), asked.point if self.model.looks_at_answer else None
+            kind = asked.point if self.model.looks_at_answer else None
             rows.append(Row(len(encoding), chosen.tolist(), kind, (asked, encoding, own)))
         return rows
 

@@ -39,7 +39,9 @@ class Predict(Body):
     inputs: Any
     details: bool = False
     truncate: Literal[True] = True
+    truncation_direction: Literal["Right", "right"] = "Right"
     raw_scores: Literal[False] = False
+    parameters: Annotated[dict[str, Any], Field(max_length=0)] | None = None  # huggingface_hub sends an empty object
 
 
 class GenerateParameters(Body):
@@ -48,6 +50,7 @@ class GenerateParameters(Body):
     max_new_tokens: Annotated[int | None, Field(ge=1)] = None
     details: bool = False
     do_sample: Literal[False] = False
+    return_full_text: Literal[False] | None = None
 
 
 class Generate(BaseModel):
@@ -56,7 +59,8 @@ class Generate(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     inputs: Any
-    parameters: GenerateParameters = GenerateParameters()
+    parameters: GenerateParameters | None = None
+    stream: Literal[False] = False
 
 
 class Completions(Body):

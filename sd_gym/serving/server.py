@@ -84,7 +84,12 @@ def _session_options(threads: int | None) -> Any:
 
 
 def run(served: Service, host: str, port: int, on_address: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT; call ``on_address`` with the URL. Raises ``OSError`` if the port is taken."""
+    """Serve until SIGTERM or SIGINT; call ``on_address`` with the URL.
+
+    Raises:
+        OSError: If the port is taken.
+        RuntimeError: If the model fails when it is warmed up, or the batcher does.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), backlog=2048, family=family) as listening:
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or a response's body waits for an ACK
@@ -100,6 +105,8 @@ def run(served: Service, host: str, port: int, on_address: Callable[[str], None]
         gc.freeze()  # collections while requests are served need not visit the model and its libraries
         sys.setswitchinterval(SWITCH)
         _Server(config, served).run(sockets=[listening])
+    if served.failure is not None:
+        raise RuntimeError("the model cannot answer, so the server ended") from served.failure
 
 
 class _Server(uvicorn.Server):
@@ -108,6 +115,10 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, served: Service) -> None:
         super().__init__(config)
         self._served = served
+        served.on_failure = self._end
+
+    def _end(self) -> None:
+        self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._served.close()

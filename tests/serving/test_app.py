@@ -8,6 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from sd_gym.serving import server
+from sd_gym.serving.app import Service, Settings
+from sd_gym.serving.batcher import Limits
+from tests.serving.conftest import StubPoints
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
@@ -160,6 +165,43 @@ def test_it_is_not_ready_before_it_is_warm_and_while_it_drains(stub):
         assert client.get("/readyz").status_code == 503
         engine.going.set()
         assert waiting.result().json() == {"answer": "WAIT"}
+
+
+def test_a_server_whose_model_fails_ends(stub, monkeypatch):
+    engine, _ = stub
+    monkeypatch.setattr("gc.freeze", lambda: None)
+    monkeypatch.setattr("sys.setswitchinterval", lambda seconds: None)
+
+    def warm_up():
+        raise MemoryError("no room")
+
+    engine.warm_up = warm_up
+    service = Service(engine, StubPoints(), Limits(), Settings())
+    with pytest.raises(RuntimeError, match="the model cannot answer, so the server ended"):
+        server.run(service, "127.0.0.1", 0, lambda address: None)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/predict", {"parameters": {}, "truncation_direction": "Right"}),
+        ("/generate", {"parameters": None, "stream": False}),
+        ("/generate", {"parameters": {"return_full_text": False}}),
+    ],
+)
+def test_fields_that_clients_always_send_are_taken(stub, path, fields):
+    _, client = stub
+    with client() as client:
+        assert client.post(path, json={"inputs": "a", **fields}).status_code == 200
+
+
+def test_texts_of_very_many_characters_hold_nobody_up(stub):
+    engine, client = stub
+    with client(characters=9) as client:
+        refused = predict(client, [["a"], ["a b c d e f"]])
+        assert (refused.status_code, refused.json()["error"]) == (413, "input 1: expected at most 9 characters, got 11")
+        assert predict(client, "a b c d e").status_code == 200
+    assert engine.ran == ["a b c d e"]
 
 
 @pytest.mark.parametrize("body", [b'{"inputs": "gone"}', b'{"inp'])

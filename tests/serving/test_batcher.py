@@ -156,6 +156,18 @@ def test_a_full_queue_refuses_by_rows_and_by_tokens():
     assert [isinstance(outcome, QueueFullError) for outcome, _ in outcomes] == [False] * 4 + [True] * 4
 
 
+def test_a_request_of_more_rows_than_the_queue_has_is_answered_when_nobody_waits():
+    async def main():
+        batcher = Batcher(CountingEngine(), Limits(queued_rows=4), PassCost(8.0))
+        work = asyncio.create_task(batcher.work())
+        answers = await batcher.answer([(f"row {row}", 0, 5) for row in range(6)], 30)
+        batcher.close()
+        await work
+        return answers
+
+    assert len(simulate(main())) == 6
+
+
 def test_a_closed_batcher_answers_what_it_took():
     engine = CountingEngine()
     requests = [*requests_of(*[(0, 5), (1, 5)] * 5), *requests_of((0, 5), at=0.6)]
