@@ -140,7 +140,10 @@ def _write(file: Path, write: Callable[[Path], Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + ".tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors makes files that only their owner can read
         os.replace(temporary, file)
     except (SafetensorError, RuntimeError) as error:  # how the libraries report errors of the disk
         raise OSError(f"cannot write {file} ({one_line(error)}); is the disk full?") from error

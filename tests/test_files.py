@@ -22,6 +22,13 @@ def test_files_on_a_full_disk(tmp_path, write, value):
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
 
 
+def test_whoever_may_read_the_other_files_may_read_tensors(tmp_path):
+    write_tensors(tmp_path / "values.safetensors", VALUES)
+    write_json(tmp_path / "values.json", [0])
+    modes = {file.stat().st_mode for file in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
 def test_damaged_files_are_named(tmp_path):
     file = tmp_path / "file"
     file.write_bytes(b"garbage")

@@ -180,7 +180,9 @@ def save_backbone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fo
         raise OSError(f"cannot write the model to {folder}: {one_line(error)}") from error
     tokenizer.save_pretrained(temporary)
     # config.json comes last, so a folder that has it is complete.
+    mode = (temporary / "config.json").stat().st_mode
     for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+        file.chmod(mode)  # safetensors makes files that only their owner can read
         file.replace(folder / file.name)
     temporary.rmdir()
 
