@@ -109,11 +109,6 @@ class BackboneSplit:
         return part
 
     @cached_property
-    def paired(self) -> bool:
-        """Whether inputs are pairs of texts."""
-        return any(instance.source_pair is not None for instance in self.instances)
-
-    @cached_property
     def dense_loss(self) -> Array:
         """Loss of the dense backbone on each instance, float64 ``[n]``: one forward pass over the split.
 
@@ -150,10 +145,10 @@ class BackboneSplit:
 
     def marked_texts(self, row: int, level: int) -> list[MarkedText]:
         """The texts of an instance, with the parts that are read at a token level."""
-        keep, instance = self.tokens.kept(np.array([row]), np.array([level])), self.instances[row]
-        if self.reading.prompt is None and self.paired and instance.source_pair is None:  # tokenised as the others are
-            instance = replace(instance, source_pair="")
-        return marked_texts(instance, self.backbone.tokenizer, self.reading, None if keep is None else keep[0])
+        keep = self.tokens.kept(np.array([row]), np.array([level]))
+        return marked_texts(
+            self.instances[row], self.backbone.tokenizer, self.reading, None if keep is None else keep[0]
+        )
 
     @cached_property
     def rarity(self) -> Array:

@@ -133,8 +133,8 @@ class Attached:
                 return inner(*args, **kwargs)
             given = kwargs
             if args:
-                bound = signature.bind_partial(*args, **kwargs).arguments
-                given = {**bound, **bound.pop("kwargs", {})}
+                given = signature.bind_partial(*args, **kwargs).arguments
+                given |= given.pop("kwargs", {})
             return method(given, *args, **kwargs)
 
         vars(call)["is_attached"] = True  # it passes on what is asked while decisions are in force
@@ -152,8 +152,9 @@ class Attached:
         target = _first_given(given, ("decoder_input_ids", "labels"))
         if len(self.board.architecture.stacks) > 1 and target is not None and target.ndim > 1:
             self._decisions.record_target(target.shape[1])
-        if isinstance(filled := getattr(output, "cache", None), Cache):
-            self._of_cache[filled] = in_force
+        for filled in output if isinstance(output, tuple) else [getattr(output, "cache", None)]:
+            if isinstance(filled, Cache):
+                self._of_cache[filled] = in_force
         return output
 
     def _under_decisions(

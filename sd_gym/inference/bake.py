@@ -58,6 +58,8 @@ def bake(model: PreTrainedModel, mask: ArrayLike) -> PreTrainedModel:
     if shapes[0] != shapes[1]:
         reason = f"the weights of this {type(model).__name__} do not fit a plain one of fewer layers"
         raise ValueError(f"{reason}; merge adapters, and bake before quantising")
+    for name, own in smaller.state_dict(keep_vars=True).items():
+        own.data = own.data.to(weights[name].dtype)  # some stay in float32 where the model is in half precision
     smaller.load_state_dict(weights)
     if getattr(model, "generation_config", None) is not None:
         smaller.generation_config = deepcopy(model.generation_config)

@@ -258,9 +258,7 @@ class OnnxModel(TextModel):
         encode = self._tokenizer.encode_batch
         if self.manifest["head"] != "span":
             encode = self._tokenizer.encode_batch_fast  # without the places of tokens in their text
-        if all(len(fields) == 1 for fields in texts):
-            return encode([fields[0] for fields in texts])
-        return encode([(first, second[0] if second else "") for first, *second in texts])
+        return encode([fields[0] if len(fields) == 1 else (fields[0], fields[1]) for fields in texts])
 
     def _check_questions(self, questions: list[str], limit: int) -> None:
         whole = Tokenizer.from_str(self._tokenizer.to_str())

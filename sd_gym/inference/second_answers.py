@@ -32,6 +32,10 @@ def generate_arguments(model: PreTrainedModel, given: dict[str, Any]) -> dict[st
         if (value := setting(model, given, name)) not in (None, expected):
             reason = "this policy may replace texts, so generate() gives one text per input, after all are complete"
             raise ValueError(f"{reason}; expected {name}={expected}, got {value}")
+    for name in ("logits_processor", "stopping_criteria"):
+        if given.get(name):
+            reason = "this policy generates some texts again, as a smaller batch, so the rows of a batch change"
+            raise ValueError(f"{reason} for your {name}; leave it out")
     return {**given, "return_dict_in_generate": True, "output_scores": True}
 
 
@@ -55,8 +59,12 @@ def final_texts(
     pad, end = (setting(model, arguments, name) for name in ("pad_token_id", "eos_token_id"))
     padding = pad if pad is not None else end[0] if isinstance(end, list) else end
     for picked, block in rollout.going_on():
+        own = rows_of(arguments, picked, len(sequences))
+        if (allowed := own.get("prefix_allowed_tokens_fn")) is not None:
+            numbers = picked.tolist()
+            own["prefix_allowed_tokens_fn"] = lambda row, ids, of=numbers, allowed=allowed: allowed(of[row], ids)
         with block:
-            again = run(**rows_of(arguments, picked, len(sequences))).sequences
+            again = run(**own).sequences
         longest = max(longest, again.shape[1])
         length = max(longest, sequences.shape[1])
         sequences, again = (F.pad(one, (0, length - one.shape[1]), value=padding or 0) for one in (sequences, again))
@@ -75,6 +83,8 @@ def rows_of(arguments: dict[str, Any], picked: Tensor, n: int) -> dict[str, Any]
 
 
 def setting(model: PreTrainedModel, given: dict[str, Any], name: str) -> Any:
-    """An argument of ``generate()``, or the model's default for it."""
-    config = given.get("generation_config") or model.generation_config
-    return given.get(name, getattr(config, name, None))
+    """An argument of ``generate()``, or the default for it: of its ``generation_config``, else of the model's."""
+    if name in given:
+        return given[name]
+    own = getattr(given.get("generation_config"), name, None)
+    return getattr(model.generation_config, name, None) if own is None else own

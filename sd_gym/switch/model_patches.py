@@ -58,6 +58,9 @@ class LayerPatch:
 
     def _begin(self, decision: Decision, tokens: DroppedTokens, args: tuple, kwargs: dict[str, Any]) -> None:
         decision.refuse_tracing()
+        if is_gathering():
+            reason = "layers have no outputs for dropped tokens"
+            raise NotImplementedError(f"{reason}; leave output_hidden_states and output_attentions out, or drop none")
         decision.repeats_in(len(hidden_states(args, kwargs)))
         additive = self.model.config._attn_implementation == "eager"  # adds its mask to the scores
         decision.state.tokens = TokenPass(tokens, args, kwargs, additive=additive, generating=decision.generating)

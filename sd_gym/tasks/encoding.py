@@ -36,7 +36,7 @@ def encode(
         input_ids=source.input_ids,
         source_length=source.attention_mask.sum(dim=1).numpy(),
         source_cut=source_cut,
-        token_type_ids=source.get("token_type_ids") if _paired(instances) else None,
+        token_type_ids=source.get("token_type_ids") if any(map(_is_pair, instances)) else None,
         **vars(targets),
     )
 
@@ -99,39 +99,37 @@ def _tokenize_sources(
     if backbone.prompt is not None:
         prompts, cut = _prompts(instances, tokenizer, limit, backbone.prompt)
         return tokenizer(prompts, **options), cut
-    sources, paired = [instance.source for instance in instances], _paired(instances)
-    has_questions = paired and all(instance.protected for instance in instances)
+    has_questions = all(instance.protected and instance.source_pair is not None for instance in instances)
     if has_questions:  # they are not cut
-        for instance, ids in zip(instances, tokenizer(sources, [""] * len(sources)).input_ids, strict=True):
+        questions = [(instance.source, "") for instance in instances]
+        for instance, ids in zip(instances, tokenizer(questions).input_ids, strict=True):
             if len(ids) >= limit:
                 raise DataError(
                     f"{instance.place}: the question alone has {len(ids)} of max_source_length {limit} tokens"
                 )
-    tokens = tokenizer(
-        sources,
-        [instance.source_pair or "" for instance in instances] if paired else None,
-        truncation="only_second" if has_questions else True,
-        max_length=limit,
-        **options,
-    )
+    texts = [(one.source, one.source_pair) if _is_pair(one) else one.source for one in instances]
+    tokens = tokenizer(texts, truncation="only_second" if has_questions else True, max_length=limit, **options)
     return tokens, was_cut(tokens, limit)
 
 
-def _paired(instances: Sequence[Instance]) -> bool:
-    return any(instance.source_pair is not None for instance in instances)
+def _is_pair(instance: Instance) -> bool:
+    return instance.source_pair is not None
 
 
 def _document(instance: Instance) -> str:
     """The field of a prompt that may be cut: the context of a question, else the source."""
-    return "source" if instance.source_pair is None else "source_pair"
+    return "source_pair" if _is_pair(instance) else "source"
 
 
 def _prompts(instances: Sequence[Instance], tokenizer: Tokenizer, limit: int, prompt: str) -> tuple[list[str], NDArray]:
     """Each instance's prompt, its document cut so that the whole has about ``limit`` tokens; and which were cut."""
     documents = [getattr(instance, _document(instance)) for instance in instances]
-    for instance in instances[:1]:
+    for instance in instances:
+        if not _is_pair(instance) and "{source_pair}" in prompt:
+            raise DataError(f"{instance.place}: the prompt names {{source_pair}}, and there is only one text")
         if f"{{{_document(instance)}}}" not in prompt or (instance.source_pair and "{source}" not in prompt):
-            raise DataError(f"the prompt must name {{source}} (and {{source_pair}}, for a context), got {prompt!r}")
+            expected = f"the prompt must name {{source}} (and {{source_pair}}, for a context), got {prompt!r}"
+            raise DataError(f"{instance.place}: {expected}")
     without = [prompt.format(**{"source": instance.source, _document(instance): ""}) for instance in instances]
     used = [len(ids) for ids in tokenizer(without).input_ids]
     offsets = tokenizer(documents, add_special_tokens=False, return_offsets_mapping=True).offset_mapping

@@ -231,7 +231,7 @@ def test_a_decoding_loop_of_ones_own_goes_on_under_what_was_decided_on_the_promp
     skip, cache, tokens = model.decisions.skip, DynamicCache(config=model.config), []
     with torch.inference_mode():
         for _ in range(3):
-            last = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1:]
+            last = model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=False)[0][:, -1:]
             last[:, :, model.config.eos_token_id] = -torch.inf  # as min_new_tokens does
             ids = last.argmax(dim=-1)
             tokens.append(int(ids))

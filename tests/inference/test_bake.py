@@ -64,6 +64,19 @@ def test_it_is_the_switched_model_bit_for_bit_and_transformers_alone_loads_it(na
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+def test_weights_that_stay_in_float32_do_so():
+    """In half precision those of a T5 would overflow."""
+    model = make_model("t5").half()
+    for block in (*model.encoder.block, *model.decoder.block):
+        block.layer[-1].DenseReluDense.wo.float()
+    board = Switchboard(model)
+    mask, inputs = whole_layers(board, ("decoder", 0)), make_inputs("t5")
+    smaller = sd_gym.bake(model, mask)
+    assert smaller.encoder.block[0].layer[-1].DenseReluDense.wo.weight.dtype == torch.float32
+    with torch.inference_mode(), board.decide(mask[None]):
+        assert torch.equal(model(**inputs).logits, smaller(**inputs).logits)
+
+
 @pytest.mark.parametrize("name", sorted(POST_NORM))
 def test_layers_in_which_something_always_runs_are_not_taken_out(name):
     model = make_model(name)

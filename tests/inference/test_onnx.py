@@ -72,6 +72,7 @@ def test_texts_are_answered_as_by_load(exported):
     texts = texts + random_texts(200)
     came = check_same(policy, folder, texts)
     assert len({tuple(one.skip) for one in came}) > 1
+    check_same(policy, folder, [*texts, *((text, "the food was good") for text in texts)])
     dense = sd_gym.load(policy).answers(texts, dense=True)
     assert [one.answer for one in onnx.load(folder)(texts, dense=True)] == [one.answer for one in dense]
     assert [one.answer for one in onnx.load(folder)(texts, batch_size=3)] == [one.answer for one in came]

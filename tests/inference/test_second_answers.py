@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sd_gym.agents.experiment.export import export
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForSequenceClassification, TextStreamer
+from transformers import AutoConfig, AutoModelForSequenceClassification, GenerationConfig, TextStreamer
 
 import sd_gym
 from sd_gym.going_on import parted
@@ -164,6 +164,7 @@ def test_a_text_is_written_again_densely_on_what_the_encoder_has_read(name, beam
     masks[:3, encoder + 1 :: 2] = 1  # of the first three rows the encoder has run all
     masks[3, ::2] = 1
     how = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
+    how["prefix_allowed_tokens_fn"] = lambda row, ids: [3, 10 + row, 20 + row, 30 + row]  # those of the row
     goes_on = np.array([True, False, True, True, True])
     policy = scripted(model, masks, np.zeros(5, dtype=int), goes_on, shares=(0.0,))
     board = Switchboard(model)
@@ -185,6 +186,20 @@ def test_a_text_is_written_again_densely_on_what_the_encoder_has_read(name, beam
     assert len(read) == (0 if lone else 2)  # for all, and for the row of which something was skipped there
     np.testing.assert_array_equal(model.decisions.went_on, goes_on)
     assert (model.decisions.flops_ratio[[0, 2, 3]] > 1).all()
+
+
+def test_what_a_generation_config_leaves_open_is_the_models():
+    model, inputs = make_model("bart"), make_inputs("bart")
+    model.generation_config.num_return_sequences = 2
+    attach(model, make_policy(model, stages=["first", "answer"]))
+    with pytest.raises(ValueError, match="expected num_return_sequences=1, got 2"):
+        model.generate(inputs["input_ids"], generation_config=GenerationConfig(max_new_tokens=5))
+    model.generation_config.num_return_sequences = 1
+    came = [
+        model.generate(inputs["input_ids"], **how)
+        for how in ({"max_new_tokens": 5}, {"generation_config": GenerationConfig(max_new_tokens=5)})
+    ]
+    assert torch.equal(*came)  # without a mask, which is inferred from the padding
 
 
 def test_the_mini_backbone_writes_on_texts_what_it_writes_in_the_env():
@@ -242,6 +257,9 @@ def test_calls_that_ask_for_more_than_an_answer_are_refused(tiny_tokenizer):
     with pytest.raises(ValueError, match=r"judges texts .* call model.generate"):
         model(**inputs)
     prompts = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    for name, value in (("logits_processor", [lambda ids, scores: scores]), ("stopping_criteria", [lambda *_: False])):
+        with pytest.raises(ValueError, match=f"the rows of a batch change for your {name}; leave it out"):
+            model.generate(**prompts, max_new_tokens=3, **{name: value})
     for name, value in (
         ("num_return_sequences", 2),
         ("return_dict_in_generate", True),

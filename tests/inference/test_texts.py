@@ -47,6 +47,15 @@ def test_no_more_rows_run_together_than_asked_for(model, dense):
     np.testing.assert_array_equal([one.skip for one in came], [one.skip for one in wanted])
 
 
+def test_a_text_is_read_alike_beside_pairs_of_texts(model):
+    model, texts = model
+    pairs = [(text, "the food was good") for text in texts]
+    alone, together = model(texts) + model(pairs), model([*texts, *pairs])
+    assert [one.answer for one in together] == [one.answer for one in alone]
+    np.testing.assert_array_equal([one.skip for one in together], [one.skip for one in alone])
+    np.testing.assert_array_equal([one.flops_ratio for one in together], [one.flops_ratio for one in alone])
+
+
 def test_a_policy_that_agreed_with_dense_runs_nothing_densely(tmp_path, tiny_tokenizer):
     """Its env makes the references of dense answers; here nobody asks for references."""
     _, _, artefact, texts = trained("classification", None, tmp_path, tiny_tokenizer)

@@ -92,6 +92,17 @@ def test_layers_see_fewer_tokens(name):
     assert set(seen) == {4}
 
 
+def test_layers_show_no_states_of_tokens_that_are_dropped():
+    model, inputs = make_model("bert"), make_inputs("bert", batch=2)
+    keep = np.ones((2, 7), int)
+    keep[1, [2, 3]] = 0  # row 0 keeps all, so the states have room for all
+    board = Switchboard(model)
+    with board.decide(np.zeros((2, len(board)), int), keep):
+        for name in ("output_hidden_states", "output_attentions"):
+            with pytest.raises(NotImplementedError, match="leave output_hidden_states and output_attentions out"):
+                model(**inputs, **{name: True})
+
+
 def _length(output):
     return (output[0] if isinstance(output, tuple) else output).shape[1]
 

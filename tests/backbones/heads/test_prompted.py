@@ -1,6 +1,7 @@
 """Decoder-only backbones as envs: prompted, padded at the left, scored on their answers after the prompt."""
 
 import json
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -15,6 +16,7 @@ from sd_gym.backbones import Recipe
 from sd_gym.config import BackboneConfig, DataConfig, TokensConfig
 from sd_gym.envs import ConfigError
 from sd_gym.tasks.data import DataError
+from sd_gym.tasks.encoding import encode
 from sd_gym.tasks.preparation import prepare_backbone
 from tests.conftest import WORDS, make_model
 
@@ -160,6 +162,9 @@ def test_only_the_context_loses_tokens_and_only_the_context_is_cut(data, backbon
         make(data, backbone, max_source_length=7)
     with pytest.raises(DataError, match="the prompt must name"):
         make(data, backbone, prompt="Say it:")
+    alone = replace(split.instances[1], source_pair=None, origin="input 1")
+    with pytest.raises(DataError, match=r"input 1 .*: the prompt names {source_pair}, and there is only one text"):
+        encode([split.instances[0], alone], tokenizer, core.backbone.head, split.reading)
     with pytest.raises(ConfigError, match="decoder-only, so it needs a 'prompt'"):
         make(data, backbone, prompt=None)
 
