@@ -45,8 +45,16 @@ def env_id(file: Path) -> str:
 
 
 def is_of_table(file: Path) -> bool:
-    """Whether the env of a configuration file is a table env: it has a line ``table: ...``."""
-    return _line(file, "table") is not None
+    """Whether the env of a configuration file is a table env: it, or one that it extends, has a line ``table: ...``."""
+    files = [file]
+    while _line(files[-1], "table") is None:
+        name = _line(files[-1], "extends")
+        places = [] if name is None else [files[-1].parent / name, CONFIG_FOLDER / name]
+        base = next((place for place in places if place.is_file()), None)
+        if base is None or base in files:
+            return False
+        files.append(base)
+    return True
 
 
 def _line(file: Path, key: str) -> str | None:

@@ -4,7 +4,7 @@ import gymnasium as gym
 import pytest
 
 import sd_gym
-from sd_gym.envs import ConfigError, SwitchableEnv
+from sd_gym.envs import ConfigError, SwitchableEnv, TableEnv
 from tests.conftest import write_env
 
 pytestmark = pytest.mark.usefixtures("own_names")
@@ -46,6 +46,8 @@ def test_an_env_that_extends_another_one(reviews, tiny_backbone, tmp_path):
     )  # which extends another one
     config = gym.make(sd_gym.register_env(tmp_path / "most.yaml")).unwrapped.config
     assert (config.id, config.reward.penalty, config.reward.epsilon) == ("Own/Most-v0", 3.0, 0.25)
+    (tmp_path / "table.yaml").write_text("id: Own/Table-v0\nextends: classification_trec_table.yaml\nepsilon: 0.1\n")
+    assert type(gym.make(sd_gym.register_env(tmp_path / "table.yaml")).unwrapped) is TableEnv
     (tmp_path / "circle.yaml").write_text("extends: bad.yaml\n")
     for name, message in (
         ("bad.yaml", r"in a circle \(bad.yaml -> bad.yaml\)"),

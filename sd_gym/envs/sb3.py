@@ -38,9 +38,12 @@ class SwitchableVecEnv(VecEnv):
         self._returns, self._lengths = np.zeros(env.num_envs), np.zeros(env.num_envs, dtype=np.int64)
 
     def reset(self) -> Observations:
-        """Observations of new instances, by the seed and options set before."""
-        options = self._options[0] or None
-        observations, infos = self.env.reset(seed=self._seeds[0], options=options)
+        """Observations of new instances, by the seed and options set before.
+
+        Raises:
+            ValueError: If ``set_options`` got options per env that differ in more than the ``instance``.
+        """
+        observations, infos = self.env.reset(seed=self._seeds[0], options=_joined(self._options))
         self._reset_seeds()
         self._reset_options()
         self.reset_infos = self._listed(infos)
@@ -144,6 +147,17 @@ class SwitchableVecEnv(VecEnv):
         if isinstance(values, dict):
             return self._listed(values)
         return values.tolist() if values.ndim == 1 else list(values)
+
+
+def _joined(options: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The options of each env as those of the vector env, which has one split and an instance per env."""
+    first = options[0]
+    if all(own == first for own in options):
+        return first or None
+    shared = [{key: value for key, value in own.items() if key != "instance"} for own in options]
+    if any(own != shared[0] for own in shared) or not all("instance" in own for own in options):
+        raise ValueError(f"expected the same options for all envs, or an 'instance' for each; got {options}")
+    return shared[0] | {"instance": [own["instance"] for own in options]}
 
 
 def _step_info(info: dict[str, Any]) -> dict[str, Any]:

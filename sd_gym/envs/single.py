@@ -36,7 +36,7 @@ class SwitchableEnv(gym.Env):
         sublayer. The last component chooses one of ``token_shares``, the share of tokens to drop. All zeros is dense.
         Switches of kinds that are not in ``candidates`` have one choice: they run.
 
-        ``"multi_binary"`` is ``MultiBinary(switches)``; it needs a single token level.
+        ``"multi_binary"`` is ``MultiBinary(switches)``; it needs a single token level and one stage.
 
         ``"discrete"`` is ``Discrete(K)``: the number of a mask in ``codebook``. In the codebooks of the Mini envs the
         first mask is dense and the masks are nested.

@@ -191,6 +191,9 @@ class TableCore(Core[TableSplit]):
         self.masks = all_decisions(self.decision_nvec) if self.exhaustive else read_masks(codebook, self.decision_nvec)
         if self.masks[0].any():
             raise ValueError(f"{codebook} is damaged: expected the dense mask first; copy it again")
+        if not self.exhaustive and len(self.masks) != described["masks"]:
+            expected = f"expected {described['masks']} masks, got {len(self.masks)}"
+            raise ValueError(f"{codebook} is damaged: {expected}; copy it again")
         at_once = list(config.stages) == ["first"]
         ways, all_ways = None if at_once else described.get("ways"), described.get("ways")
         self.stages = list(described["stages"]) if ways else ["first"]

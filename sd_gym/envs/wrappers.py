@@ -17,7 +17,7 @@ class SafetyWrapper(gym.Wrapper, RecordConstructorArgs):
     """Steps return a cost beside the reward, as in Safety-Gymnasium (Ji et al. 2023).
 
     The reward is the savings, ``1 - flops_ratio``; the cost is ``quality_ref - quality``, with its sign. The limit on
-    the mean cost is the config's ``epsilon``.
+    the mean cost is the config's ``epsilon``. Where an episode has several stages both come with the last one.
     """
 
     def __init__(self, env: gym.Env) -> None:
@@ -27,7 +27,8 @@ class SafetyWrapper(gym.Wrapper, RecordConstructorArgs):
     def step(self, action: Any) -> Any:
         """(observation, reward, cost, terminated, truncated, info) of the step; raises as the env's."""
         observation, _, terminated, truncated, info = self.env.step(action)
-        return observation, 1 - info["flops_ratio"], info["cost"], terminated, truncated, info
+        savings = 1 - info["flops_ratio"] if terminated else 0.0
+        return observation, savings, info["cost"], terminated, truncated, info
 
 
 class LagrangianWrapper(gym.Wrapper, RecordConstructorArgs):

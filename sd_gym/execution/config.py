@@ -59,12 +59,10 @@ def _problems(config: EnvConfig) -> Iterator[tuple[str, str]]:
     if action == "multi_binary" and len(shares) > 1:
         remedy = f"to choose among {shares}, use multi_discrete, or discrete with a codebook"
         yield "action", f"'multi_binary' has a bit for each switch and none for the tokens; {remedy}"
-    if stages != ["first"] and (action == "discrete" or config.observation not in ("pooled", "tokens")):
-        needed = "several stages are decided with action multi_discrete or multi_binary, on pooled or tokens"
+    if stages != ["first"] and (action != "multi_discrete" or config.observation not in ("pooled", "tokens")):
+        needed = "several stages are decided with action multi_discrete, on pooled or tokens"
         yield "stages", f"{needed}; got {action} on {config.observation}"
     if stages[:1] == [ANSWER]:
         yield "stages", f"nothing is decided before the stage {ANSWER}; expected [first, {ANSWER}], got {stages}"
-    if ANSWER in stages and action != "multi_discrete":
-        yield "stages", f"the stage {ANSWER} is decided with action multi_discrete; got {action}"
     if config.reward.dense and config.reward.vector:
         yield "reward.dense", "a reward.vector comes at the end; leave one of the two out"

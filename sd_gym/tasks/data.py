@@ -107,6 +107,7 @@ def load_split(
         file, lines = _read(data, base, split)
         known[base] = file, list(lines)
     file, rows = known[base]
+    _check_columns(data, family, task, file, rows)
     taken = set() if split in named else _named_rows(data, base, len(rows))
     chosen = [row for row in range(len(rows))[start:end] if row not in taken]
     if divided:
@@ -149,7 +150,7 @@ def _described(base: str, rows: list[int], count: int) -> str:
 
 def _slice(expression: str) -> tuple[str, int | None, int | None]:
     """The name, start and end in an expression such as ``train[:-2000]``."""
-    match = re.fullmatch(r"(\w+)(?:\[(-?\d*):(-?\d*)\])?", expression)
+    match = re.fullmatch(r"(\w+)(?:\[(-?\d+)?:(-?\d+)?\])?", expression)
     if match is None:
         raise DataError(f"expected a split such as 'train' or 'train[:-2000]', got {expression!r}")
     name, start, end = match.groups()
@@ -242,6 +243,17 @@ def _read_hub(data: DataConfig, base: str, split: str) -> Rows:
     if base not in known:
         raise _no_split(data, base, split, known)
     return ((f"{data.dataset}, row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _check_columns(data: DataConfig, family: Task, task: str, file: str, rows: Sequence[tuple[str, dict]]) -> None:
+    """Raise ``DataError`` for ``columns`` of an unknown field, or of an optional one that no row has."""
+    fields = tuple(dict.fromkeys((*family.fields, *family.inputs, "difficulty")))
+    for name, column in data.columns:
+        if name not in fields:
+            known = f"{task} has {', '.join(fields)}"
+            raise DataError(f"'columns': unknown field {name!r}{nearest(name, fields)} {known}.")
+        if name not in family.fields and rows and not any(column in row or name in row for _, row in rows):
+            raise DataError(f"{file}: no row has {column!r} (for {name}); the columns are {', '.join(rows[0][1])}")
 
 
 def _fields(

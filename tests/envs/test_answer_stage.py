@@ -168,6 +168,7 @@ def test_a_text_is_judged_by_the_tokens_that_were_generated():
         (["answer"], {}, "nothing is decided before the stage answer"),
         (["answer", "first"], {}, "nothing is decided before the stage answer"),
         (["first", "answer"], {"action": "multi_binary"}, "decided with action multi_discrete"),
+        (["encoder.3"], {"action": "multi_binary"}, "decided with action multi_discrete"),  # has no bit of token levels
     ],
 )
 def test_what_cannot_be_is_refused(stages, keys, message):

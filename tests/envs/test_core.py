@@ -42,7 +42,7 @@ def env_arguments(request, reviews, tiny_backbone, tiny_generator, full_table, t
     if "Mini" in request.param:
         return request.param, SMALL
     if "Classification" in request.param:
-        return request.param, {"dataset": str(reviews), "backbone": str(tiny_backbone), "splits": {}}
+        return request.param, {"dataset": str(reviews), "backbone": str(tiny_backbone), "splits": {}, "columns": {}}
     row = {"question": "was the food good", "context": "the food was good", "answers": ["good"]}
     if "Summarization" in request.param:
         row = {"document": "the food was good the room was bad", "summary": "good food"}
@@ -159,6 +159,11 @@ def test_all_shells_agree_on_the_same_instances_and_decisions():
         np.testing.assert_array_equal(info["terminal_observation"], observations[row])
         assert info["quality"] == infos["final_info"]["quality"][row]
     assert all(mask.shape == (int(single.action_space.nvec.sum()),) for mask in sb3.env_method("action_masks"))
+    sb3.set_options([{"split": "train", "instance": identity} for identity in ids])  # options of each env
+    np.testing.assert_array_equal(sb3.reset(), observations)
+    sb3.set_options([{"split": "test"}, *[{}] * 5])
+    with pytest.raises(ValueError, match="expected the same options for all envs, or an 'instance' for each"):
+        sb3.reset()
 
 
 def test_observations_are_standardised_and_differ():

@@ -1,5 +1,6 @@
 """A damaged table is told."""
 
+import json
 import shutil
 
 import gymnasium as gym
@@ -27,6 +28,11 @@ def recosted(folder):
     write_arrays(folder / "test.safetensors", arrays)
 
 
+def unmasked(folder):
+    masks = json.loads((folder / "codebook.json").read_text())
+    (folder / "codebook.json").write_text(json.dumps(masks[:-1]))
+
+
 DAMAGES = {
     "another version": (lambda folder: edited(folder, format=1), "expected a table of format 3, got 1"),
     "not complete": (lambda folder: edited(folder, complete=False), "not complete"),
@@ -38,6 +44,7 @@ DAMAGES = {
     "swapped": (swapped, "damaged: expected quality of shape"),
     "no ids": (lambda folder: (folder / "test.json").write_text("{}"), "expected the ids of"),
     "no codebook": (lambda folder: (folder / "codebook.json").unlink(), r"codebook\.json"),
+    "a mask less": (unmasked, "codebook.json is damaged: expected .* masks, got"),
     "other costs": (recosted, "instances have costs that it lacks"),
     "no projection": (lambda folder: edited(folder, pca=3), r"no projection\.safetensors"),
     "other masks": (lambda folder: (folder / "codebook.json").write_text("[[0, 0]]"), "expected 7: one for each of"),

@@ -21,6 +21,20 @@ def by_hand(info, multiplier, rate):
 
 
 @pytest.mark.parametrize("identity", [ID, STAGED])
+def test_a_safe_episode_earns_what_it_saves(identity):
+    env = SafetyWrapper(gym.make(identity, **SMALL))
+    for skip in (0, 1):
+        env.reset(seed=0)
+        over, rewards, costs = False, [], []
+        while not over:
+            _, reward, cost, over, _, info = env.step((env.action_space.nvec - 1) * skip)
+            rewards.append(reward)
+            costs.append(cost)
+        assert sum(rewards) == 1 - info["flops_ratio"]
+        assert sum(costs) == info["quality_ref"] - info["quality"]
+
+
+@pytest.mark.parametrize("identity", [ID, STAGED])
 def test_a_single_env_gives_savings_less_the_multiplier_times_what_is_missing(identity):
     env, multiplier = LagrangianWrapper(gym.make(identity, **KEYS), rate=0.7), 3.0
     env.action_space.seed(0)

@@ -71,6 +71,21 @@ def test_empty_texts_are_left_out_and_counted(tmp_path, task, full, empty):
     assert instances.left_out == 2
 
 
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"textpair": "b"}, "unknown field 'textpair'; did you mean 'text_pair'?"),
+        ({"text_pair": "bb"}, r"no row has 'bb' \(for text_pair\); the columns are a, b, label"),
+        ({"difficulty": "level"}, r"no row has 'level' \(for difficulty\)"),
+    ],
+)
+def test_columns_that_are_not_there(tmp_path, columns, message):
+    (tmp_path / "data.jsonl").write_text(json.dumps({"a": "one", "b": "two", "label": 0}) + "\n")
+    data = DataConfig(dataset=str(tmp_path / "data.jsonl"), columns={"text": "a", **columns})
+    with pytest.raises(DataError, match=message):
+        load_split(data, "classification", "train")
+
+
 def test_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing.jsonl.*expected a JSONL, CSV or Parquet file"):
         load_split(str(tmp_path / "missing.jsonl"), "classification", "train")

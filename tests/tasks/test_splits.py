@@ -107,6 +107,7 @@ def test_overlap_that_is_allowed_is_told_and_kept(tmp_path):
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
+        ({"test": "train[-:5]"}, "expected a split such as 'train' or"),
         ({"valdation": "train[-10:]"}, r"unknown split 'valdation'; did you mean 'validation'\?"),
         ({"validation": "train[::2]"}, "expected a split such as"),
     ],

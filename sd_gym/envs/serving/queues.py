@@ -157,14 +157,9 @@ class Queues:
 
     def serve(self, points: Array) -> dict[str, Array]:
         """Run a group in each queue at operating points, int64; returns the infos of the step."""
-        config, before = self.config, self.head
+        config, before, end = self.config, self.head, self.head + self.waiting
         a, b = self._a[points], self._b[points]
-        size = np.minimum(self.waiting, config.max_batch)
-        # The oldest requests are refused if they cannot be answered in time.
-        in_time = self._before(np.maximum(self.now + a * size + b - config.deadline, 0.0))
-        end = self.head + self.waiting
-        self.head = np.clip(in_time, self.head, end)
-        size = np.minimum(end - self.head, config.max_batch)
+        size = self._refuse_late(end, a, b)
         group = np.take_along_axis(self._rows, self.head[:, None] + self._places, axis=1)
         runs = self._places < size[:, None]
         known, at = outcomes(config, self._split), points[:, None]
@@ -186,6 +181,20 @@ class Queues:
             "seconds": seconds,
             "point": points,
         }
+
+    def _refuse_late(self, end: Array, a: Array, b: Array) -> Array:
+        """Refuse the oldest requests before ``end`` that a group cannot answer in time; returns its size."""
+        config = self.config
+        while True:
+            waiting = end - self.head
+            size = np.minimum(waiting, config.max_batch)
+            late = self._before(np.maximum(self.now + a * size + b - config.deadline, 0.0))
+            # With one request less a small group is faster, so the others may be in time.
+            most = self.head + np.maximum(waiting - config.max_batch, 0) + 1
+            head = np.clip(late, self.head, np.minimum(most, end))
+            if (head == self.head).all():
+                return size
+            self.head = head
 
     def _wait_for_requests(self) -> Array:
         """Refuse requests whose deadline has passed; where no request waits, advance to the next arrival."""

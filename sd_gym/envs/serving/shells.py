@@ -135,7 +135,9 @@ class ServingVectorEnv(VectorEnv[Array, Any, Array]):
         """Start an episode in each queue. Raises: see ``ServingEnv.reset``."""
         self._split_name = split_of(options, self.config.split)
         seeds = [seed + env for env in range(self.num_envs)] if isinstance(seed, int | np.integer) else seed
-        for env, of_env in enumerate(seeds or ()):
+        if seeds is not None and (not isinstance(seeds, Sequence | np.ndarray) or len(seeds) != self.num_envs):
+            raise ValueError(f"expected a seed, or {self.num_envs} seeds, one per env; got {seed!r}")
+        for env, of_env in enumerate(() if seeds is None else seeds):
             if of_env is not None:
                 self._randoms[env] = seeding.np_random(int(of_env))[0]
         everyone = np.arange(self.num_envs)

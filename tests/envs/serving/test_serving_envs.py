@@ -58,6 +58,28 @@ def test_every_request_is_answered_in_time_or_refused():
     assert max(info["seconds"] for info in infos) <= env.config.deadline
 
 
+@pytest.mark.parametrize("deadline", [0.05, 0.1, 1.0])
+def test_no_request_is_refused_that_a_smaller_group_answers(deadline):
+    """By a plain loop, in which the server recomputes the time of the group after each refusal."""
+    env = gym.make(TREC, requests=2000, deadline=deadline, **HEAVY).unwrapped
+    config, dense = env.config, env.config.points[0]
+    answers = sum(info["answers"] for info in played(env, lambda observation: 0))
+    times, now, queue, expected = env._queues._times[0, :-1].tolist(), 0.0, [], 0
+    while times or queue:
+        now = max(now, times[0]) if not queue else now
+        arrived = np.searchsorted(times, now, side="right")
+        queue, times = queue + times[:arrived], times[arrived:]
+        queue = [time for time in queue if time + deadline > now]
+        while queue:
+            size = min(len(queue), config.max_batch)
+            end = now + dense.per_request * size + dense.per_group
+            if queue[0] + deadline > end:
+                now, expected, queue = end, expected + size, queue[size:]
+                break
+            queue = queue[1:]
+    assert answers == expected
+
+
 def test_bold_points_answer_more_and_lose_more():
     env = gym.make(TREC, requests=1000, **HEAVY).unwrapped
     dense, bold = (played(env, lambda observation, point=point: point) for point in (0, 5))
@@ -123,6 +145,14 @@ def test_stable_baselines3_takes_the_vector_env():
             assert ended["episode"]["l"] > 1
             return
     pytest.fail("no episode ended")
+
+
+@pytest.mark.parametrize("seed", [[1], [1, 2, 3, 4], 1.5])
+def test_there_is_a_seed_for_each_queue(seed):
+    env = gym.make_vec(TREC, num_envs=3, **SMALL)
+    with pytest.raises(ValueError, match="3 seeds, one per env"):
+        env.reset(seed=seed)
+    np.testing.assert_array_equal(env.reset(seed=np.array([1, 2, 3]))[0], env.reset(seed=1)[0])
 
 
 def test_seeded_and_picklable():
