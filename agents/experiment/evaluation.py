@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sd_gym.agents.experiment.export import export
 from sd_gym.agents.learning.decisions import PolicyLike, SplitPolicy, outcomes
 from sd_gym.agents.runs.statistics import bootstrap_interval
-from sd_gym.agents.runs.verdict import Verdict, fewest_instances, losses_allowed, verdict
+from sd_gym.agents.runs.verdict import CONFIDENCE, Verdict, fewest_instances, losses_allowed, verdict
 
 from sd_gym.backbones import Backbone
 from sd_gym.envs.core import BackboneCore
@@ -62,7 +62,7 @@ def evaluate(
         "metrics": {"policy": metrics(rows, decisions), "dense": metrics(rows, np.zeros_like(masks))},
         "split": split_name,
         "instances": len(split),
-        **_means(core, split, scored),
+        **_means(core, split, scored, CONFIDENCE),
         "quality_difference_interval": bootstrap_interval(scored["quality"] - scored["quality_ref"]),
         "fewest_instances": fewest_instances(epsilon),
         "losses_allowed": losses_allowed(len(split), epsilon),
@@ -77,16 +77,18 @@ def evaluate(
     }
 
 
-def summary(core: Core, policy: PolicyLike | SplitPolicy, split_name: str) -> dict[str, Any]:
-    """The first part of ``evaluate``: means of quality and FLOPs, and the verdict."""
+def summary(
+    core: Core, policy: PolicyLike | SplitPolicy, split_name: str, confidence: float = CONFIDENCE
+) -> dict[str, Any]:
+    """The first part of ``evaluate``: means of quality and FLOPs, and the verdict with this ``confidence``."""
     split = core.split(split_name)
     split.scoring.score_dense()
-    return _means(core, split, outcomes(core, policy, split))
+    return _means(core, split, outcomes(core, policy, split), confidence)
 
 
-def _means(core: Core, split: Split, scored: dict[str, NDArray]) -> dict[str, Any]:
+def _means(core: Core, split: Split, scored: dict[str, NDArray], confidence: float) -> dict[str, Any]:
     reward, difference = core.config.reward, scored["quality"] - scored["quality_ref"]
-    judged = verdict(scored["quality"], scored["quality_ref"], reward.epsilon)
+    judged = verdict(scored["quality"], scored["quality_ref"], reward.epsilon, confidence)
     flops, score, mean, regret = float(scored["flops_ratio_with_policy"].mean()), None, None, None
     if isinstance(core, TableCore) and split.name == "test":
         score = normalised_score(core.folder, float(-difference.mean()), flops)

@@ -27,7 +27,7 @@ from sd_gym.agents.learning.decisions import (
     versions,
 )
 from sd_gym.agents.registry import agent_class, is_control, make_agent, make_settings
-from sd_gym.agents.runs.folder import check_backbone, read_description, run_description
+from sd_gym.agents.runs.folder import check_backbone, origins, read_description, run_description
 from sd_gym.agents.runs.guarantee import on_other_rows
 from sd_gym.agents.runs.verdict import CONFIDENCE
 from sd_gym.agents.serving import run as dials
@@ -118,6 +118,8 @@ def train(
         unfinished = _unfinished_run(folder, resume)
         if env_id in SERVING:
             described = dials.describe(env_id, algo, steps, seed, settings, confidence)
+            if unfinished is not None:
+                check_same_run(folder, unfinished, described)
             return dials.train(described, folder, settings, on_progress)
         with naming_imports(folder):
             agent = _make(env_id, algo, seed, settings)
@@ -156,6 +158,7 @@ def _train(
     agent.env.reset(seed=names["seed"])
     description = run_description(names, core.config, core.backbone, core.data.identity())
     description["agent_settings"] = agent.settings.model_dump()
+    description["origins"] = origins(description["agent_settings"])
     if unfinished is not None:
         check_same_run(folder, unfinished, description)
         check_unchanged(folder, unfinished["data"], core.data)
@@ -320,6 +323,8 @@ def _make(env_id: str, algo: str, seed: int, settings: dict[str, Any]) -> BaseAg
     except gym.error.UnregisteredEnv as error:
         raise UnknownNameError(unknown("env", env_id, registered_ids())) from error
     assert isinstance(env, SwitchableVectorEnv)  # all registered ids make one
+    if env.config.split != "train":
+        raise ValueError(f"agents learn on the training split; leave out split={env.config.split}")
     return make_agent(algo, env, seed=seed, **agent_settings)
 
 

@@ -169,8 +169,9 @@ def _record(study: Study, trial: Trial, statuses: list[RunStatus]) -> TrialResul
         trial.set_user_attr(FAILED, messages[0])  # an interrupted trial has none, and does not count
         study.tell(trial, state=TrialState.FAIL)
         return TrialResult(trial.number, trial.params, None, messages[0])
+    confidence = statuses[0].run.confidence
     policies = (load_run(status.run.folder)[1:] for status in statuses)
-    mean = fmean(score(summary(core, policy, "validation")) for core, policy in policies)
+    mean = fmean(score(summary(core, policy, "validation", confidence)) for core, policy in policies)
     study.tell(trial, mean)
     return TrialResult(trial.number, trial.params, mean)
 

@@ -131,10 +131,11 @@ class ImitationAgent(Agent[ImitationSettings]):
         known = Combinations(self.env.core, rows, path, self._visible, embedded, on_round, self.seed)
         reward, start = self.env.core.config.reward, self.network
         start.codebook = known.codebook
-        for price in PRICES * reward.penalty / reward.cost_scale:
+        for share in PRICES:
             network = deepcopy(start)  # one that has learned another price is too sure to change
-            objective = partial(known.objective, network, price=price)
-            self._fit(network, objective, "imitation/held_out_loss", len(rows), logger)
+            objective = partial(known.objective, network, price=share * reward.penalty / reward.cost_scale)
+            tag = "imitation/held_out_loss" if share == 1 else f"imitation/held_out_loss_at_{share:.2g}"
+            self._fit(network, objective, tag, len(rows), logger)
             self.priced.append(network.eval())
         self.network = self.priced[PRICES.tolist().index(1.0)]
 

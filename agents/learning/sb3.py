@@ -183,6 +183,8 @@ class SB3Agent(Agent[SB3SettingsT]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.stages = len(self.env.core.stages)
+        if self.settings.num_envs * self.settings.n_steps * self.stages < 2:
+            raise ValueError("num_envs * n_steps: expected at least 2 decisions per rollout, which are compared; got 1")
         vec_env = SwitchableVecEnv(self._reward_env())
         self._vec_env = ObservationVecEnv(vec_env, self.env.core.stages, blind=self.blind)
         self.algorithm = self._make_algorithm(self._vec_env)

@@ -59,12 +59,14 @@ def write_report(folders: Iterable[str | Path], output: str | Path, *, also: boo
 
     Raises:
         FileNotFoundError: If no folder holds a finished run.
-        ValueError: If a file is damaged.
+        ValueError: If the output is no ``.html`` file, or a file is damaged.
 
     Warns:
         UserWarning: If a folder holds no finished run, or a run is given twice.
     """
     output = Path(output)
+    if output.suffix not in (".html", ".htm"):
+        raise ValueError(f"expected a page with the suffix .html, got {output}")
     envs = collect(folders)
     agents = [agent for env in envs for agent in env.agents]
     names = [sorted({agent.name for agent in agents if agent.is_control == control}) for control in (False, True)]

@@ -11,7 +11,8 @@ from sd_gym.agents.runs.folder import read_description, read_result
 from sd_gym.config import EnvConfig, dotted, stored_config
 
 FILES = ("config.json", "result.json")
-INCIDENTAL = ("backbone.device", "start", "path")  # settings that may differ between the seeds of one agent
+# Settings that may differ between the seeds of one agent. What the last two name is in ``origins``.
+INCIDENTAL = ("backbone.device", "start", "path")
 
 
 class Run(NamedTuple):
@@ -45,17 +46,14 @@ class Run(NamedTuple):
         values = {**training, **env, **self.config["agent_settings"], **data}
         if not self.config.get("named", True):  # without a name it is a run of no other agent
             values["folder"] = str(self.folder)
-        return {key: value for key, value in values.items() if key not in INCIDENTAL}
+        values = {key: value for key, value in values.items() if key not in INCIDENTAL}
+        return values | self.config.get("origins", {})
 
 
 def agent_label(run: Run) -> str:
-    """The agent's name, with that of the run it started from."""
-    start = run.config["agent_settings"].get("start")
-    if start is None:
-        return run.config["algo"]
-    file = Path(start) / "config.json"
-    name = read_description(file.parent)["algo"] if file.exists() else Path(start).name
-    return f"{run.config['algo']} from {name}"
+    """The agent's name, with that of the agent whose run it started from."""
+    start = run.config.get("origins", {}).get("start")
+    return run.config["algo"] if start is None else f"{run.config['algo']} from {start.partition(',')[0]}"
 
 
 def grouped(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
@@ -83,8 +81,10 @@ def _by_settings(agent: str, runs: list[Run]) -> list[tuple[str, list[Run]]]:
         group = groups.setdefault(f"{agent} ({', '.join(notes)})" if notes else agent, {})
         starts = [run.config["agent_settings"].get(key) for key in ("start", "path")]
         key = str(run.folder) if run.seed is None else json.dumps([run.seed, *starts])
-        if key in group:
-            warnings.warn(f"a copy, counted once: {run.folder} has the same seed as another run", stacklevel=4)
+        if key in group:  # a result of sd_gym.evaluate has no history
+            kept, left_out = sorted((group[key], run), key=lambda one: not one.result["history"])
+            warnings.warn(f"counted once: {left_out.folder} is the run {kept.folder} again", stacklevel=4)
+            run = kept
         group[key] = run
     return [(name, list(group.values())) for name, group in sorted(groups.items())]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import shlex
 import sys
@@ -125,6 +127,24 @@ def run_description(names: dict[str, Any], config: BaseModel, backbone: Any, dat
         "weights": backbone.weights,
         "data": data,
     }
+
+
+def origins(settings: dict[str, Any]) -> dict[str, str]:
+    """Of each run that an agent's ``settings`` name: its agent, and a hash of all but its seed and its folder."""
+    found = {}
+    for key in _AgentSettings.model_fields:
+        if settings.get(key) is None:
+            continue
+        folder = Path(settings[key])
+        found[key] = folder.name
+        if (folder / "config.json").is_file():
+            run = read_description(folder)
+            what = {name: run.get(name) for name in ("env", "steps", "confidence", "weights", "env_config", "origins")}
+            paths = _AgentSettings.model_fields
+            what["agent_settings"] = {name: of for name, of in run["agent_settings"].items() if name not in paths}
+            digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+            found[key] = f"{run['algo']}, {digest[:8]}"
+    return found
 
 
 def read_description(folder: Path) -> dict[str, Any]:

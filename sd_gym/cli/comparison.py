@@ -151,6 +151,7 @@ def tune(
     imported = terminal.import_all(imports)
     with terminal.errors_as_lines(), terminal.progress_bar() as progress:
         bar = progress.add_task("trials", total=trials, figures="")
+        from sd_gym.agents.experiment.comparison_plan import PlannedRun
         from sd_gym.agents.experiment.run import default_folder
         from sd_gym.agents.experiment.tune import TrialResult
         from sd_gym.agents.experiment.tune import tune as search
@@ -162,6 +163,7 @@ def tune(
             settings = ", ".join(f"{key} {value}" for key, value in trial.settings.items())
             terminal.say(f"trial {trial.number}: {settings}: {score}")
 
+        settings = terminal.settings_of(set_, call=search)
         folder = output or Path("runs/tune") / default_folder(env, algo, 0).name.removesuffix("-0")
         file = search(
             env,
@@ -175,8 +177,8 @@ def tune(
             ray=ray,
             imports=imported,
             on_trial=on_trial,
-            **terminal.settings_of(set_, call=search),
+            **settings,
         )
     terminal.print_line(file.read_text(encoding="utf-8"))
-    best = " ".join(f"--set {key}={value}" for key, value in read_yaml(file).items())
-    terminal.print_line(f"Settings: {file}; sd-gym train {env} --algo {algo} {best}")
+    best = PlannedRun(env, algo, folder / "best", steps, 0, settings | read_yaml(file), confidence)
+    terminal.print_line(f"Settings: {file}; {best.command(imported)}")

@@ -41,11 +41,12 @@ def train(
 
         def on_progress(done: int, figures: dict[str, float]) -> None:
             state, shown = "learning" if done < steps else "evaluating", terminal.figures_text(figures)
-            if not figures:  # a search has no fixed number of steps
-                progress.tasks[0].total = None
-                state, shown = "searching", "decisions scored"
-            completed = min(done, steps) if figures else done
+            total, completed = steps, min(done, steps)
+            if not figures:  # a search, or dense passes before learning, have no fixed number of steps
+                total, completed = None, done
+                state, shown = ("searching", "decisions scored") if done else ("running densely", "")
             progress.update(bar, completed=completed, description=state, figures=shown)
+            progress.tasks[0].total = total
 
         import sd_gym  # noqa: F401  (registers the ids)
         from sd_gym.agents.experiment.run import default_folder
@@ -159,6 +160,8 @@ def validate(
     terminal.import_all(imports)
     with terminal.errors_as_lines(), terminal.status("checking"):
         if Path(what).is_dir():
+            if set_:
+                raise ValueError("--set is for the check of an env; a run is replayed with its own settings")
             from sd_gym.agents.experiment.replay import replay
 
             lines, failed = replay(Path(what)).lines(), False

@@ -101,13 +101,14 @@ def _tokenize_sources(
         return tokenizer(prompts, **options), cut
     has_questions = all(instance.protected and instance.source_pair is not None for instance in instances)
     if has_questions:  # they are not cut
-        questions = [(instance.source, "") for instance in instances]
+        questions: Any = [(instance.source, "") for instance in instances]
         for instance, ids in zip(instances, tokenizer(questions).input_ids, strict=True):
             if len(ids) >= limit:
                 raise DataError(
                     f"{instance.place}: the question alone has {len(ids)} of max_source_length {limit} tokens"
                 )
-    texts = [(one.source, one.source_pair) if _is_pair(one) else one.source for one in instances]
+    # Texts beside pairs, which the annotation of transformers does not know.
+    texts: Any = [(one.source, one.source_pair) if _is_pair(one) else one.source for one in instances]
     tokens = tokenizer(texts, truncation="only_second" if has_questions else True, max_length=limit, **options)
     return tokens, was_cut(tokens, limit)
 

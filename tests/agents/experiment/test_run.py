@@ -115,6 +115,12 @@ def test_a_run_that_was_cut_off_before_its_first_checkpoint_is_not_begun_again_u
     train(CUSTOM, "ppo", tmp_path / "run", **arguments, resume=True)
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_nothing_learns_on_the_rows_that_judge_it(split, settings, tmp_path):
+    with pytest.raises(ValueError, match=f"learn on the training split; leave out split={split}"):
+        train(CUSTOM, "ppo", tmp_path / "run", **settings, split=split)
+
+
 def test_resume_names_what_differs(settings, tmp_path):
     arguments = cut_run(settings, tmp_path / "run")
     changed = {**arguments, "penalty": 3.0, "n_steps": 8}

@@ -64,6 +64,13 @@ def test_a_search_that_was_killed_goes_on_and_its_best_settings_can_be_set(revie
         tune(CUSTOM, "a2c", reviews.parent, **arguments)
 
 
+def test_trials_are_scored_with_the_confidence_that_they_are_selected_with(tmp_path):
+    pytest.importorskip("optuna")
+    tried, arguments = [], {"steps": 600, "trials": 1, "confidence": 0.5}
+    tune("SD/Classification-TREC-Table-v1", "a2c", tmp_path / "study", on_trial=tried.append, **arguments)
+    assert tried[0].score < 1  # with 95% it would not be kept
+
+
 def test_a_trial_that_was_cut_off_goes_on_in_its_folder(reviews, tiny_backbone, tmp_path, monkeypatch):
     pytest.importorskip("optuna")
     settings = {"dataset": str(reviews), "backbone": str(tiny_backbone)}

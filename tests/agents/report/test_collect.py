@@ -30,6 +30,16 @@ def test_other_test_rows_are_another_task(run):
     assert all(task.name.startswith(f"{ENV} (test rows rows") for task in tasks)
 
 
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
+def test_a_result_that_was_computed_again_does_not_replace_its_run(run, order):
+    folder, again = run("ppo"), run("ppo")
+    result = json.loads((again / "result.json").read_text())
+    (again / "result.json").write_text(json.dumps({**result, "history": []}))
+    with pytest.warns(UserWarning, match=f"counted once: {again} is the run {folder} again"):
+        (task,) = collect([folder, again][order])
+    assert [one.folder for one in task.learned[0].runs] == [folder]
+
+
 def test_areas_are_between_dense_and_nothing(run):
     (task,) = collect(
         [

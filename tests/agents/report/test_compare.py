@@ -79,8 +79,27 @@ def test_one_folder_counts_once_by_whatever_path_and_it_says_so(run, tmp_path, m
 def test_a_copy_of_a_run_is_no_other_seed(run, tmp_path):
     folder = run("first")
     shutil.copytree(folder, tmp_path / "copy")
-    with pytest.warns(UserWarning, match="same seed"):
+    with pytest.warns(UserWarning, match="copy is the run .*first again"):
         assert agents([folder, tmp_path / "copy"]) == {"random": 1}
+
+
+def test_runs_that_start_from_others_are_seeds_if_those_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def train(name, algo, **settings):
+        sd_gym.train("SD/Classification-TREC-Table-v1", algo, name, steps=64, **settings)
+        return tmp_path / name
+
+    train("imitation-0", "imitation", epochs=1)
+    train("imitation-1", "imitation", epochs=1, seed=1)
+    train("weak", "imitation", epochs=2)
+    seeds = [train(f"ppo-{seed}", "ppo", start=f"imitation-{seed}", seed=seed) for seed in (0, 1)]
+    other = train("ppo-weak", "ppo", start="weak")
+    monkeypatch.chdir("/")
+    assert agents(seeds) == {"ppo from imitation": 2}
+    found = agents([*seeds, other])
+    assert sorted(found.values()) == [1, 2]
+    assert all(name.startswith("ppo from imitation (start imitation, ") for name in found)
 
 
 def test_rows_of_validation_in_the_test_are_told(run):

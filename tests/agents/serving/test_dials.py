@@ -61,7 +61,7 @@ def test_a_staircase_climbs(config):
     assert (np.diff(points) >= 0).all()
 
 
-@pytest.mark.parametrize(("algo", "steps"), [("ppo", 4_000), ("a2c", 6_000)])
+@pytest.mark.parametrize(("algo", "steps"), [("ppo", 8_000), ("a2c", 6_000)])
 def test_learning_finds_the_fast_point_where_quality_is_cheap(algo, steps, config):
     env = gym.make_vec(TREC, num_envs=16, **HEAVY).unwrapped
     own = DialSettings(num_envs=16, n_steps=32, hidden=16)
@@ -99,6 +99,21 @@ def test_a_run_is_selected_compared_and_its_dial_loaded(tmp_path, monkeypatch):
         assert len(collect([tmp_path / "fixed", tmp_path / "dense"])) == 1
     with pytest.raises(FileExistsError, match="finished run"):
         sd_gym.train(TREC, "fixed", tmp_path / "fixed", steps=1, requests=200)
+
+
+def test_a_run_that_was_cut_off_starts_again_and_only_as_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr("sd_gym.agents.serving.run.EPISODES", 2)
+    small = {"num_envs": 4, "n_steps": 16, "hidden": 8, "requests": 200, "steps": 256, "output": tmp_path}
+
+    def kill(steps, figures):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sd_gym.train(TREC, "ppo", **small, on_progress=kill)
+    with pytest.raises(ValueError, match="holds another run: its seed is 0, now it is 7"):
+        sd_gym.train(TREC, "ppo", **small, seed=7, resume=True)
+    sd_gym.train(TREC, "ppo", **small, resume=True)
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
 
 
 def test_reinforce_does_not_apply(tmp_path):
