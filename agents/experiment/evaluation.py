@@ -57,15 +57,16 @@ def evaluate(
     decisions = core.joined(masks, scored["goes_on"])
     if table is not None:
         write_instances(split, scored, table)
-    epsilon, metrics = core.config.reward.epsilon, split.scoring.metrics
+    epsilon, metrics, highest = core.config.reward.epsilon, split.scoring.metrics, split.scoring.highest
     return {
         "metrics": {"policy": metrics(rows, decisions), "dense": metrics(rows, np.zeros_like(masks))},
         "split": split_name,
         "instances": len(split),
         **_means(core, split, scored, CONFIDENCE),
         "quality_difference_interval": bootstrap_interval(scored["quality"] - scored["quality_ref"]),
-        "fewest_instances": fewest_instances(epsilon),
-        "losses_allowed": losses_allowed(len(split), epsilon),
+        "highest_quality": highest,
+        "fewest_instances": fewest_instances(epsilon, highest),
+        "losses_allowed": losses_allowed(len(split), epsilon, highest=highest),
         "decisions_hash": decisions_hash(decisions),
         "epsilon": epsilon,
         "policy_flops_counted": isinstance(policy, SplitPolicy) or policy.flops is not None,
@@ -88,7 +89,7 @@ def summary(
 
 def _means(core: Core, split: Split, scored: dict[str, NDArray], confidence: float) -> dict[str, Any]:
     reward, difference = core.config.reward, scored["quality"] - scored["quality_ref"]
-    judged = verdict(scored["quality"], scored["quality_ref"], reward.epsilon, confidence)
+    judged = verdict(scored["quality"], scored["quality_ref"], reward.epsilon, confidence, split.scoring.highest)
     flops, score, mean, regret = float(scored["flops_ratio_with_policy"].mean()), None, None, None
     if isinstance(core, TableCore) and split.name == "test":
         score = normalised_score(core.folder, float(-difference.mean()), flops)

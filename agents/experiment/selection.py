@@ -116,12 +116,13 @@ class Selection:
         return self.selected
 
     def _test(self, version: Version) -> Tested:
-        scored = outcomes(self.core, version.policy, self.core.split("validation"))
+        split = self.core.split("validation")
+        scored = outcomes(self.core, version.policy, split)
         return Tested(
             float(scored["flops_ratio"].mean()),
             float(scored["flops_ratio_with_policy"].mean()),
             float((scored["quality_ref"] - scored["quality"]).mean()),
-            highest_loss(scored["quality"], scored["quality_ref"], self.confidence),
+            highest_loss(scored["quality"], scored["quality_ref"], self.confidence, split.scoring.highest),
             self._kept(scored),
         )
 
@@ -214,5 +215,5 @@ class Selection:
         return [points[index].version for index in sequence(flops, losses, number, most)]
 
     def _kept(self, scored: dict[str, NDArray]) -> bool:
-        epsilon = self.core.config.reward.epsilon
-        return verdict(scored["quality"], scored["quality_ref"], epsilon, self.confidence) == Verdict.KEPT
+        epsilon, highest = self.core.config.reward.epsilon, self.core.split("validation").scoring.highest
+        return verdict(scored["quality"], scored["quality_ref"], epsilon, self.confidence, highest) == Verdict.KEPT

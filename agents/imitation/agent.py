@@ -182,7 +182,8 @@ class ImitationAgent(Agent[ImitationSettings]):
 
         Losses and gains are separate outputs: where the backbone is often wrong, both may be likely.
         """
-        targets = torch.from_numpy(np.concatenate([lost, -lost], axis=1)).clamp(0, 1)
+        highest = self.env.core.split("train").scoring.highest
+        targets = torch.from_numpy(np.concatenate([lost, -lost], axis=1) / highest).clamp(0, 1)
         head = nn.Linear(HIDDEN, targets.shape[1])  # it begins with the log-odds of the means
         with torch.no_grad():
             head.weight.zero_()
@@ -195,7 +196,7 @@ class ImitationAgent(Agent[ImitationSettings]):
         self._fit(network, loss, "imitation/risk_loss", len(rows), logger)
         with torch.no_grad():
             losing, gaining = self._outputs(network, rows).sigmoid().chunk(2, dim=1)
-        return losing - gaining
+        return (losing - gaining) * highest
 
     @torch.no_grad()
     def _tie(self, path: NDArray) -> None:

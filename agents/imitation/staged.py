@@ -193,7 +193,7 @@ class Combinations:
         if self.core.has_answer_stage:
             decisions[:, -1] = 1
             added = self._split.costs.flops_ratio(rows, decisions) - outcome.flops_ratio
-        columns = [outcome.cost.clip(-1, 1), outcome.flops_ratio, added]
+        columns = [outcome.cost, outcome.flops_ratio, added]
         return torch.from_numpy(np.stack(columns, axis=1).astype(np.float32))
 
     def _risk(self) -> Tensor:

@@ -184,7 +184,7 @@ class ReinforceAgent(Agent[ReinforceSettings]):
         outcome = core.score(self._split, tiled, decisions.numpy(), state)
         lost = torch.from_numpy(outcome.cost).float()
         if self.foresight:
-            self.foresight.remember(tiled, decisions, lost, observed)
+            self.foresight.remember(tiled, decisions, lost / self._split.scoring.highest, observed)
         infos = {key: getattr(outcome, key) for key in INFO_KEYS if key != "is_success"}
         infos["is_success"] = outcome.cost <= core.config.reward.epsilon
         flops = torch.from_numpy(outcome.flops_ratio).float()
@@ -207,14 +207,14 @@ class ReinforceAgent(Agent[ReinforceSettings]):
             states = foresight.recent(settings.imagined, self.random)
             logits, choices = self._sample(states.observations, tries)
             probabilities, flops = foresight.outlook(states, foresight.with_choices(states, choices))
-            loss = probabilities[:, 0] - probabilities[:, 1]
+            loss = (probabilities[:, 0] - probabilities[:, 1]) * self._split.scoring.highest
             own = foresight.own_alone(states, logits, choices)
             return SampledDecisions(*own, stages * flops.view(shape), stages * loss.view(shape))
         rows = self.random.integers(len(self._split), size=settings.imagined)
         observations = self._observe(rows)
         logits, decisions = self._sample(observations, tries)
         ratios = self._split.costs.flops_ratio(np.tile(rows, tries), decisions.numpy())
-        loss = foresight.loss(observations, decisions)
+        loss = foresight.loss(observations, decisions) * self._split.scoring.highest
         return SampledDecisions(logits, decisions, torch.from_numpy(ratios).float().view(shape), loss.view(shape))
 
     def _update(self, sampled: SampledDecisions, violated: float, rate: float, logger: Logger) -> None:

@@ -47,7 +47,7 @@ class Foresight(nn.Module):
         self.lost = torch.zeros(0)  # quality lost, negative: gained
 
     def remember(self, rows: NDArray, decisions: Tensor, lost: Tensor, observed: Tensor | None = None) -> None:
-        """Add scored decisions: rows ``[n]``, decisions ``[n, components]``, the quality lost ``[n]``.
+        """Add scored decisions: rows ``[n]``, decisions ``[n, components]``, the quality lost ``[n]``, from -1 to 1.
 
         ``observed`` is not used: observations before the first layer can be computed again.
         """

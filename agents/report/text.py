@@ -31,7 +31,8 @@ class Table(NamedTuple):
 def verdict_sentences(env: EnvRuns) -> list[str]:
     """Sentences about an env: its controls, the power of the tests, and the best agent, compared with the others."""
     n, epsilon, dense = env.first.result["instances"], env.epsilon, env.first.result["quality_ref"]
-    fewest, losses = fewest_instances(epsilon), losses_allowed(n, epsilon)
+    highest = env.first.result.get("highest_quality", 1.0)
+    fewest, losses = fewest_instances(epsilon, highest), losses_allowed(n, epsilon, highest=highest)
     sentences = [
         _controls(env),
         f"The dense backbone's quality is {dense:.1%} on {n:,} test instances; {in_points(epsilon)} may be lost.",
@@ -46,8 +47,8 @@ def verdict_sentences(env: EnvRuns) -> list[str]:
     answers = f"{losses:,} answer{'s' if losses != 1 else ''}"
     sentences.append(
         f"A verdict takes {fewest:,} instances. Here {answers} may be lost with none gained, or "
-        f"{changes_allowed(n, epsilon):,} changed with as many gained as lost, and the quality is still shown to be "
-        "kept."
+        f"{changes_allowed(n, epsilon, highest=highest):,} changed with as many gained as lost, and the quality is "
+        "still shown to be kept."
     )
     keeps = [agent for agent in env.learned if agent.kept.all()]
     best = next(iter(keeps or env.learned), None)

@@ -11,6 +11,7 @@ from scipy.special import betainc
 from scipy.stats import norm
 
 CONFIDENCE = 0.95  # one-sided
+Moments = tuple[float, float, float]  # of differences in quality: mean, mean square, mean of the gains
 
 
 class Verdict(StrEnum):
@@ -38,75 +39,82 @@ def fewest_instances(epsilon: float, worst: float = 1.0, confidence: float = CON
     return math.ceil(max(by_chance, by_score))
 
 
-def losses_allowed(n: int, epsilon: float, confidence: float = CONFIDENCE) -> int | None:
-    """How many of ``n`` answers may be lost, with none gained, for the verdict "quality kept".
+def losses_allowed(n: int, epsilon: float, confidence: float = CONFIDENCE, highest: float = 1.0) -> int | None:
+    """How many of ``n`` answers of quality ``highest`` may be lost, with none gained, for the verdict "quality kept".
 
     ``None`` if the instances are too few; arguments as in ``verdict``.
     """
-    return _most(n, epsilon, confidence, lambda lost: (-lost / n, lost / n))
+    return _most(n, epsilon, confidence, highest, lambda lost: (-lost / n, lost / n, 0.0))
 
 
-def changes_allowed(n: int, epsilon: float, confidence: float = CONFIDENCE) -> int | None:
+def changes_allowed(n: int, epsilon: float, confidence: float = CONFIDENCE, highest: float = 1.0) -> int | None:
     """How many of ``n`` answers may change, half of them gained and half lost, for the verdict "quality kept".
 
     They change in pairs, so it is an even number; see ``losses_allowed``.
     """
-    most = _most(n, epsilon, confidence, lambda pairs: (0.0, min(1.0, 2 * pairs / n)))
+    most = _most(n, epsilon, confidence, highest, lambda pairs: (0.0, min(1.0, 2 * pairs / n), pairs / n))
     return None if most is None else min(2 * most, n - n % 2)
 
 
-def _most(n: int, epsilon: float, confidence: float, outcome: Callable[[int], tuple[float, float]]) -> int | None:
-    """The largest count, at most ``n``, whose mean and mean square still show that the quality is kept."""
-    if n < max(1, fewest_instances(epsilon, confidence=confidence)):
+def _most(n: int, epsilon: float, confidence: float, highest: float, outcome: Callable[[int], Moments]) -> int | None:
+    """The largest count, at most ``n``, whose moments, if an answer counts 1, still show that the quality is kept."""
+    if n < max(1, fewest_instances(epsilon, highest, confidence)):
         return None
-    counts = range(n + 1)
-    return bisect_left(counts, True, key=lambda count: not _shown(*outcome(count), n, epsilon, 1.0, confidence)) - 1
+    limit = epsilon / highest
+    return bisect_left(range(n + 1), True, key=lambda count: not _shown(*outcome(count), n, limit, 1.0, confidence)) - 1
 
 
-def verdict(quality: NDArray, quality_ref: NDArray, epsilon: float, confidence: float = CONFIDENCE) -> Verdict:
+def verdict(
+    quality: NDArray, quality_ref: NDArray, epsilon: float, confidence: float = CONFIDENCE, highest: float = 1.0
+) -> Verdict:
     """Non-inferiority: is the mean of ``quality - quality_ref`` above ``-epsilon``?
 
     A score test. Its variance is that under the hypothesis that exactly epsilon is lost: the least favourable one, in
     which some instances lose all that they can (``worst``). For paired binary outcomes it is close to Tango's (1998,
     Statistics in Medicine 17, equation 3). It has a variance where no answer differs, and holds for graded outcomes.
-    For few instances, the exact binomial probability of so small a loss has to be small enough as well.
-    ``tests/agents/runs/test_verdict.py`` simulates both. ``quality [n]`` is at least 0, ``quality_ref [n]`` dense, and
-    ``confidence`` one-sided.
+    For few instances, the exact binomial probability of so few losses, net and beside the gains, has to be small enough
+    as well. ``tests/agents/runs/test_verdict.py`` simulates both. ``quality [n]`` is at least 0, ``quality_ref [n]``
+    dense, ``confidence`` one-sided, and ``highest`` (``Scores.highest``) what an instance can lose, right or not here.
     """
-    difference, n = quality - quality_ref, len(quality)
-    worst = _worst(quality_ref)
+    difference, n, worst = quality - quality_ref, len(quality), _worst(quality_ref, highest)
     if n < max(1, fewest_instances(epsilon, worst, confidence)):
         return Verdict.TOO_FEW
-    shown = _shown(float(difference.mean()), float(np.mean(difference**2)), n, epsilon, worst, confidence)
-    return Verdict.KEPT if shown else Verdict.NOT_SHOWN
+    moments = float(difference.mean()), float(np.mean(difference**2)), float(np.maximum(difference, 0).mean())
+    return Verdict.KEPT if _shown(*moments, n, epsilon, worst, confidence) else Verdict.NOT_SHOWN
 
 
-def highest_loss(quality: NDArray, quality_ref: NDArray, confidence: float = CONFIDENCE) -> float:
+def highest_loss(quality: NDArray, quality_ref: NDArray, confidence: float = CONFIDENCE, highest: float = 1.0) -> float:
     """The upper bound of the mean loss at a one-sided confidence: the least epsilon at which the quality is kept.
 
     It inverts ``verdict`` by bisection; arguments as there. Without instances it is the largest possible loss.
     """
-    low, high = 0.0, _worst(quality_ref)
+    low, high = 0.0, _worst(quality_ref, highest)
     while high - low > 1e-6:
         middle = (low + high) / 2
-        kept = verdict(quality, quality_ref, middle, confidence) == Verdict.KEPT
+        kept = verdict(quality, quality_ref, middle, confidence, highest) == Verdict.KEPT
         low, high = (low, middle) if kept else (middle, high)
     return high
 
 
-def _worst(quality_ref: NDArray) -> float:
+def _worst(quality_ref: NDArray, highest: float) -> float:
     """The most that an instance can lose: no quality is below 0."""
-    return max(1.0, float(quality_ref.max(initial=0.0)))
+    return max(1.0, highest, float(quality_ref.max(initial=0.0)))
 
 
-def _shown(mean: float, square: float, n: int, epsilon: float, worst: float, confidence: float) -> bool:
-    """Whether ``n`` differences with this mean and mean square show that less than epsilon is lost."""
+def _shown(mean: float, square: float, gain: float, n: int, epsilon: float, worst: float, confidence: float) -> bool:
+    """Whether ``n`` differences with these ``Moments`` show that less than epsilon is lost."""
     if mean <= -epsilon:
         return False
     if epsilon >= worst:
         return True
     share = (mean + epsilon) / (mean + worst)  # of instances that would have to lose all, for epsilon to be lost
     variance = (1 - share) * square + share * worst**2 - epsilon**2
-    lost = max(0.0, -mean * n / worst)
-    by_chance = betainc(n - lost, lost + 1, 1 - epsilon / worst)  # of n such instances, at most so many are lost
+    net, gross = max(0.0, -mean) / worst, (gain - mean) / worst  # as shares of instances that lose all
+    by_chance = max(_at_most(net, n, epsilon / worst), _at_most(gross, n, (epsilon + gain) / worst))
     return bool((mean + epsilon) * math.sqrt(n / variance) >= norm.ppf(confidence) and by_chance <= 1 - confidence)
+
+
+def _at_most(share: float, n: int, expected: float) -> float:
+    """The probability that at most this share of ``n`` instances is lost, if each is lost with that expected."""
+    lost = share * n
+    return float(betainc(n - lost, lost + 1, max(0.0, 1 - expected))) if lost < n else 1.0

@@ -39,6 +39,9 @@ class Outcome:
 class Scores(Protocol):
     """Quality of rows ``[n]`` of a split under decisions ``[n, components]``; float64 ``[n]`` each."""
 
+    # The highest quality that an instance can have or lose: 1, but more if a class counts more.
+    @property
+    def highest(self) -> float: ...
     # Quality under the decisions, and dense quality; goes on from the state ``seen`` of the pass, if given.
     def quality(self, rows: Array, decisions: Array, seen: Any = None) -> tuple[Array, Array]: ...
     # Quality under the decisions; nothing is cached.

@@ -107,7 +107,8 @@ class TableSplit:
         self.difficulty, self.levels = self._whole("difficulty"), self._whole("levels")
         self.number_of = {identity: row for row, identity in enumerate(self.ids)}
         self.encoded = SimpleNamespace(**{key: self._whole(key) for key in LENGTHS})
-        self.scoring = TableScoring(self.tensors, len(core.masks), core.answers_of)
+        is_balanced = self.config.quality.kind == "balanced"
+        self.scoring = TableScoring(self.tensors, len(core.masks), core.answers_of, is_balanced=is_balanced)
         points = core.description.get("resume_points", [0])
         self.costs = TableCosts(self.tensors, core.masks, core.masks_of, core.goes_on, points)
 

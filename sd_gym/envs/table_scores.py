@@ -22,12 +22,17 @@ def packed_length(tensors: dict[str, Array], masks: int) -> int:
 
 
 class TableScoring:
-    """The ``Scores`` of a split of a table; ``masks_of`` gives the masks whose answers count."""
+    """The ``Scores`` of a split of a table.
 
-    def __init__(self, tensors: dict[str, Array], masks: int, masks_of: MasksOf) -> None:
+    ``masks_of`` gives the masks whose answers count; ``is_balanced``: whether qualities are weighted by class.
+    """
+
+    def __init__(self, tensors: dict[str, Array], masks: int, masks_of: MasksOf, *, is_balanced: bool = False) -> None:
         self._codes, self._values = tensors["quality"], tensors.get("quality_values")
         self._masks, self._masks_of, self._is_packed = masks, masks_of, is_packed(tensors)
         self._dense = self._at(np.arange(len(self._codes)), np.zeros(1, dtype=np.int64))
+        # The weight of a class that no mask answers right is not known.
+        self.highest = 1.0 if self._values is None or not is_balanced else max(1.0, float(self._values.max()))
 
     def of_masks(self, rows: Array) -> Array:
         """Qualities of rows ``[n]`` under all masks, float64 ``[n, masks]``."""

@@ -204,6 +204,11 @@ class Scoring:
         tiled = [np.tile(mask, (len(rows), 1)) for mask in masks]
         return np.stack([self._of_score(rows, *pair) for pair in zip(tiled, values.T, strict=True)], axis=1)
 
+    @property
+    def highest(self) -> float:
+        """The highest quality that an instance can have or lose: 1, or the weight of the rarest class."""
+        return float(self._class_weight.max()) if self._measure.is_balanced else 1.0
+
     @cached_property
     def _class_weight(self) -> Array:
         """The weight of a right answer, float64 ``[n]``: all classes have the same total weight."""

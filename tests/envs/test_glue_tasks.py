@@ -109,6 +109,7 @@ def test_balanced_quality_is_balanced_accuracy_and_tells_matthews(tmp_path, tiny
     matthews = (2 * balanced - 1) * labels.std() / predicted.std()
     assert split.scoring.metrics(rows, decisions) == {"matthews": pytest.approx(matthews)}
     np.testing.assert_array_equal(split.scoring.quality_and_likelihood(rows, decisions)[0], quality)
+    assert split.scoring.highest == 12 / (2 * 5)  # a right answer of the rarer class, whether there is one or not
 
 
 def test_scores_and_texts_have_no_classes_to_balance(tmp_path, tiny_tokenizer):

@@ -163,7 +163,7 @@ def _spans(instances: Sequence[Instance], context_mask: NDArray, offsets: NDArra
     spans, cut = [], np.zeros(len(instances), dtype=bool)
     for row, instance in enumerate(instances):
         if not instance.references:
-            spans.append([[0, 0]])
+            spans.append([(0, 0)])
             continue
         tokens = np.nonzero(context_mask[row])[0]
         begin, end = offsets[row, tokens, 0], offsets[row, tokens, 1]
@@ -172,9 +172,9 @@ def _spans(instances: Sequence[Instance], context_mask: NDArray, offsets: NDArra
             # Both ascend: the first token that ends after the answer's start, the last that begins before its end.
             start, stop = np.searchsorted(end, first, side="right"), np.searchsorted(begin, last) - 1
             if start <= stop < len(tokens) and end[stop] >= last:
-                right.append([int(tokens[start]), int(tokens[stop])])
+                right.append((int(tokens[start]), int(tokens[stop])))
         cut[row] = not right
-        spans.append(right or [[IGNORED, IGNORED]])
+        spans.append([*dict.fromkeys(right)] or [(IGNORED, IGNORED)])  # two answers may have the same tokens
     rows = [torch.tensor(right) for right in spans]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED), cut
 

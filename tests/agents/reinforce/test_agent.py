@@ -19,6 +19,20 @@ def test_reinforce_waits_for_its_foresight_but_learns_in_short_runs_too(staged_e
     assert moved == [False] * 2 + [True] * 6
 
 
+def test_the_foresight_learns_shares_of_what_an_instance_can_lose(env, monkeypatch):
+    agent = make_agent("reinforce", env, seed=0)
+    monkeypatch.setattr(type(agent._split.scoring), "highest", 4.0)
+
+    def score(split, rows, decisions, seen=None):
+        return Outcome(np.zeros(len(rows)), np.full(len(rows), 3.0), np.full(len(rows), 0.5))
+
+    monkeypatch.setattr(env.core, "score", score)
+    agent._explore()
+    assert agent.foresight.lost.unique().tolist() == [0.75]
+    monkeypatch.setattr(agent.foresight, "loss", lambda seen, decisions: torch.full((len(decisions),), 0.75))
+    assert agent._imagine(agent.foresight).loss.unique().tolist() == [3.0]
+
+
 def test_gained_answers_make_up_for_lost_ones_in_the_barrier(env, tmp_path, monkeypatch):
     """Of four answers one is half lost and two are half gained."""
     agent, violated = make_agent("reinforce", env, seed=0), []

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 from sd_gym.agents.runs.statistics import (
     bootstrap_interval,
 )
@@ -35,6 +36,16 @@ def test_a_policy_that_loses_epsilon_is_rarely_said_to_keep_the_quality(n, draw,
     random = np.random.default_rng(0)
     wrong = np.mean([judged(draw(random, n, share, 0.01)) == Verdict.KEPT for _ in range(SIMULATIONS)])
     assert wrong <= 0.05 + SLACK
+
+
+@pytest.mark.parametrize(("n", "ruined", "confidence"), [(167, 0.0217, 0.8), (230, 0.0146, 0.9), (396, 0.0112, 0.95)])
+def test_small_gains_do_not_hide_rare_losses(n, ruined, confidence):
+    """The exact probability of the verdict if exactly epsilon is lost: few instances lose all, all others gain."""
+    gain, wrong = (ruined - 0.01) / (1 - ruined), 0.0
+    for lost in range(int(n * ruined) + 2):
+        if judged(np.r_[-np.ones(lost), np.full(n - lost, gain)], confidence=confidence) == Verdict.KEPT:
+            wrong += binom.pmf(lost, n, ruined)
+    assert wrong <= 1.1 * (1 - confidence)
 
 
 def test_a_policy_that_loses_much_is_never_said_to_on_few_instances():
@@ -75,6 +86,12 @@ def test_where_an_instance_weighs_more_more_of_them_are_needed():
     weight = np.r_[np.full(200, 5.0), np.full(200, 0.5)]
     assert verdict(weight, weight, 0.01) == Verdict.TOO_FEW
     assert verdict(np.ones(400), np.ones(400), 0.01) == Verdict.KEPT
+    # Also where no instance of the rare class is right densely.
+    assert verdict(np.ones(400), np.ones(400), 0.01, highest=5.0) == Verdict.TOO_FEW
+    assert highest_loss(np.ones(400), np.ones(400), highest=5.0) > 4 * highest_loss(np.ones(400), np.ones(400))
+    for allowed in (losses_allowed, changes_allowed):
+        assert allowed(400, 0.01, highest=5.0) is None
+        assert allowed(2000, 0.01, highest=5.0) < allowed(2000, 0.01)
 
 
 @pytest.mark.parametrize(("n", "lost", "gained"), [(300, 0, 0), (300, 5, 0), (2000, 0, 30), (2000, 60, 40), (0, 0, 0)])

@@ -88,6 +88,12 @@ def encoded(instances, tokenizer, limit=32, unanswerable=True):
     return encode(instances, tokenizer, SpanHead(), backbone, unanswerable=unanswerable)
 
 
+def test_two_answers_of_the_same_tokens_are_one_span(tiny_tokenizer):
+    (labels,) = encoded([question("the room was good", ["good", "goo"], [13, 13])], tiny_tokenizer).labels
+    assert len({*map(tuple, labels.tolist())} - {(-100, -100)}) == 1
+    assert (labels[1:] == -100).all()
+
+
 @settings(deadline=None)
 @given(data=st.data())
 def test_the_label_is_the_answer_and_the_span_is_its_original_text(data, tiny_tokenizer):
