@@ -165,4 +165,5 @@ def parse_yaml(text: str, origin: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: malformed numbers and dates
-        raise ConfigError(f"{origin}: not YAML ({one_line(error)})") from error
+        hint = """a text with ':' or '{' has to be in quotes, as in 'prompt="{source} Summary:"'"""
+        raise ConfigError(f"{origin}: not YAML ({one_line(error)}); {hint}") from error

@@ -49,7 +49,7 @@ def attach(
         policy: The policy, or the argument of ``SkipPolicy.from_pretrained``.
         tokenizer: If it is given, it is compared with the policy's.
         max_loss: How much quality may be lost at most, in the task's unit: see ``SkipPolicy.at``.
-        max_flops: The share of the dense FLOPs to run at most.
+        max_flops: The share of the dense FLOPs to run at most, without the policy's own.
         check_weights: Whether the weights have to be those that the policy was trained on; with others of the same
             layout (quantised, in half precision, fine-tuned) its quality is not known.
 
@@ -356,7 +356,8 @@ class Decisions(local):
         if self.went_on.any():
             again_always, again = self._costs(source, source, target_again)
             ran = ran + self.went_on * going_on_flops(again_always, again, self.resumed)
-            whole = np.where(self.went_on, again_always + again.sum(axis=1), whole)
+            ran_again = self.went_on & (self.resumed < self.skip.shape[1])  # others had skipped nothing
+            whole = np.where(ran_again, again_always + again.sum(axis=1), whole)
         return flops_share(ran, whole)
 
     def _costs(self, source: NDArray, kept: NDArray, target: int | None) -> tuple[NDArray, NDArray]:

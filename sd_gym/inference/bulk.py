@@ -35,7 +35,8 @@ class Bulk:
     """The outcome of a run over a file."""
 
     rows: int = 0  # inputs answered, in this run
-    malformed: list[Line] = field(default_factory=list)  # with what is wrong with each
+    malformed: list[Line] = field(default_factory=list)  # in the whole output, with what is wrong with each
+    before: int = 0  # lines answered before this run, which resumed
     seconds: float = 0.0  # of answering
     flops_ratio: list[float] = field(default_factory=list)  # of each row, the policy's own FLOPs included
     dense_seconds: float = 0.0  # of answering densely, where that was asked for
@@ -50,7 +51,8 @@ class Bulk:
 
     def figures(self) -> dict[str, str]:
         """Means, by name, as text."""
-        figures = {"rows": f"{self.rows:,}", "rows a second": f"{self.rows / max(self.seconds, 1e-9):.1f}"}
+        before = f" (after {self.before:,} before)" if self.before else ""
+        figures = {"rows": f"{self.rows:,}{before}", "rows a second": f"{self.rows / max(self.seconds, 1e-9):.1f}"}
         if self.rows:
             figures["FLOPs"] = f"{np.mean(self.flops_ratio):.1%} of dense"
         if self.agree:
@@ -117,6 +119,7 @@ def run_file(
     made_by = {"policy (or operating point)": prints["policy"], "backbone": prints["backbone"]}
     bulk, part = Bulk(), Part(output, {**made_by, "--column": columns, "version of sd_gym": __version__})
     with part.held(rows, resume=resume):
+        bulk.before, bulk.malformed = part.answered, part.malformed
         chunks = iter(lambda: list(islice(rows, chunk)), [])
         if on_cluster is None:
             answered = ((lines, _answered(model, lines, compare, batch_size)) for lines in chunks)

@@ -1,6 +1,7 @@
 """The answers of an incomplete run over a file, and the state that is needed to resume it."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -38,12 +39,18 @@ class State(BaseModel):
 
 
 class Part:
-    """The folder ``OUTPUT.part``: answers, which move to ``output`` when complete, and their state."""
+    """The folder ``OUTPUT.part``: answers, which move to ``output`` when complete, and their state.
+
+    Attributes:
+        answered: How many lines a resumed part begins with.
+        malformed: Those of them that are malformed.
+    """
 
     def __init__(self, output: Path, made_by: dict[str, str | dict[str, str]]) -> None:
         self._output, self._folder = output, output.with_name(output.name + ".part")
         self._file, self._state = self._folder / ANSWERS, State(made_by=made_by)
         self._rows, self._written = hashlib.sha256(), hashlib.sha256()
+        self.answered, self.malformed = 0, list[Line]()
 
     @contextmanager
     def held(self, rows: Iterator[Line], *, resume: bool) -> Iterator[None]:
@@ -131,6 +138,11 @@ class Part:
             raise ValueError(f"{self._folder} {reason} of this input; resume with the same input, or delete it")
         os.truncate(self._file, known.size)
         self._state = known
+        with self._file.open(encoding="utf-8") as answers:
+            for answer in answers:
+                self.answered += 1
+                if '"error": ' in answer and "error" in (values := json.loads(answer)):
+                    self.malformed.append(Line(values["line"], None, values["error"]))
 
     def _count(self, lines: list[Line]) -> None:
         for line in lines:

@@ -271,6 +271,9 @@ class SkipPolicy:
         if not folder.is_dir():
             folder = _downloaded(str(name), revision)
         if not (folder / FILE).exists():
+            if (folder / "result.json").exists():
+                reason = "its policy needs its env: a control, or tokens that are ranked at random"
+                raise FileNotFoundError(f"the run {name} has no {FILE} ({reason}); sd-gym evaluate takes it")
             raise FileNotFoundError(
                 f"no {FILE} in {name}; expected the folder of a training run, or one that save_pretrained wrote"
             )

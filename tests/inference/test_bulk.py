@@ -140,8 +140,12 @@ def test_any_input_gives_its_rows_in_order_or_an_error_and_a_cut_changes_nothing
         part = cut_off(model, source, output, behind=came[2 * cut - 1]["line"], chunk=2)
         with (part / "answers.jsonl").open("ab") as file:
             file.write(stray)
-        run_file(model, source, output, chunk=3, resume=True)
+        resumed = run_file(model, source, output, chunk=3, resume=True)
         assert output.read_bytes() == whole.read_bytes()
+        assert resumed.before == 2 * cut
+        assert [(one.number, one.error) for one in resumed.malformed] == [
+            (one.number, one.error) for one in bulk.malformed
+        ]
 
 
 def blank(line, number):
