@@ -4,6 +4,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,15 @@ from scipy.special import betainc
 from scipy.stats import norm
 
 CONFIDENCE = 0.95  # one-sided
-Moments = tuple[float, float, float]  # of differences in quality: mean, mean square, mean of the gains
+
+
+class Differences(NamedTuple):
+    """What the verdict needs to know of differences in quality."""
+
+    mean: float
+    square: float  # mean square
+    lost: float  # share of the instances that lose more than half of what they can, weighted by how much of that
+    others: float  # mean of the others
 
 
 class Verdict(StrEnum):
@@ -44,7 +53,7 @@ def losses_allowed(n: int, epsilon: float, confidence: float = CONFIDENCE, highe
 
     ``None`` if the instances are too few; arguments as in ``verdict``.
     """
-    return _most(n, epsilon, confidence, highest, lambda lost: (-lost / n, lost / n, 0.0))
+    return _most(n, epsilon, confidence, highest, lambda lost: Differences(-lost / n, lost / n, lost / n, 0.0))
 
 
 def changes_allowed(n: int, epsilon: float, confidence: float = CONFIDENCE, highest: float = 1.0) -> int | None:
@@ -52,16 +61,20 @@ def changes_allowed(n: int, epsilon: float, confidence: float = CONFIDENCE, high
 
     They change in pairs, so it is an even number; see ``losses_allowed``.
     """
-    most = _most(n, epsilon, confidence, highest, lambda pairs: (0.0, min(1.0, 2 * pairs / n), pairs / n))
+
+    def changed(pairs: int) -> Differences:
+        return Differences(0.0, min(1.0, 2 * pairs / n), pairs / n, pairs / max(1, n - pairs))
+
+    most = _most(n, epsilon, confidence, highest, changed)
     return None if most is None else min(2 * most, n - n % 2)
 
 
-def _most(n: int, epsilon: float, confidence: float, highest: float, outcome: Callable[[int], Moments]) -> int | None:
-    """The largest count, at most ``n``, whose moments, if an answer counts 1, still show that the quality is kept."""
+def _most(n: int, epsilon: float, confidence: float, highest: float, of: Callable[[int], Differences]) -> int | None:
+    """The largest count, at most ``n``, whose differences, if an answer counts 1, still show that quality is kept."""
     if n < max(1, fewest_instances(epsilon, highest, confidence)):
         return None
     limit = epsilon / highest
-    return bisect_left(range(n + 1), True, key=lambda count: not _shown(*outcome(count), n, limit, 1.0, confidence)) - 1
+    return bisect_left(range(n + 1), True, key=lambda count: not _shown(of(count), n, limit, 1.0, confidence)) - 1
 
 
 def verdict(
@@ -72,15 +85,18 @@ def verdict(
     A score test. Its variance is that under the hypothesis that exactly epsilon is lost: the least favourable one, in
     which some instances lose all that they can (``worst``). For paired binary outcomes it is close to Tango's (1998,
     Statistics in Medicine 17, equation 3). It has a variance where no answer differs, and holds for graded outcomes.
-    For few instances, the exact binomial probability of so few losses, net and beside the gains, has to be small enough
-    as well. ``tests/agents/runs/test_verdict.py`` simulates both. ``quality [n]`` is at least 0, ``quality_ref [n]``
-    dense, ``confidence`` one-sided, and ``highest`` (``Scores.highest``) what an instance can lose, right or not here.
+    For few instances, the exact binomial probability of so few losses has to be small enough as well: net, and of those
+    that lose most, beside what the others gain. ``tests/agents/runs/test_verdict.py`` simulates all of it.
+    ``quality [n]`` is at least 0, ``quality_ref [n]`` dense, ``confidence`` one-sided, and ``highest``
+    (``Scores.highest``) what an instance can lose, right or not here.
     """
     difference, n, worst = quality - quality_ref, len(quality), _worst(quality_ref, highest)
     if n < max(1, fewest_instances(epsilon, worst, confidence)):
         return Verdict.TOO_FEW
-    moments = float(difference.mean()), float(np.mean(difference**2)), float(np.maximum(difference, 0).mean())
-    return Verdict.KEPT if _shown(*moments, n, epsilon, worst, confidence) else Verdict.NOT_SHOWN
+    loses = difference < -worst / 2
+    lost, others = -difference[loses].sum() / worst / n, difference[~loses].mean() if not loses.all() else 0.0
+    known = Differences(float(difference.mean()), float(np.mean(difference**2)), float(lost), float(others))
+    return Verdict.KEPT if _shown(known, n, epsilon, worst, confidence) else Verdict.NOT_SHOWN
 
 
 def highest_loss(quality: NDArray, quality_ref: NDArray, confidence: float = CONFIDENCE, highest: float = 1.0) -> float:
@@ -101,16 +117,17 @@ def _worst(quality_ref: NDArray, highest: float) -> float:
     return max(1.0, highest, float(quality_ref.max(initial=0.0)))
 
 
-def _shown(mean: float, square: float, gain: float, n: int, epsilon: float, worst: float, confidence: float) -> bool:
-    """Whether ``n`` differences with these ``Moments`` show that less than epsilon is lost."""
+def _shown(known: Differences, n: int, epsilon: float, worst: float, confidence: float) -> bool:
+    """Whether ``n`` differences, of which this is known, show that less than epsilon is lost."""
+    mean, gain = known.mean, max(0.0, known.others)
     if mean <= -epsilon:
         return False
     if epsilon >= worst:
         return True
     share = (mean + epsilon) / (mean + worst)  # of instances that would have to lose all, for epsilon to be lost
-    variance = (1 - share) * square + share * worst**2 - epsilon**2
-    net, gross = max(0.0, -mean) / worst, (gain - mean) / worst  # as shares of instances that lose all
-    by_chance = max(_at_most(net, n, epsilon / worst), _at_most(gross, n, (epsilon + gain) / worst))
+    variance = (1 - share) * known.square + share * worst**2 - epsilon**2
+    net, beside_gains = epsilon / worst, (epsilon + gain) / (worst + gain)  # how many lose all if epsilon is lost
+    by_chance = max(_at_most(max(0.0, -mean) / worst, n, net), _at_most(known.lost, n, beside_gains))
     return bool((mean + epsilon) * math.sqrt(n / variance) >= norm.ppf(confidence) and by_chance <= 1 - confidence)
 
 
