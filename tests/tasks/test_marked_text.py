@@ -36,7 +36,7 @@ def test_what_is_not_struck_out_is_what_the_backbone_reads(env_id):
 
 def test_pairs_and_what_was_cut(tmp_path, tiny_backbone):
     rows = [{"text": "the food was good", "text_pair": "fine fine food", "label": 0}] * 15
-    rows += [{"text": "the food was good not bad", "label": 1}] * 15  # one without its pair
+    rows += [{"text": "the food was good not bad fine", "label": 1}] * 15  # one without its pair
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"dataset": str(file), "backbone": str(tiny_backbone), "token_shares": [0.0, 0.5], "overlap": "allow"}
@@ -47,9 +47,8 @@ def test_pairs_and_what_was_cut(tmp_path, tiny_backbone):
     assert [mark for _, mark in second.runs()] == [READ, CUT]
     first, second = split.marked_texts(0, 1)
     assert {READ, DROPPED} <= {*first.marks, *second.marks}
-    first, second = split.marked_texts(len(split) - 1, 1)
-    assert second.text == ""
-    assert [mark for _, mark in first.runs()][-1] == CUT
+    (alone,) = split.marked_texts(len(split) - 1, 1)
+    assert [mark for _, mark in alone.runs()][-1] == CUT
 
 
 def test_a_prompt_is_shown_as_it_is_filled_in_and_never_struck_out(tmp_path, reviews, tiny_tokenizer):
