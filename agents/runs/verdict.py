@@ -132,6 +132,6 @@ def _shown(known: Differences, n: int, epsilon: float, worst: float, confidence:
 
 
 def _at_most(share: float, n: int, expected: float) -> float:
-    """The probability that at most this share of ``n`` instances is lost, if each is lost with that expected."""
+    """The probability that at most this share of ``n`` instances is lost, if ``expected`` is that of each."""
     lost = share * n
     return float(betainc(n - lost, lost + 1, max(0.0, 1 - expected))) if lost < n else 1.0

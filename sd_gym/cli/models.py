@@ -129,7 +129,7 @@ def run(
     backbone: Annotated[str | None, Option(help="Path of the backbone [default: that of the run].")] = None,
     max_loss: Annotated[float | None, Option(help="The point with fewest FLOPs at this loss (0.005).")] = None,
     max_flops: Annotated[
-        float | None, Option(help="Most cautious point within this share of FLOPs (0.4), without its own.")
+        float | None, Option(help="Most cautious point within this share of FLOPs (0.4), without the policy's.")
     ] = None,
     comparing: Annotated[bool, Option("--compare", help="Also run densely: time, agreement, and quality.")] = False,
     resume: Annotated[bool, Option(help="Resume an interrupted run from OUTPUT.part.")] = False,
@@ -207,7 +207,7 @@ def serve(
     threads: Annotated[int | None, Option(min=1, help="Threads of the model [default: all cores].")] = None,
     max_loss: Annotated[float | None, Option(help="Default: the point with fewest FLOPs at this loss (0.005).")] = None,
     max_flops: Annotated[
-        float | None, Option(help="Or the most cautious one within this share of FLOPs (0.4), without its own.")
+        float | None, Option(help="Or the most cautious one within this share of FLOPs (0.4), without the policy's.")
     ] = None,
     allow_loss: Annotated[
         float | None, Option(help="Highest loss that a request may ask for [default: points that passed].")

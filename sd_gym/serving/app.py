@@ -59,8 +59,8 @@ class Service:
 
     Attributes:
         batcher: Groups the requests; ``None`` until the model is warm.
-        failure: What ended the service: the model cannot answer.
-        on_failure: Called then.
+        failure: The error after which the model cannot answer; ``None`` while it can.
+        on_failure: Called when there is one.
     """
 
     def __init__(
