@@ -1,6 +1,8 @@
 """Errors, and values in messages that stay short."""
 
+import os
 import reprlib
+import sys
 from typing import Any
 
 LONGEST_VALUE = 80
@@ -35,7 +37,9 @@ def _cut(text: str, longest: int) -> str:
 
 def quiet() -> None:
     """Turn off the progress bars and warnings of transformers, which would break up the command's own output."""
-    from transformers.utils import logging
+    os.environ["TRANSFORMERS_VERBOSITY"], os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "error", "1"  # if imported later
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()

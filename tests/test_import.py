@@ -21,3 +21,18 @@ def test_switch_knows_no_task_and_no_rl():
         "assert 'stable_baselines3' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_reports_and_comparisons_import_no_torch():
+    """They read files of runs, so that they take two seconds, not ten."""
+    program = (
+        "import sys, sd_gym.agents.report.page, sd_gym.agents.report.compare\n"
+        "from sd_gym.errors import quiet\n"
+        "quiet()\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'stable_baselines3'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "import transformers\n"
+        "assert not transformers.utils.logging.is_progress_bar_enabled()\n"
+        "assert transformers.utils.logging.get_verbosity() == transformers.utils.logging.ERROR\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

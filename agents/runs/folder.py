@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from sd_gym.backbones.load import Backbone
 from sd_gym.errors import short
 from sd_gym.files import read_json
 from sd_gym.folders import MARKER
@@ -178,7 +177,7 @@ def _read(folder: Path, name: str, kind: type[BaseModel]) -> dict[str, Any]:
     return values
 
 
-def check_backbone(run: Path, before: str, backbone: Backbone) -> None:
+def check_backbone(run: Path, before: str, backbone: Any) -> None:
     """Raise ``ValueError`` if a backbone's weights have another hash than ``before``, of the run's ``config.json``."""
     if before != backbone.weights:
         raise ValueError(
