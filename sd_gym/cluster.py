@@ -90,11 +90,11 @@ def _apply(key: str, make: Callable[[], Callable[[Any], Any]], value: Any) -> An
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...], imports: list[str], folder: str) -> Any:
-    prepare(folder, imports)
+    prepare_process(folder, imports)
     return function(*arguments)
 
 
-def prepare(folder: str, imports: list[str]) -> None:
+def prepare_process(folder: str, imports: list[str]) -> None:
     """Prepare a process: the folder that relative paths start from, one thread, and the user's modules."""
     import torch
 

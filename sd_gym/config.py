@@ -27,8 +27,9 @@ from pydantic import (
 from sd_gym.errors import short
 
 SplitName = Literal["train", "validation", "test"]
+SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 Candidate = Literal["attention", "cross_attention", "feed_forward"]
-CANDIDATES: tuple[Candidate, ...] = ("attention", "cross_attention", "feed_forward")  # what may be skipped
+CANDIDATES: tuple[Candidate, ...] = get_args(Candidate)  # what may be skipped
 # A mapping as sorted pairs, so that a configuration can be hashed: envs with the same one share their core.
 Pairs = Annotated[
     tuple[tuple[str, str], ...],

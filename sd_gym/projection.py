@@ -1,13 +1,19 @@
 """Standardised observations and their principal components, which large tables store."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sd_gym.files import map_arrays, write_arrays
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Values = TypeVar("Values", NDArray, "Tensor")
 OBSERVATION_LIMIT = 10.0  # largest absolute value in an observation
 LEAST_DEVIATION = 1e-6
 
@@ -15,6 +21,11 @@ LEAST_DEVIATION = 1e-6
 def deviation_of(deviation: NDArray) -> NDArray:
     """Deviations to divide by, float32; 1 for a constant feature, which is then 0."""
     return np.where(deviation > LEAST_DEVIATION, deviation, 1.0).astype(np.float32)
+
+
+def standardised(features: Values, mean: Values, deviation: Values) -> Values:
+    """Features ``[n, ...]`` by their mean and deviation on the training split, each within ``OBSERVATION_LIMIT``."""
+    return ((features - mean) / deviation).clip(-OBSERVATION_LIMIT, OBSERVATION_LIMIT)
 
 
 class Projection(NamedTuple):

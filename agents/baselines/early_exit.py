@@ -68,10 +68,6 @@ class EarlyExit(PrivilegedAgent[AgentSettings]):
         skip = np.arange(self.env.core.n_switches) >= self._ends[exits][:, None]
         return self.env.core.from_masks(np.pad(skip, ((0, 0), (0, 1))).astype(np.int64))
 
-    def judging_flops(self, split: Split, rows: NDArray) -> NDArray:
-        """FLOPs of the head at one exit, ``[n]``."""
-        return self.env.core.backbone.flops.costs(split.encoded.source_length[rows])[0]
-
     @property
     def _ends(self) -> NDArray:
         """Number of switches in front of each exit, int64 ``[exits]``: one per layer; the last exit is the end."""
@@ -89,7 +85,7 @@ class Exit:
     def decide_split(self, split: Split, rows: NDArray) -> SplitDecisions:
         """Decisions that skip all later layers."""
         exits = exits_of(self.agent.confidence(split, rows), self.thresholds)
-        return SplitDecisions(self.agent.decisions(exits), exits * self.agent.judging_flops(split, rows))
+        return SplitDecisions(self.agent.decisions(exits), exits * split.costs.head_flops(rows))
 
 
 def exits_of(confidence: NDArray, thresholds: NDArray) -> NDArray:
@@ -118,7 +114,7 @@ class Confidence(EarlyExit):
         confidence = self.confidence(split, rows)
         scored = score_masks(core, split, rows, self.decisions(np.arange(n)))
         losses, flops = scored["quality_ref"] - scored["quality"], scored["flops_ratio"]
-        judging, every = self.judging_flops(split, rows) / split.costs.dense_flops(rows), np.arange(len(rows))
+        judging, every = split.costs.head_flops(rows) / split.costs.dense_flops(rows), np.arange(len(rows))
 
         def price(thresholds: NDArray, allowed: float) -> float:
             """Mean FLOPs; infinite if more is lost than allowed."""

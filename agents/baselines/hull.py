@@ -11,6 +11,7 @@ from sd_gym.agents.learning.decisions import Version, policy_rows
 from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.exact import hull, lower_hull
+from sd_gym.envs.protocols import mean_flops
 from sd_gym.envs.table import TableCore
 from sd_gym.policy import DecisionPolicy
 
@@ -36,8 +37,7 @@ class HullAgent(StaticAgent):
             super().learn(total_steps, logger, on_rollout)
             masks, rows = np.unique(self.masks, axis=0), policy_rows(core)
             loss = search.path_losses(split, rows, masks).mean(axis=0)
-            flops = [split.costs.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in masks]
-            corners = lower_hull(loss, np.array(flops))
+            corners = lower_hull(loss, mean_flops(split, rows, masks))
             masks = masks[corners.number]
         saves = corners.flops < 1 - 1e-9  # dense is first, even if a mask loses less
         self.masks = np.concatenate([np.zeros_like(masks[:1]), masks[saves]])

@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray as Array
 from torch.nn import functional as F
 
-from sd_gym.envs.actions import all_decisions
-from sd_gym.envs.protocols import Core, Split
+from sd_gym.envs.actions import all_decisions, number_of_decisions
+from sd_gym.envs.protocols import Core, Split, mean_flops
 
 SCREENED = 200  # instances for a first score of every move of a greedy search
 FINALISTS = 3  # moves per round that are scored on all instances
@@ -79,9 +79,8 @@ def greedy_path(
             scored += len(on) * len(new)
             quality, likelihood = split.scoring.under_all(on, np.stack(new))
             values = (quality + LIKELIHOOD_WEIGHT * likelihood).mean(axis=0)
-            for decision, value in zip(new, values, strict=True):
-                flops = split.costs.flops_ratio(on, np.tile(decision, (len(on), 1))).mean()
-                known[key(decision, on)] = float(value), float(flops)
+            for decision, *known_of in zip(new, values.tolist(), mean_flops(split, on, new).tolist(), strict=True):
+                known[key(decision, on)] = known_of
         start, start_flops = known[key(path[-1], on)]
 
         def price(decision: Array) -> float:
@@ -154,7 +153,7 @@ def path_losses(split: Split, rows: Array, path: Array, on_round: OnRound = lamb
     return qualities[:, :1] - qualities
 
 
-def beam_search(core: Core, split: Split, rows: Array, order: list[Array], good: IsGood, *, width: int = 1) -> Array:
+def beam_search(core: Core, split: Split, rows: Array, order: list[Array], good: IsGood, *, width: int) -> Array:
     """A cheap good decision for each of ``rows [n]``, by beam search: one candidate after another is skipped.
 
     ``order`` has the components of each candidate. Each instance keeps ``width`` decisions; the one with the fewest
@@ -180,7 +179,7 @@ def beam_search(core: Core, split: Split, rows: Array, order: list[Array], good:
 
 def can_try_all(nvec: Array, instances: int) -> bool:
     """Whether all decisions can be tried on so many instances, such as 12 switches on 122 instances."""
-    return int(np.prod(nvec)) * instances <= EXHAUSTIVE
+    return number_of_decisions(nvec) * instances <= EXHAUSTIVE
 
 
 def exhaustive_search(core: Core, split: Split, rows: Array, good: IsGood) -> Array:
@@ -195,7 +194,7 @@ def exhaustive_search(core: Core, split: Split, rows: Array, good: IsGood) -> Ar
     return best
 
 
-def nested_codebook(masks: Array, quality: Array, flops: Array, size: int = CODEBOOK_SIZE) -> list[int]:
+def nested_codebook(masks: Array, quality: Array, flops: Array) -> list[int]:
     """The best chain of masks, each skipping everything that the previous one skips, and more.
 
     Suppose each input gets the last mask of the chain that keeps its quality. Then a step to the next mask saves the
@@ -206,7 +205,6 @@ def nested_codebook(masks: Array, quality: Array, flops: Array, size: int = CODE
         masks: ``[masks, components]``, with the dense one.
         quality: Mean quality of each, ``[masks]``.
         flops: FLOPs ratio of each, ``[masks]``.
-        size: Masks of the chain, at most.
 
     Returns:
         Indices of ``masks``, the dense one first.
@@ -218,11 +216,11 @@ def nested_codebook(masks: Array, quality: Array, flops: Array, size: int = CODE
     gain = np.where(nested & (saved > 0), saved * quality, -np.inf)
     values = [np.where(masks.any(axis=1), -np.inf, 0.0)]  # by length, of the best chain that ends at each mask
     previous = []
-    for _ in range(size - 1):
+    for _ in range(CODEBOOK_SIZE - 1):
         longer = values[-1][:, None] + gain
         previous.append(longer.argmax(axis=0))
         values.append(longer.max(axis=0))
-    length, last = np.unravel_index(int(np.argmax(values)), (size, len(masks)))
+    length, last = np.unravel_index(int(np.argmax(values)), (CODEBOOK_SIZE, len(masks)))
     chain = [int(last)]
     for step in reversed(previous[:length]):
         chain.append(int(step[chain[-1]]))

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,8 +94,7 @@ def as_svg(picture: Figure, name: str, words: str) -> str:
     text = _light(re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL))
     # Ids get the name, or one picture is drawn with parts of another.
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    label = words.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(words)}" ', 1)
 
 
 def _light(svg: str) -> str:

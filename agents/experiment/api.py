@@ -18,7 +18,7 @@ from sd_gym.agents.learning.decisions import DENSE_MARGIN, Dense, PolicyLike, Sp
 from sd_gym.agents.runs.folder import check_backbone, read_description, run_description
 from sd_gym.agents.runs.verdict import CONFIDENCE
 
-from sd_gym.config import EnvConfig, dotted, stored_config
+from sd_gym.config import SPLITS, EnvConfig, dotted, stored_config
 from sd_gym.envs.config import load_config, make_config
 from sd_gym.envs.protocols import Core, Observations
 from sd_gym.envs.shared import shared_core
@@ -31,7 +31,6 @@ from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.card import FILE
 from sd_gym.policy.table_export import TablePolicy
 from sd_gym.registration import config_of, is_of_table
-from sd_gym.tasks.data import SPLITS
 from sd_gym.tasks.splits import check_unchanged
 
 Policy = DecisionPolicy | str | Path | Callable[[Observations], Any]

@@ -155,8 +155,7 @@ def time_ratio(
         if len(times) >= LEAST_TIMED and time.perf_counter() - started > TIMED_SECONDS:
             break
         rows = random.integers(len(split), size=min(batch_size, len(split)))
-        decisions, _ = core.rollout(split, rows, policy.decide)
-        runs = _contestants(core, policy, artefact, split, rows, core.to_masks(decisions)[:, -1])
+        runs = _contestants(core, policy, artefact, split, rows)
         dense, *others = [_seconds(run, core.backbone) for run in runs]
         if number >= WARM_UP:
             times.append([seconds / dense for seconds in others])
@@ -165,12 +164,7 @@ def time_ratio(
 
 
 def _contestants(
-    core: BackboneCore,
-    policy: PolicyLike,
-    artefact: SkipPolicy | None,
-    split: BackboneSplit,
-    rows: NDArray,
-    level: NDArray,
+    core: BackboneCore, policy: PolicyLike, artefact: SkipPolicy | None, split: BackboneSplit, rows: NDArray
 ) -> list[Callable[[], object]]:
     """What is timed: dense; with the policy; dense in passes by length; if tokens are dropped, dense on shorter inputs.
 
@@ -196,14 +190,16 @@ def _contestants(
 
     def shortened() -> None:
         inputs = split.passes.inputs(rows)
-        longest = inputs["input_ids"].shape[1]
-        share = split.tokens.kept_length(rows, level).sum() / split.encoded.source_length[rows].sum()
-        length = max(1, round(share * longest))
+        length = max(1, round(share * inputs["input_ids"].shape[1]))
         columns = slice(-length, None) if backbone.head.padding_side == "left" else slice(length)
         backbone.logits({name: value if name == "labels" else value[:, columns] for name, value in inputs.items()})
 
-    shortening = [shortened] if len(core.config.tokens.shares) > 1 else []
-    return [dense, decided, lambda: by_length(again.passes), *shortening]
+    runs: list[Callable[[], object]] = [dense, decided, lambda: by_length(again.passes)]
+    if len(core.config.tokens.shares) == 1:
+        return runs
+    level = core.to_masks(core.rollout(split, rows, policy.decide)[0])[:, -1]
+    share = split.tokens.kept_length(rows, level).sum() / split.encoded.source_length[rows].sum()
+    return [*runs, shortened]
 
 
 def _seconds(run: Callable[[], object], backbone: Backbone) -> float:

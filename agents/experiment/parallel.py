@@ -196,7 +196,7 @@ def _work(connection: Connection, imports: list[str]) -> None:
     """Train the runs that come over a connection, until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    cluster.prepare(os.getcwd(), imports)
+    cluster.prepare_process(os.getcwd(), imports)
     while True:
         try:
             run = connection.recv()

@@ -15,7 +15,7 @@ from sd_gym.agents.experiment.evaluation import evaluate, summary, time_ratio
 from sd_gym.agents.experiment.export import export, run_card
 from sd_gym.agents.experiment.selection import Selection
 from sd_gym.agents.experiment.tensorboard_logs import log_result, log_validation, open_logger
-from sd_gym.agents.learning.agent import INFO_TAGS, Agent, BaseAgent, Rollout
+from sd_gym.agents.learning.agent import Agent, BaseAgent, Rollout
 from sd_gym.agents.learning.decisions import (
     DENSE_MARGIN,
     Dense,
@@ -32,10 +32,10 @@ from sd_gym.agents.runs.guarantee import on_other_rows
 from sd_gym.agents.runs.verdict import CONFIDENCE
 from sd_gym.agents.serving import run as dials
 
-from sd_gym.config import KEYS, EnvConfig, dotted, is_key
+from sd_gym.config import KEYS, SPLITS, EnvConfig, dotted, is_key
 from sd_gym.envs.config import TABLE_KEYS, make_config
 from sd_gym.envs.core import BackboneCore
-from sd_gym.envs.protocols import Core, Observations
+from sd_gym.envs.protocols import SCORES, Core, Observations
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import joined
 from sd_gym.envs.vector import SwitchableVectorEnv
@@ -45,7 +45,6 @@ from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.card import FILE
 from sd_gym.registration import SERVING, registered_ids
 from sd_gym.registry import UnknownNameError, naming_imports, unknown
-from sd_gym.tasks.data import SPLITS
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 from sd_gym.tasks.splits import check_unchanged
 
@@ -182,7 +181,7 @@ def _train(
             if state := learner.state():
                 saved = {"agent": state, "history": selection.history, "scores": core.scores()}
                 write_checkpoint(checkpoint, saved)
-        figures = {key: float(np.mean(values)) for key, values in rollout.infos.items() if key in INFO_TAGS}
+        figures = {key: float(np.mean(values)) for key, values in rollout.infos.items() if key in SCORES}
         on_progress(rollout.steps, figures)
 
     agent.learn(steps, logger, after_rollout)

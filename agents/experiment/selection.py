@@ -24,7 +24,7 @@ from sd_gym.agents.learning.decisions import (
 from sd_gym.agents.runs.guarantee import POINTS, Tested, guarantee, sequence
 from sd_gym.agents.runs.verdict import CONFIDENCE, Verdict, highest_loss, verdict
 
-from sd_gym.envs.protocols import Core
+from sd_gym.envs.protocols import SCORES, Core
 from sd_gym.objectives import Objective
 from sd_gym.operating_points import OperatingPoint
 from sd_gym.policy import DecisionPolicy
@@ -93,12 +93,11 @@ class Selection:
         split = self.core.split("validation")
         rows = np.linspace(0, len(split) - 1, min(len(split), CURVE_ROWS)).round().astype(np.int64)
         scored = outcomes(self.core, policy, split, rows)
-        names = ("quality", "quality_ref", "flops_ratio")
         return {
             "step": step,
-            **{name: float(scored[name].mean()) for name in names},
+            **{name: float(scored[name].mean()) for name in SCORES},
             "quality_kept": self._kept(scored),
-            "reward": float(objective.rewards(*(scored[name] for name in names)).mean()),
+            "reward": float(objective.rewards(*(scored[name] for name in SCORES)).mean()),
             "by_difficulty": by_difficulty(scored, split.difficulty[rows]),
         }
 

@@ -14,7 +14,7 @@ from sd_gym.agents.experiment.run import run_config
 from sd_gym.agents.learning.decisions import policy_rows
 from sd_gym.agents.runs.folder import read_description
 
-from sd_gym.config import ConfigError, EnvConfig
+from sd_gym.config import SPLITS, ConfigError, EnvConfig
 from sd_gym.envs.actions import codebook_file, number_of_decisions, read_masks
 from sd_gym.envs.config import load_config
 from sd_gym.envs.core import BackboneCore
@@ -28,7 +28,6 @@ from sd_gym.envs.tabulate import TableMaker, Units, down_in_flops
 from sd_gym.files import write_json
 from sd_gym.going_on import stages_of_pass
 from sd_gym.registration import config_of
-from sd_gym.tasks.data import SPLITS
 
 TABLE = "SD/Table-v0"  # the env that takes any table
 PATH_INSTANCES = 400  # of the training split, for the search of a path

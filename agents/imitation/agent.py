@@ -15,7 +15,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sd_gym.envs.actions import write_masks
+from sd_gym.envs.protocols import mean_flops
 from sd_gym.policy import HIDDEN, DecisionPolicy, blinded
 from sd_gym.policy.observations import to_tensors
 
@@ -39,14 +40,6 @@ ORDER_INSTANCES = 1000  # for the search of the path
 PRICES = 2.0 ** (np.arange(-6, 4) / 3)  # of a lost instance over the env's own, with several stages
 Loss = Callable[[Tensor | slice], Tensor]  # of some instances
 SURE = 6.0  # highest log-odds of skipping, so that learning can still change decisions in a warm start
-
-
-class SearchResult(NamedTuple):
-    """Outcomes of training instances under the masks of a path."""
-
-    rows: NDArray  # of the training split, int64 [n]
-    path: NDArray  # masks from dense to nothing, int64 [masks, components]
-    lost: NDArray  # quality that each instance loses under each mask, float32 [n, masks]; negative: gained
 
 
 class ImitationSettings(LearnerSettings):
@@ -81,7 +74,7 @@ class ImitationAgent(Agent[ImitationSettings]):
     """Runs training instances under the masks of a path, and learns their risk and which steps pay."""
 
     Settings = ImitationSettings
-    searched: SearchResult  # after learning; with several stages only its path
+    path: NDArray  # masks from dense to nothing, int64 [masks, components]; after learning
     staged = per_stage = True
     validates = False
 
@@ -102,16 +95,15 @@ class ImitationAgent(Agent[ImitationSettings]):
         split = core.split("train")
         rows = np.random.default_rng(self.seed).permutation(len(split))[: self.settings.instances]
         if self.settings.path is not None:
-            path = nested_path(self.settings.path, core.nvec)
+            self.path = nested_path(self.settings.path, core.nvec)
         else:
-            path = greedy_path(core, split, rows[:ORDER_INSTANCES], on_round, per=self.settings.per)
-        (self._learn_stages if core.is_staged else self._learn_once)(rows, path, on_round, logger)
+            self.path = greedy_path(core, split, rows[:ORDER_INSTANCES], on_round, per=self.settings.per)
+        (self._learn_stages if core.is_staged else self._learn_once)(rows, self.path, on_round, logger)
 
     def _learn_once(self, rows: NDArray, path: NDArray, on_round: OnRound, logger: Logger) -> None:
         core, split = self.env.core, self.env.core.split("train")
         lost = path_losses(split, rows, path, on_round).astype(np.float32)
-        self.searched = SearchResult(rows, path, lost)
-        flops = np.array([split.costs.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in path])
+        flops = mean_flops(split, rows, path)
         risk = self._foresee(rows, lost[:, 1:], logger)
         multiplier = core.config.reward.penalty / core.config.reward.cost_scale
         steps = step_logits(F.pad(risk, (1, 0)), torch.from_numpy(flops)) - math.log(multiplier)
@@ -126,7 +118,6 @@ class ImitationAgent(Agent[ImitationSettings]):
 
     def _learn_stages(self, rows: NDArray, path: NDArray, on_round: OnRound, logger: Logger) -> None:
         """Learn a policy at each price, from cheap to dear losses; that at the env's own price is ``network``."""
-        self.searched = SearchResult(rows, path, np.zeros((len(rows), 0), dtype=np.float32))
         embedded = None if self.channels is None else self._embedded
         known = Combinations(self.env.core, rows, path, self._visible, embedded, on_round, self.seed)
         reward, start = self.env.core.config.reward, self.network
@@ -141,7 +132,7 @@ class ImitationAgent(Agent[ImitationSettings]):
 
     def save_extra(self, folder: Path) -> None:
         """Write the path as ``masks.json``."""
-        write_masks(self.searched.path, folder / MASKS)
+        write_masks(self.path, folder / MASKS)
 
     def policy(self) -> DecisionPolicy:
         """A copy of the network."""

@@ -101,19 +101,10 @@ class Combinations:
         The square is that of log-probabilities, at the price ``SPREAD``. Without it the shares of ways that seem bad at
         first, and so their gradients, vanish before the policy can tell for which inputs they are good.
         """
-        shares = self._shares(policy, chosen)
-        return self._costs(shares, chosen, price).mean() + SPREAD * sum(share.square().mean() for share in shares)
+        shares = self.shares(policy, chosen)
+        return self.costs(shares, chosen, price).mean() + SPREAD * sum(share.square().mean() for share in shares)
 
-    def costs(self, policy: DecisionPolicy, chosen: Tensor | slice, price: float) -> Tensor:
-        """Expected FLOPs ratio plus price of the predicted loss, a mean over instances, float32 ``[stages]``.
-
-        From each stage on, the policy decides; the decisions before are drawn evenly. So the first is the cost of the
-        policy, and by the others a stage learns even where the policy never comes now. Combinations that did not run
-        count as never chosen.
-        """
-        return self._costs(self._shares(policy, chosen), chosen, price)
-
-    def _shares(self, policy: DecisionPolicy, chosen: Tensor | slice) -> list[Tensor]:
+    def shares(self, policy: DecisionPolicy, chosen: Tensor | slice) -> list[Tensor]:
         """Log-probabilities of the ways of each stage, after each of its earlier decisions, ``[n, earlier, ways]``."""
         tokens, shares = None if self.embedded is None else self.embedded(self.rows[chosen]), list[Tensor]()
         for stage, seen in zip(self.stages, self.outcomes.seen, strict=True):
@@ -123,7 +114,13 @@ class Combinations:
             shares.append(share.unflatten(0, (-1, seen.shape[1])))
         return shares
 
-    def _costs(self, shares: list[Tensor], chosen: Tensor | slice, price: float) -> Tensor:
+    def costs(self, shares: list[Tensor], chosen: Tensor | slice, price: float) -> Tensor:
+        """Expected FLOPs ratio plus price of the predicted loss, a mean over instances, float32 ``[stages]``.
+
+        From each stage on, a policy with these ``shares`` decides; the decisions before are drawn evenly. So the first
+        is the cost of the policy, and by the others a stage learns even where the policy never comes now. Combinations
+        that did not run count as never chosen.
+        """
         outcomes, risk, parts = self.outcomes, self.risk[chosen], list[Tensor]()
         answer, skipping = price * risk, list(zip(self.stages, shares, strict=True))
         if self.core.has_answer_stage:
@@ -201,20 +198,20 @@ class Combinations:
         if self.embedded is not None:  # trees do not read tokens
             return self.outcomes.lost
         from sklearn.ensemble import HistGradientBoostingRegressor  # it takes a second to import
+        from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
         (n, count), lost = self.outcomes.lost.shape, self.outcomes.lost.numpy()
         decided = np.tile(self.decisions.astype(np.float32), (n, 1, 1))  # so that the features stay float32
         known = [self.outcomes.seen[-1].numpy()[:, self.stages[-1].before], decided]
-        features, risk = np.concatenate(known, axis=2), np.zeros((n, count), dtype=np.float32)
-        folds = np.random.default_rng(self.seed).permutation(n) % FOLDS
-        for fold in np.unique(folds):
-            inside, outside = folds == fold, folds != fold
-            trees = HistGradientBoostingRegressor(
-                max_iter=TREES,
-                learning_rate=RATE,
-                early_stopping=False,  # pyright: ignore[reportArgumentType]
-            )
-            trees.fit(features[outside].reshape(-1, features.shape[2]), lost[outside].ravel())
-            risk[inside] = trees.predict(features[inside].reshape(-1, features.shape[2])).reshape(-1, count)
+        features = np.concatenate(known, axis=2)
+        folds = np.random.default_rng(self.seed).permutation(n) % FOLDS  # all of an instance are in one
+        trees = HistGradientBoostingRegressor(
+            max_iter=TREES,
+            learning_rate=RATE,
+            early_stopping=False,  # pyright: ignore[reportArgumentType]
+        )
+        parts = PredefinedSplit(np.repeat(folds, count))
+        risk = cross_val_predict(trees, features.reshape(n * count, -1), lost.ravel(), cv=parts)
+        risk = np.asarray(risk, dtype=np.float32).reshape(n, count)
         risk[:, ~self.decisions.any(axis=1)] = 0
         return torch.from_numpy(risk)

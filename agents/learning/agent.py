@@ -1,6 +1,5 @@
 """The one interface of all agents."""
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from stable_baselines3.common.logger import Logger
 from torch import nn
 
 from sd_gym.config import StrictModel
-from sd_gym.envs.protocols import Core
+from sd_gym.envs.protocols import SCORES, Core
 from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.policy import DecisionPolicy
@@ -27,6 +26,7 @@ from sd_gym.policy.choices import Noise
 from sd_gym.policy.networks import hidden_layers
 from sd_gym.policy.observations import to_tensors
 from sd_gym.policy.token_encoder import TokenEncoder, affordable_channels
+from sd_gym.registry import nearest
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 
 BLIND_REFINING_RATE = 1e-3  # learning rate of a blind agent with a start
@@ -34,8 +34,7 @@ FIRST_LOOK = 256  # texts to standardise untrained token encoders on
 TOKENS_DROPPED = 0.1  # initial rate at which the second of two token levels is chosen
 SURENESS = (-2.0, -1.0, 0.0, 1.0, 2.0)  # log-odds, for versions that accept answers more or less easily
 START_FIELDS = ("stages", "observation_size", "channels", "token_width", "nvec", "switches", "network", "hidden")
-INFO_TAGS = ("quality", "quality_ref", "flops_ratio")
-INFO_KEYS = (*INFO_TAGS, "is_success")
+INFO_KEYS = (*SCORES, "is_success")
 
 
 class NotApplicableError(ValueError):
@@ -97,7 +96,7 @@ class Rollout:
         logger.record("rollout/ep_rew_mean", float(np.mean(self.rewards)))
         logger.record("rollout/ep_len_mean", float(self.stages))
         logger.record("rollout/success_rate", float(np.mean(self.infos["is_success"])))
-        for tag in INFO_TAGS:
+        for tag in SCORES:
             logger.record(f"rollout/{tag}", float(np.mean(self.infos[tag])))
 
 
@@ -131,8 +130,7 @@ class BaseAgent(ABC, Generic[SettingsT]):
         """Checked settings, defaults included; arguments and errors are those of the class."""
         known = list(cls.Settings.model_fields)
         if key := next((key for key in settings if key not in known), None):
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
+            hint = nearest(key, known)
             raise ValueError(f"unknown setting {key!r} of {cls.__name__}{hint} Known: {', '.join(known)}.")
         return cls.Settings(**settings)
 
@@ -264,11 +262,10 @@ class Agent(BaseAgent[SettingsT]):
     def _initialise(self, network: DecisionPolicy) -> None:
         """Give a network the weights of the start, or the initial skip rates."""
         assert isinstance(self.settings, LearnerSettings)
-        with torch.no_grad():
-            if self.start is not None:
-                network.load_state_dict(self.start.state_dict(), strict=False)
-            else:
-                network.initialise(learning_bias(self.env.core, self.settings.initial_skip_rate))
+        if self.start is not None:
+            network.load_state_dict(self.start.state_dict(), strict=False)
+        else:
+            network.initialise(learning_bias(self.env.core, self.settings.initial_skip_rate))
 
     def _load_start(self, folder: Path) -> DecisionPolicy:
         """The policy of a warm start; one with a single stage is converted to several."""

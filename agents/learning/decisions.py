@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_gym.envs.protocols import Core, Observations, Split
+from sd_gym.envs.protocols import SCORES, Core, Observations, Split
 from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.execution.passes import PASS_TOKENS
 from sd_gym.execution.scoring import AT_ONCE
@@ -193,7 +193,7 @@ def _score(
     for part in np.split(order, range(size, len(order), size)):
         decisions, state = decide(part)
         outcome = core.score(split, rows[part], decisions, state)
-        scores = {name: getattr(outcome, name) for name in ("quality", "quality_ref", "flops_ratio")}
+        scores = {name: getattr(outcome, name) for name in SCORES}
         results.append({"decision": core.to_masks(decisions), "goes_on": core.goes_on(decisions), **scores})
     return {name: np.concatenate([part[name] for part in results])[np.argsort(order)] for name in results[0]}
 

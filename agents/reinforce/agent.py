@@ -30,7 +30,7 @@ from sd_gym.agents.reinforce.staged_foresight import StagedForesight, certain
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
-from sd_gym.envs.protocols import Observations, Split
+from sd_gym.envs.protocols import SCORES, Observations, Split
 from sd_gym.policy import DecisionPolicy, blinded, bounded
 from sd_gym.policy.observations import to_tensors
 from sd_gym.switch import PassState
@@ -140,7 +140,7 @@ class ReinforceAgent(Agent[ReinforceSettings]):
                     if self.steps >= starts:
                         self._update(self._imagine(self.foresight), violated, rate, logger)
             self.steps += len(sampled.decisions)
-            rewards = self.env.objective.rewards(*(infos[key] for key in ("quality", "quality_ref", "flops_ratio")))
+            rewards = self.env.objective.rewards(*(infos[key] for key in SCORES))
             rollout = Rollout(self.steps, rewards, infos, len(self.env.core.stages))
             rollout.record(logger)
             logger.record("train/learning_rate", rate)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import trim_mean
 
 Scores = Sequence[NDArray]
 SAMPLES = 2000  # of a bootstrap
@@ -17,42 +18,39 @@ FEWEST_RUNS = 5  # per algorithm, to compare two of them: intervals from fewer r
 BOUNDS = 2.5, 97.5  # percentiles of a 95% interval
 
 
-def bootstrap_interval(values: NDArray, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(values: NDArray) -> tuple[float, float]:
     """95% percentile interval of the mean of paired differences ``[n]``."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     means = [values[random.integers(len(values), size=len(values))].mean() for _ in range(SAMPLES)]
     return interval(np.array(means))
 
 
 def interquartile_mean(scores: NDArray) -> NDArray:
     """Mean of the middle half of ``[..., runs]``: each end loses a quarter, rounded down to whole runs."""
-    cut = scores.shape[-1] // 4
-    return np.sort(scores, axis=-1)[..., cut : scores.shape[-1] - cut].mean(axis=-1)
+    return trim_mean(scores, 0.25, axis=-1)
 
 
-def aggregate(scores: Scores, *, samples: int = SAMPLES, seed: int = 0) -> tuple[float, float, float]:
+def aggregate(scores: Scores, *, samples: int = SAMPLES) -> tuple[float, float, float]:
     """Interquartile mean over the runs of all envs, and its interval: mean, low, high."""
-    drawn = np.concatenate(_drawn(scores, samples, seed), axis=1)
+    drawn = np.concatenate(_drawn(scores, samples), axis=1)
     return float(interquartile_mean(np.concatenate(list(scores)))), *interval(interquartile_mean(drawn))
 
 
 def performance_profile(
-    scores: Scores, thresholds: NDArray, *, samples: int = SAMPLES, seed: int = 0
+    scores: Scores, thresholds: NDArray, *, samples: int = SAMPLES
 ) -> tuple[NDArray, NDArray, NDArray]:
     """Share of all runs whose score is above each of ``thresholds``, and its interval, each ``[thresholds]``.
 
     Where one algorithm's profile lies above another's, it is better by every quantile.
     """
-    drawn = np.concatenate(_drawn(scores, samples, seed), axis=1)
+    drawn = np.concatenate(_drawn(scores, samples), axis=1)
     share = [float((np.concatenate(list(scores)) > threshold).mean()) for threshold in thresholds]
     intervals = [interval((drawn > threshold).mean(axis=1)) for threshold in thresholds]
     low, high = np.array(intervals).T
     return np.array(share), low, high
 
 
-def probability_of_improvement(
-    scores: Scores, others: Scores, *, samples: int = SAMPLES, seed: int = 0
-) -> tuple[float, float, float]:
+def probability_of_improvement(scores: Scores, others: Scores, *, samples: int = SAMPLES) -> tuple[float, float, float]:
     """Probability that a run of one algorithm is better than one of another on the same env, and its interval.
 
     The mean over envs of the Mann-Whitney statistic; equal scores count half. Raises ``ValueError`` if the numbers of
@@ -60,7 +58,7 @@ def probability_of_improvement(
     """
     if len(scores) != len(others):
         raise ValueError(f"expected scores of the same envs, got {len(scores)} and {len(others)} of them")
-    pairs = zip(_drawn(scores, samples, seed), _drawn(others, samples, seed + 1), strict=True)
+    pairs = zip(_drawn(scores, samples), _drawn(others, samples, seed=1), strict=True)
     drawn = np.mean([_better(first, second) for first, second in pairs], axis=0)
     observed = [_better(first[None], second[None])[0] for first, second in zip(scores, others, strict=True)]
     return float(np.mean(observed)), *interval(drawn)
@@ -71,12 +69,12 @@ def enough_runs(scores: Scores, others: Scores) -> bool:
     return min(map(len, [*scores, *others])) >= FEWEST_RUNS
 
 
-def curve_interval(curves: NDArray, *, samples: int = SAMPLES, seed: int = 0) -> tuple[NDArray, NDArray, NDArray]:
+def curve_interval(curves: NDArray, *, samples: int = SAMPLES) -> tuple[NDArray, NDArray, NDArray]:
     """Interquartile mean over runs at each point of ``curves [runs, points]``, and its interval, each ``[points]``.
 
     The bootstrap resamples whole runs.
     """
-    chosen = np.random.default_rng(seed).integers(len(curves), size=(samples, len(curves)))
+    chosen = np.random.default_rng(0).integers(len(curves), size=(samples, len(curves)))
     low, high = np.percentile(interquartile_mean(curves.T[:, chosen]), BOUNDS, axis=1)
     return interquartile_mean(curves.T), low, high
 
@@ -110,7 +108,7 @@ def hypervolume(quality: NDArray, flops_ratio: NDArray, reference: tuple[float, 
     return float((width * (quality[front] - worst)).sum())
 
 
-def _drawn(scores: Scores, samples: int, seed: int) -> list[NDArray]:
+def _drawn(scores: Scores, samples: int, seed: int = 0) -> list[NDArray]:
     """Runs drawn with replacement within each env: ``[samples, runs]`` per env."""
     random = np.random.default_rng(seed)
     return [np.asarray(runs)[random.integers(len(runs), size=(samples, len(runs)))] for runs in scores]

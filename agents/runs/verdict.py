@@ -48,15 +48,15 @@ def fewest_instances(epsilon: float, worst: float = 1.0, confidence: float = CON
     return math.ceil(max(by_chance, by_score))
 
 
-def losses_allowed(n: int, epsilon: float, confidence: float = CONFIDENCE, highest: float = 1.0) -> int | None:
+def losses_allowed(n: int, epsilon: float, highest: float = 1.0) -> int | None:
     """How many of ``n`` answers of quality ``highest`` may be lost, with none gained, for the verdict "quality kept".
 
     ``None`` if the instances are too few; arguments as in ``verdict``.
     """
-    return _most(n, epsilon, confidence, highest, lambda lost: Differences(-lost / n, lost / n, lost / n, 0.0))
+    return _most(n, epsilon, highest, lambda lost: Differences(-lost / n, lost / n, lost / n, 0.0))
 
 
-def changes_allowed(n: int, epsilon: float, confidence: float = CONFIDENCE, highest: float = 1.0) -> int | None:
+def changes_allowed(n: int, epsilon: float, highest: float = 1.0) -> int | None:
     """How many of ``n`` answers may change, half of them gained and half lost, for the verdict "quality kept".
 
     They change in pairs, so it is an even number; see ``losses_allowed``.
@@ -65,16 +65,16 @@ def changes_allowed(n: int, epsilon: float, confidence: float = CONFIDENCE, high
     def changed(pairs: int) -> Differences:
         return Differences(0.0, min(1.0, 2 * pairs / n), pairs / n, pairs / max(1, n - pairs))
 
-    most = _most(n, epsilon, confidence, highest, changed)
+    most = _most(n, epsilon, highest, changed)
     return None if most is None else min(2 * most, n - n % 2)
 
 
-def _most(n: int, epsilon: float, confidence: float, highest: float, of: Callable[[int], Differences]) -> int | None:
+def _most(n: int, epsilon: float, highest: float, of: Callable[[int], Differences]) -> int | None:
     """The largest count, at most ``n``, whose differences, if an answer counts 1, still show that quality is kept."""
-    if n < max(1, fewest_instances(epsilon, highest, confidence)):
+    if n < max(1, fewest_instances(epsilon, highest)):
         return None
     limit = epsilon / highest
-    return bisect_left(range(n + 1), True, key=lambda count: not _shown(of(count), n, limit, 1.0, confidence)) - 1
+    return bisect_left(range(n + 1), True, key=lambda count: not _shown(of(count), n, limit, 1.0, CONFIDENCE)) - 1
 
 
 def verdict(

@@ -16,6 +16,7 @@ from sd_gym.agents.serving.controls import Played, play
 from sd_gym.agents.serving.learn import DialSettings, learned
 from stable_baselines3.common.logger import configure
 
+from sd_gym.config import SPLITS
 from sd_gym.envs.exact import lower_hull
 from sd_gym.envs.serving.config import ServingConfig, serving_config
 from sd_gym.envs.serving.dial import Dial, Network
@@ -23,7 +24,6 @@ from sd_gym.envs.serving.queues import core_of, expected_loss, outcomes
 from sd_gym.envs.serving.shells import ServingVectorEnv
 from sd_gym.files import write_json
 from sd_gym.registration import serving_file
-from sd_gym.tasks.data import SPLITS
 
 LEARNERS = ("ppo", "a2c")
 SEARCHED = {"fixed": controls.fixed, "threshold": controls.threshold, "staircase": controls.staircase}

@@ -12,7 +12,7 @@ from sd_gym.switch import Switchboard
 NOISE = 3.0  # ranks: how far the layers that ``whole_layers`` draws stray from the least important ones
 FEWEST = 1 / 3  # a row draws at least this share of the highest number of layers
 MEASURED_ROWS = 32  # rows of a batch that importance is measured on, at most
-CANDIDATES = 4  # of which the next layer to skip is chosen
+TRIED = 4  # of which the next layer to skip is chosen
 BOLDNESS = (-1.0, 2.0)  # range of the shift of a policy's log-odds of skipping
 RARE = 0.02  # the least probability of skipping, and of running, a switch
 RANDOM_SHARE = 0.3  # share of the rows under random decisions, where a policy decides on the others
@@ -56,7 +56,7 @@ def layer_importance(board: Switchboard, batch: dict[str, Tensor], max_rate: flo
     running = losses(layers.unique().tolist(), []).argsort().tolist()
     skipped: list[int] = []
     for _ in range(round(max_rate * len(running))):
-        candidates = running[:CANDIDATES]
+        candidates = running[:TRIED]
         best = candidates[int(losses(candidates, skipped).argmin())]
         running.remove(best)
         skipped.append(best)

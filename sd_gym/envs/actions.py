@@ -15,6 +15,7 @@ from numpy.typing import NDArray as Array
 
 from sd_gym.config import ConfigError, EnvConfig
 from sd_gym.errors import short
+from sd_gym.files import write_text
 from sd_gym.registration import CONFIG_FOLDER
 
 
@@ -154,7 +155,7 @@ def read_masks(file: Path, nvec: Array) -> Array:
 def write_masks(masks: Array, file: Path) -> None:
     """Write masks ``[masks, switches + 1]`` as JSON, one per line."""
     lines = ",\n".join(json.dumps(mask) for mask in np.asarray(masks).tolist())
-    file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    write_text(file, f"[\n{lines}\n]\n")
 
 
 def all_decisions(nvec: Array) -> Array:

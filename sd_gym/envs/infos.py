@@ -1,12 +1,12 @@
 """Shared helpers of the single and the vector envs: arguments, reset options, infos and pictures."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_gym.config import SplitName, UnknownKeyError
+from sd_gym.config import SPLITS, UnknownKeyError
 from sd_gym.envs.protocols import Core, Split
 from sd_gym.envs.render import Shown, as_lines, scenes
 
@@ -49,7 +49,7 @@ def split_of(options: dict[str, Any] | None, default: str, others: Sequence[str]
 
 def checked_split(name: Any) -> str:
     """The name of a split; ``ValueError`` if there is no such split."""
-    if name not in get_args(SplitName):
+    if name not in SPLITS:
         raise ValueError(f"unknown split {name!r}; expected train, validation or test")
     return name
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # it needs torch
     from sd_gym.switch import PassState
 
 Observations = Array | dict[str, Array]  # of a batch: one row per instance
+SCORES = ("quality", "quality_ref", "flops_ratio")  # the fields of an ``Outcome``
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,12 @@ class Split(Protocol):
     def __len__(self) -> int: ...
     # Facts of each instance that are known before any decision, by name, each [n].
     def facts(self) -> dict[str, Array]: ...
+
+
+def mean_flops(split: Split, rows: Array, decisions: Iterable[Array]) -> Array:
+    """Mean FLOPs ratio of ``rows [n]`` under each of several decisions ``[components]``, float64 ``[decisions]``."""
+    tiled = (np.tile(decision, (len(rows), 1)) for decision in decisions)
+    return np.array([split.costs.flops_ratio(rows, under).mean() for under in tiled])
 
 
 OfSplit = TypeVar("OfSplit", contravariant=True)

@@ -1,16 +1,15 @@
 """Outcomes of decisions by facts of the instances, for reports."""
 
 import csv
-import os
+import io
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from sd_gym.envs.protocols import Split
+from sd_gym.envs.protocols import SCORES, Split
+from sd_gym.files import write_text
 from sd_gym.tasks.difficulty import means_by, quartiles
-
-SCORES = ("quality", "quality_ref", "flops_ratio")
 
 
 def by_facts(split: Split, scored: dict[str, NDArray]) -> dict[str, list[dict[str, Any]]]:
@@ -40,9 +39,8 @@ def write_instances(split: Split, scored: dict[str, NDArray], file: Path) -> Non
         "goes_on": scored["goes_on"].tolist(),
         **{name: scored[name].tolist() for name in (*SCORES, "flops_ratio_with_policy")},
     }
-    temporary = file.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as lines:
-        writer = csv.writer(lines)
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
-    os.replace(temporary, file)
+    lines = io.StringIO()
+    writer = csv.writer(lines)
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    write_text(file, lines.getvalue())

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray as Array
 
 from sd_gym.envs.protocols import Core, Observations
-from sd_gym.projection import OBSERVATION_LIMIT, deviation_of
+from sd_gym.projection import OBSERVATION_LIMIT, deviation_of, standardised
 
 if TYPE_CHECKING:  # an env of a table needs no torch
     from torch import Tensor
@@ -82,11 +82,7 @@ class Standardised(Observation):
 
     def observe(self, split: BackboneSplit, rows: Array) -> Array:
         """Standardised features, float32 ``[n, features]``, each within ``OBSERVATION_LIMIT``."""
-        return self.standardised(self._features(split, rows))
-
-    def standardised(self, features: Array) -> Array:
-        """Features ``[n, features]`` by the training split's mean and deviation."""
-        return np.clip((features - self.mean) / self.deviation, -OBSERVATION_LIMIT, OBSERVATION_LIMIT)
+        return standardised(self._features(split, rows), self.mean, self.deviation)
 
     def _features(self, split: BackboneSplit, rows: Array) -> Array:
         return np.asarray(self.features(split, rows), dtype=np.float32)
@@ -103,7 +99,7 @@ class Pooled(Standardised):
         """The observation of the first layer's input ``[n, length, width]`` and the mask of its tokens."""
         from sd_gym.policy.features import pooled_features
 
-        return self.standardised(pooled_features(hidden, mask).float().cpu().numpy())
+        return standardised(pooled_features(hidden, mask).cpu().numpy(), self.mean, self.deviation)
 
 
 class Tokens(Observation):

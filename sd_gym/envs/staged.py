@@ -112,4 +112,4 @@ class StageObservation:
             state = split.passes.seen_at(self.names[stage], rows, decisions, resume_from)
         if self.judges:
             judged[:, 0] = log_odds(split.passes.confidence_at(state, rows, decisions))
-        return np.concatenate([pooled_features(state.hidden, state.mask).float().cpu().numpy(), judged], axis=1), state
+        return np.concatenate([pooled_features(state.hidden, state.mask).cpu().numpy(), judged], axis=1), state

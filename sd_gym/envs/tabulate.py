@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray as Array
 
 from sd_gym import cluster
-from sd_gym.config import ConfigError
+from sd_gym.config import SPLITS, ConfigError
 from sd_gym.envs.actions import all_decisions, write_masks
 from sd_gym.envs.export import Export
-from sd_gym.envs.protocols import Core
+from sd_gym.envs.protocols import Core, mean_flops
 from sd_gym.envs.staged import StageObservation
 from sd_gym.envs.table_files import CODEBOOK, FACT, FORMAT, JUDGED, PROJECTION, SPENT, observations_at
 from sd_gym.execution.split import BackboneSplit
@@ -30,8 +30,6 @@ from sd_gym.files import as_json, map_arrays, read_json, write_arrays, write_jso
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.objectives import OBJECTIVES
 from sd_gym.projection import OBSERVATION_LIMIT, Projection, fit_projection, read_projection
-from sd_gym.registration import import_own
-from sd_gym.tasks.data import SPLITS
 from sd_gym.version import __version__
 
 CHUNK = 256  # instances per file of outcomes
@@ -52,8 +50,7 @@ def down_in_flops(core: Core[BackboneSplit], masks: Array) -> Array:
     """Order of masks ``[masks, switches + 1]`` from most to fewest FLOPs, the dense one first: int64 ``[masks]``."""
     split = core.split("train")
     rows = np.arange(min(len(split), ORDERED))
-    flops = [split.costs.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in masks]
-    order = np.argsort(-np.array(flops), kind="stable")
+    order = np.argsort(-mean_flops(split, rows, masks), kind="stable")
     is_dense = ~masks[order].any(axis=1)  # to rank tokens can cost more than dropping them saves
     return np.concatenate([order[is_dense], order[~is_dense]])
 
@@ -304,9 +301,7 @@ def _written(
 
 def _make_ready(imports: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
-    torch.set_num_threads(1)  # several processes with several threads each are many times slower
-    for name in imports:
-        import_own(name)
+    cluster.prepare_process(os.getcwd(), imports)
 
 
 def _write_chunk(

@@ -8,9 +8,8 @@ from gymnasium.utils import RecordConstructorArgs
 from gymnasium.vector import VectorEnv, VectorWrapper
 from numpy.typing import NDArray
 
+from sd_gym.envs.protocols import SCORES
 from sd_gym.objectives import MULTIPLIER_RATE, Lagrangian
-
-OUTCOME = ("quality", "quality_ref", "flops_ratio")
 
 
 class SafetyWrapper(gym.Wrapper, RecordConstructorArgs):
@@ -66,7 +65,7 @@ class LagrangianWrapper(gym.Wrapper, RecordConstructorArgs):
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """The env's step with this reward; raises as the env's."""
         observation, _, terminated, truncated, info = self.env.step(action)
-        reward = float(self.lagrangian.rewards(*np.array([[info[key]] for key in OUTCOME]))[0]) if terminated else 0.0
+        reward = float(self.lagrangian.rewards(*np.array([[info[key]] for key in SCORES]))[0]) if terminated else 0.0
         return observation, reward, terminated, truncated, info
 
 
@@ -86,7 +85,7 @@ class LagrangianVectorWrapper(VectorWrapper):
         observations, _, terminated, truncated, infos = self.env.step(actions)
         rewards, outcome = np.zeros(self.num_envs), infos.get("final_info", infos)
         if terminated.any():
-            rewards[terminated] = self.lagrangian.rewards(*(outcome[key][terminated] for key in OUTCOME))
+            rewards[terminated] = self.lagrangian.rewards(*(outcome[key][terminated] for key in SCORES))
         return observations, rewards, terminated, truncated, infos
 
 

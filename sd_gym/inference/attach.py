@@ -351,7 +351,7 @@ class Decisions(local):
         dense_always, dense = self._costs(source, source, target)
         ran = always + (switched * ~self.skip).sum(axis=1)
         if self._ranked:  # the first attention ran on all tokens to rank them, for those that dropped any
-            ran = ran + np.where(kept < source, self._flops.costs(source, source)[1][:, 0], 0)
+            ran = ran + np.where(kept < source, self._flops.first_attention(source), 0)
         whole = dense_always + dense.sum(axis=1)
         if self.went_on.any():
             again_always, again = self._costs(source, source, target_again)

@@ -13,12 +13,13 @@ from torch.nn import functional as F
 from sd_gym.execution.bank import FirstLayerInput, path_of_layers, without_skipped
 from sd_gym.inference.branches import Sides
 from sd_gym.policy.artefact import SkipPolicy
-from sd_gym.policy.features import pooled_features, standardised
+from sd_gym.policy.features import pooled_features
 from sd_gym.policy.table_export import TablePolicy
 from sd_gym.policy.token_encoder import TokenEncoder
-from sd_gym.projection import OBSERVATION_LIMIT, Projection
+from sd_gym.projection import OBSERVATION_LIMIT, Projection, standardised
 from sd_gym.switch import Switchboard
 from sd_gym.switch.architectures import Switch
+from sd_gym.switch.cache import hidden_states
 from sd_gym.switch.twin import twin_at
 
 EMBEDDINGS = "embeddings", "embeddings_project"  # modules of an encoder before its layers
@@ -74,7 +75,7 @@ class Switched(Graph):
         self.hidden = {number: names[f"before.{number}"] for number in resumed}
 
     def _enters(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._mark(name, args[0] if args else kwargs["hidden_states"])
+        self._mark(name, hidden_states(args, kwargs))
 
     def _leaves(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
         self._mark(name, output[0] if isinstance(output, tuple) else output)
@@ -153,7 +154,7 @@ class Decider(Graph):
     def forward(self, share: Tensor, *inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """The scores ``[n, choices]``, and what the answer stage sees again; ``share [n]``: FLOPs spent."""
         hidden, attention_mask = self.first_input(**dict(zip(INPUTS, inputs, strict=False))), inputs[1]
-        pooled = pooled_features(hidden, attention_mask).float()
+        pooled = pooled_features(hidden, attention_mask)
         read = pooled[:, :0]
         if self.encoder is not None:
             hidden, mask = hidden[:, : self.longest], attention_mask[:, : self.longest]

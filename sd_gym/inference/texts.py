@@ -77,7 +77,6 @@ class SkippingModel(TextModel):
         self.model = attach(self._backbone.model, policy, self.tokenizer, check_weights=check_weights)
         if dtype is not None:  # transformers hides the signature
             self.model.to(_checked_dtype(dtype))  # pyright: ignore[reportArgumentType]
-        self._own_flops = policy.network.flops, policy.network.flops_per_token  # counting takes 20 ms
         self.board, self.gives = self._backbone.board, self._backbone.head.gives
         self.longest = self._config.backbone.max_target_length
         self.task, self._task = self._config.task, TASKS.find(self._config.task)
@@ -89,7 +88,7 @@ class SkippingModel(TextModel):
     def _answers(self, texts: list[list[str]], dense: bool, batch_size: int | None) -> list[Answer]:
         split = self.split(texts)
         split.passes.most = batch_size
-        return self.answered(split, None if dense else self.decided(split))
+        return self.answered(split, None if dense else self.decided_at([self.policy], split)[0])
 
     def split(self, texts: list[list[str]]) -> BackboneSplit:
         """At least one input that is ``checked``, tokenised; DataError if one cannot be."""
@@ -97,12 +96,11 @@ class SkippingModel(TextModel):
         split.passes.bank = self._bank
         return split
 
-    def decided(self, split: BackboneSplit) -> NDArray:
-        """The policy's decisions, int64 ``[n, switches + 1]``; zeros if it decides in the pass."""
-        return self.decided_at([self.policy], split)[0]
-
     def decided_at(self, policies: Sequence[SkipPolicy], split: BackboneSplit) -> NDArray:
-        """As ``decided``, for versions of the policy (``with_margin``): int64 ``[policies, n, switches + 1]``."""
+        """Decisions of versions of the policy (``with_margin``), int64 ``[policies, n, switches + 1]``.
+
+        They are zeros if it decides in the pass.
+        """
         decisions = np.zeros((len(policies), len(split), len(self.board) + 1), dtype=np.int64)
         by_length = np.argsort(split.encoded.source_length, kind="stable")  # for little padding
         for part in [] if self.policy.is_staged else np.split(by_length, range(BATCH, len(split), BATCH)):
@@ -148,8 +146,8 @@ class SkippingModel(TextModel):
         """FLOPs of the policy itself on each input, ``[n]``."""
         tokens = np.minimum(split.encoded.source_length, self.policy.longest)
         judged = sum(name != "first" for name in self.policy.stages_of_pass) if split.backbone.can_exit else 0
-        per_input, per_token = self._own_flops
-        return per_input + per_token * tokens + judged * split.costs.head_flops(np.arange(len(split)))
+        network = self.policy.network
+        return network.flops + network.flops_per_token * tokens + judged * split.costs.head_flops(np.arange(len(split)))
 
     def _unknown_tokens(self, split: BackboneSplit) -> NDArray:
         """How many tokens of each input the tokenizer does not know, ``[n]``; 0 for tokenizers of bytes."""

@@ -25,11 +25,12 @@ from sd_gym.files import read_tensors, write_arrays, write_text
 from sd_gym.going_on import ANSWER, stages_of_pass
 from sd_gym.operating_points import OperatingPoint, margin_for
 from sd_gym.policy.card import FILE, FILES, TENSORS, model_card, read_card, write_card
-from sd_gym.policy.features import pooled_features, standardised, token_observations
+from sd_gym.policy.features import pooled_features, token_observations
 from sd_gym.policy.network import DecisionPolicy
 from sd_gym.policy.observations import Observations
 from sd_gym.policy.protected_tokens import ProtectedTokens
 from sd_gym.policy.table_export import TablePolicy
+from sd_gym.projection import standardised
 from sd_gym.switch import (
     FlopsModel,
     Switchboard,
@@ -134,7 +135,7 @@ class SkipPolicy:
             )
         if self.network.channels is not None:
             return token_observations(hidden, mask, self.mean, self.deviation, self.longest)
-        features = pooled_features(hidden, None if whole else mask).float()
+        features = pooled_features(hidden, None if whole else mask)
         mean, deviation = (torch.from_numpy(values).to(features.device) for values in (self.mean, self.deviation))
         return standardised(features, mean, deviation)
 
@@ -171,7 +172,7 @@ class SkipPolicy:
         """FLOPs of ranking the tokens of inputs of ``length [n]``, where ``drops [n]`` is true, int64 ``[n]``."""
         if not self.ranking_costs_flops or not drops.any():
             return np.zeros_like(length)
-        return np.where(drops, flops.costs(length, length)[1][:, 0], 0)
+        return np.where(drops, flops.first_attention(length), 0)
 
     def at(self, *, max_loss: float | None = None, max_flops: float | None = None) -> SkipPolicy:
         """The policy at another operating point; arguments and errors are those of ``margin_for``."""

@@ -1,17 +1,15 @@
 """Observations of an input before the first layer, and of a pass at a stage."""
 
 from functools import lru_cache
-from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sd_gym.projection import OBSERVATION_LIMIT
+from sd_gym.projection import standardised
 from sd_gym.switch import Switchboard, first_layer_input, pooled
 
-Values = TypeVar("Values", NDArray, Tensor)
 HIGHEST_PROBABILITY = 1 - 1e-6
 
 
@@ -54,11 +52,6 @@ def token_observations(
     tokens = np.zeros((len(values), length, len(mean)), dtype=np.float32)
     tokens[:, : values.shape[1]] = np.where(present[:, :, None], standardised(values, mean, deviation), 0)
     return {"mask": np.pad(present, ((0, 0), (0, length - present.shape[1]))).astype(np.int8), "tokens": tokens}
-
-
-def standardised(features: Values, mean: Values, deviation: Values) -> Values:
-    """Features ``[n, ...]`` by their mean and deviation on the training split, each within ``OBSERVATION_LIMIT``."""
-    return ((features - mean) / deviation).clip(-OBSERVATION_LIMIT, OBSERVATION_LIMIT)
 
 
 def stage_observation(number: int, share: NDArray, features: NDArray, mean: NDArray, deviation: NDArray) -> NDArray:

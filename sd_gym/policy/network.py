@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -272,11 +273,13 @@ class DecisionPolicy(nn.Module):
     @property
     def flops(self) -> int:
         """FLOPs of one decision at all stages (``FlopCounterMode``), without ``flops_per_token``."""
+        masks = 0 if self.codebook is None else len(self.codebook)
+        return self._layer_flops + len(self.stages) * masks * 2 * sum(self.nvec)
+
+    @cached_property
+    def _layer_flops(self) -> int:
         body = self.body.of_stage[0] if self.per_stage else self.body  # all stages have the same layers
-        counted, _ = counted_flops(nn.Sequential(body, self.head), len(self.stages), self.features)
-        if self.codebook is None:
-            return counted
-        return counted + len(self.stages) * len(self.codebook) * 2 * sum(self.nvec)
+        return counted_flops(nn.Sequential(body, self.head), len(self.stages), self.features)[0]
 
     @property
     def flops_per_token(self) -> int:

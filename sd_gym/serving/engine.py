@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sd_gym.execution.bank import MODELS
 from sd_gym.inference.answer import Answer
-from sd_gym.inference.choices import choices_of, few_masks, masks_of
+from sd_gym.inference.choices import decided_masks
 from sd_gym.inference.onnx import OnnxModel
 from sd_gym.inference.texts import SkippingModel
 from sd_gym.operating_points import OperatingPoint, margin_for
@@ -153,8 +153,8 @@ class TextEngine(BlockingEngine):
         policy = model.policy
         self._staged = policy.is_staged
         self._policies = [policy.with_margin(point.margin) for point in points.points]
-        choices = None if self._staged or not few_masks(policy, MODELS) else choices_of(policy)
-        self._masks = None if choices is None else np.unique(masks_of(policy, choices), axis=0)
+        masks = None if self._staged else decided_masks(policy)
+        self._masks = masks if masks is not None and len(masks) <= MODELS else None
         self.groups_masks, config = self._masks is not None, model.model.config
         completes = model.gives == "text" and len(model.fields) == 1 and not config.is_encoder_decoder
         name = Path(policy.card["backbone"]["name"]).name

@@ -145,6 +145,11 @@ def cache_among(args: tuple, kwargs: dict[str, Any]) -> Cache | None:
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
 
 
+def hidden_states(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states among a module's arguments."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
 def restore_layers(cache: Cache) -> None:
     """Put a cache's own layers back; used where the decision turns out to skip nothing."""
     double = isinstance(cache, EncoderDecoderCache)

@@ -76,6 +76,10 @@ class FlopsModel:
         always = self._token_head * (target if self._decodes else source)[:, 0] + self._sequence_head
         return always, self._per_query * query + self._per_source * kept + self._per_pair * pairs
 
+    def first_attention(self, length: NDArray) -> NDArray:
+        """FLOPs of the first layer's attention on inputs of ``length [n]``, int64 ``[n]``: to rank tokens."""
+        return self.costs(length, length)[1][:, 0]
+
 
 def _coefficients(switch: Switch) -> tuple[int, int, int]:
     """FLOPs per query token, per encoder token, and per pair of query and key."""

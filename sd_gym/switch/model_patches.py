@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from sd_gym.switch.cache import cache_among
+from sd_gym.switch.cache import cache_among, hidden_states
 from sd_gym.switch.context import Block, Scope
 from sd_gym.switch.decision import Decision, Pass
-from sd_gym.switch.sublayer_patch import SublayerPatch, hidden_states, is_gathering
+from sd_gym.switch.sublayer_patch import SublayerPatch, is_gathering
 from sd_gym.switch.tokens import DroppedTokens, TokenPass
 
 

@@ -9,7 +9,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils import output_capturing
 
 from sd_gym.switch.architectures import Switch
-from sd_gym.switch.cache import RowSubsetLayer, cache_among, row_subset_layer
+from sd_gym.switch.cache import RowSubsetLayer, cache_among, hidden_states, row_subset_layer
 from sd_gym.switch.decision import Call, Decision
 
 _NESTED = Tensor, tuple, dict  # arguments of a module that may hold rows of the batch
@@ -203,11 +203,6 @@ class SublayerPatch:
         if call.rows is None:
             return output
         return output.new_zeros(call.hidden.shape[0], *output.shape[1:]).index_copy_(0, call.rows, output)
-
-
-def hidden_states(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states among a module's arguments."""
-    return args[0] if args else kwargs["hidden_states"]
 
 
 def _query_length(decision: Decision, call: Call) -> int:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sd_gym.switch.cache import cache_among
+from sd_gym.switch.cache import cache_among, hidden_states
 
 
 def keep_tokens(scores: NDArray, droppable: NDArray, share: NDArray | float) -> NDArray:
@@ -164,7 +164,7 @@ class TokenPass:
     def __init__(
         self, tokens: DroppedTokens, args: tuple, kwargs: dict[str, Any], *, additive: bool, generating: bool
     ) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = hidden_states(args, kwargs)
         total, self.query_length = hidden.shape[:2]  # positions of the pass, dropped ones included
         self._tokens, self._additive = tokens, additive
         self._whole = self.query_length >= tokens.length  # otherwise a decoding step, and the cache holds the prompt

@@ -29,13 +29,13 @@ from sd_gym.backbones.draws import layer_importance
 from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.load import head_stored_with, load_model, save_backbone
 from sd_gym.backbones.prepare import Recipe, freeze_observation, prepare
-from sd_gym.config import BackboneConfig, DataConfig, QualityConfig, TokensConfig
+from sd_gym.config import SPLITS, BackboneConfig, DataConfig, QualityConfig, TokensConfig
 from sd_gym.files import as_json, read_json, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.backbone_rows import backbone_part, backbone_rows, row_hashes, write_backbone_rows
 from sd_gym.tasks.cache import encode_cached
-from sd_gym.tasks.data import SPLITS, Instances
+from sd_gym.tasks.data import Instances
 from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.ranking import training_rarity
 from sd_gym.tasks.splits import Splits, check_unchanged

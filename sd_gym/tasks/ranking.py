@@ -55,7 +55,7 @@ class ByAttention(TokenRanking):
 
     def flops(self, flops: FlopsModel, length: NDArray) -> NDArray:
         """FLOPs of the first attention."""
-        return flops.costs(length, length)[1][:, 0]
+        return flops.first_attention(length)
 
 
 class ByRarity(TokenRanking):

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from sd_gym.config import DataConfig, EnvConfig
+from sd_gym.config import SPLITS, DataConfig, EnvConfig
 from sd_gym.tasks.backbone_rows import backbone_rows, row_hashes
-from sd_gym.tasks.data import SPLITS, DataError, Instances, check_splits, load_split
+from sd_gym.tasks.data import DataError, Instances, check_splits, load_split
 
 BACKBONE = "the backbone's rows"  # in ``Instances.also_in``
 

@@ -19,7 +19,7 @@ SMALL = {"train_size": 60, "validation_size": 60, "test_size": 40}
 
 
 def test_the_config_knows_the_kinds_of_the_runtime():
-    """They stand twice, as a config is read without torch."""
+    """They are written twice: the runtime reads no config, and a config is read without torch."""
     assert get_args(SublayerKind) == CANDIDATES
 
 

@@ -7,7 +7,7 @@ from gymnasium.vector import AutoresetMode
 
 from sd_gym.envs import ConfigError
 from sd_gym.envs.sb3 import SwitchableVecEnv
-from sd_gym.policy.features import standardised
+from sd_gym.projection import standardised
 from tests.envs.conftest import actions_of, played
 
 ID = "SD/Classification-Mini-Staged-v0"

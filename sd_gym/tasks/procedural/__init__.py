@@ -4,6 +4,6 @@ A hash of an instance's text decides on its split, so the splits are disjoint ho
 tasks share one word-level vocabulary and the small bundled backbone. An input begins with a word that names its task.
 """
 
-from sd_gym.tasks.procedural.generate import LEVELS, SPLITS, TASKS, generate_split, stream, vocabulary
+from sd_gym.tasks.procedural.generate import LEVELS, TASKS, generate_split, stream, vocabulary
 
-__all__ = ["LEVELS", "SPLITS", "TASKS", "generate_split", "stream", "vocabulary"]
+__all__ = ["LEVELS", "TASKS", "generate_split", "stream", "vocabulary"]

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from random import Random
 
+from sd_gym.config import SPLITS
 from sd_gym.data.instance import Instance
 from sd_gym.tasks.procedural import classification, question_answering, summarization
 
@@ -12,7 +13,6 @@ TASK_WORDS = {"classification": "classify", "question_answering": "answer", "sum
 TRACE_WORD = "trace"  # asks for all people on the way to the answer: only in training, to teach the hops
 LEVELS = (1, 2, 3, 4)
 LEVEL_WEIGHTS = (0.3, 0.3, 0.25, 0.15)
-SPLITS = ("train", "validation", "test")
 
 
 def vocabulary() -> list[str]:

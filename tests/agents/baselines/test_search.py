@@ -6,6 +6,7 @@ import numpy as np
 from sd_gym.agents.baselines.search import (
     all_masks,
     beam_search,
+    can_try_all,
     exhaustive_search,
     greedy_path,
     learned_path,
@@ -136,3 +137,9 @@ def test_what_instances_lose_along_a_path(env):
         outcome = core.score(split, rows, np.tile(mask, (3, 1)))
         np.testing.assert_array_equal(column, outcome.quality_ref - outcome.quality)
     assert seen == [3 * len(path)]
+
+
+def test_of_many_switches_not_all_decisions_are_tried():
+    """Their number does not fit into 64 bits."""
+    assert can_try_all(np.full(12, 2), 122)
+    assert not any(can_try_all(np.full(switches, 2), 2000) for switches in (62, 63, 64, 66, 128))

@@ -35,9 +35,8 @@ def test_what_is_learned_is_worth_more_than_any_mask_of_the_path(env, tmp_path):
     agent = make_agent("imitation", env, epochs=200, learning_rate=0.01, weight_decay=0.0)
     agent.learn(1, configure(str(tmp_path), []), lambda rollout: None)
     split = env.core.split("train")
-    rows, path, lost = agent.searched
-    assert sorted(rows) == list(range(len(split)))
-    np.testing.assert_array_equal(lost, path_losses(split, rows, path))
+    path, rows = agent.path, np.arange(len(split))
+    lost = path_losses(split, rows, path)
     assert lost.min() < 0 < lost.max()  # gains count
     assert not path[0].any()
     assert all(np.abs(after - before).sum() == 1 for before, after in pairwise(path))
@@ -56,7 +55,7 @@ def test_static_takes_over_the_path_that_imitation_has_searched(env, tmp_path):
     agent.save_extra(tmp_path)
     static = make_agent("static", env, path=tmp_path)
     static.learn(1, configure(str(tmp_path), []), lambda rollout: None)
-    np.testing.assert_array_equal(static.masks, agent.searched.path)
+    np.testing.assert_array_equal(static.masks, agent.path)
     (tmp_path / MASKS).unlink()
     with pytest.raises(FileNotFoundError, match="static or imitation"):
         make_agent("static", env, path=tmp_path).learn(1, configure(str(tmp_path), []), lambda rollout: None)
@@ -69,7 +68,7 @@ def test_a_path_of_layers_is_learned_from_searched_here_or_by_static(env, custom
         make_agent("imitation", env, path=tmp_path / "tried").learn(1, configure(None, []), lambda rollout: None)
     agent = make_agent("imitation", env, epochs=1, per="layer")
     agent.learn(1, configure(None, []), lambda rollout: None)
-    path = agent.searched.path
+    path = agent.path
     assert len(path) == len(names) // 2 + 1
     np.testing.assert_array_equal(path[:, :-1:2], path[:, 1:-1:2])
     seen = np.random.default_rng(0).normal(size=(200, *env.single_observation_space.shape))
@@ -79,8 +78,7 @@ def test_a_path_of_layers_is_learned_from_searched_here_or_by_static(env, custom
     agent.save_extra(tmp_path)
     again = make_agent("imitation", env, epochs=1, path=tmp_path)
     again.learn(1, configure(None, []), lambda rollout: None)
-    np.testing.assert_array_equal(again.searched.path, path)
-    np.testing.assert_array_equal(again.searched.lost, agent.searched.lost)
+    np.testing.assert_array_equal(again.path, path)
 
 
 def test_where_nothing_is_foreseen_the_mean_risk_stays(env, tmp_path):
@@ -98,12 +96,11 @@ def test_a_blind_imitation_finds_the_best_mask_of_the_path(env, tmp_path):
     assert seen
     assert not any(seen)
     split = env.core.split("train")
-    rows, path, lost = agent.searched
-    learned = rows[len(rows) // 10 :], lost[len(rows) // 10 :]  # the first tenth is held out
+    path, rows = agent.path, np.random.default_rng(0).permutation(len(split))[len(split) // 10 :]  # some are held out
     flops = np.array([split.costs.flops_ratio(rows, np.tile(mask, (len(rows), 1))).mean() for mask in path])
     decided = np.unique(agent.policy().decide(env.core.observe(split, rows)), axis=0)
     assert len(decided) == 1
-    price = flops + 2.0 * learned[1].mean(axis=0)
+    price = flops + 2.0 * path_losses(split, rows, path).mean(axis=0)
     assert price[(path == decided).all(axis=1)] <= price.min() + 0.1
 
 
@@ -120,4 +117,4 @@ def test_imitation_learns_what_is_to_come_at_each_stage(staged_keys, algo, tmp_p
     for stages in (STAGES, ["first"]):
         other = gym.make_vec(STAGED, num_envs=2, **{**staged_keys, "stages": stages}).unwrapped
         agent, _ = learned(other, algo, 1, tmp_path / "log", path=tmp_path / "run", epochs=1)
-        np.testing.assert_array_equal(agent.searched.path, path)
+        np.testing.assert_array_equal(agent.path, path)

@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from sd_gym.tasks.procedural import LEVELS, SPLITS, TASKS, generate_split, vocabulary
+from sd_gym.config import SPLITS
+from sd_gym.tasks.procedural import LEVELS, TASKS, generate_split, vocabulary
 
 
 @pytest.mark.parametrize("task", TASKS)
