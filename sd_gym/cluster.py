@@ -1,8 +1,12 @@
-"""Work shared with a Ray cluster, whose machines see the same folders under the same paths."""
+"""Work shared with other processes, or a Ray cluster, whose machines see the same folders under the same paths."""
 
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing import parent_process
+from multiprocessing.connection import wait
 from typing import Any
 from uuid import uuid4
 
@@ -92,6 +96,21 @@ def _apply(key: str, make: Callable[[], Callable[[Any], Any]], value: Any) -> An
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...], imports: list[str], folder: str) -> Any:
     prepare_process(folder, imports)
     return function(*arguments)
+
+
+def prepare_worker(imports: list[str]) -> None:
+    """Prepare a process that another one has started (``multiprocessing``): it ends with that one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    prepare_process(os.getcwd(), imports)
+
+
+def _end_with_parent() -> None:
+    """End this process if the parent is killed; else it would go on, and keep its locks."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def prepare_process(folder: str, imports: list[str]) -> None:

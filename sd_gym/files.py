@@ -123,6 +123,16 @@ def damaged_checkpoint(file: Path, error: Exception) -> str:
     return f"{file} is damaged, so it cannot be resumed ({one_line(error)}); delete it and begin again"
 
 
+def written(path: str | Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, time and size of a file, or of each file of a folder: another value once one of them is written again.
+
+    Empty if there is none, as for an id of the Hugging Face hub.
+    """
+    path = Path(path)
+    files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
+    return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+
+
 def sha256(file: Path) -> str:
     """The SHA-256 hash of a file, in hexadecimal digits."""
     with file.open("rb") as content:

@@ -1,11 +1,8 @@
 """Many runs trained in one process, several, or on a Ray cluster."""
 
-import os
-import signal
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -194,20 +191,10 @@ class _Worker:
 
 def _work(connection: Connection, imports: list[str]) -> None:
     """Train the runs that come over a connection, until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends this one
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    cluster.prepare_process(os.getcwd(), imports)
+    cluster.prepare_worker(imports)
     while True:
         try:
             run = connection.recv()
             connection.send(_attempt(run, imports, connection.send))
         except (EOFError, OSError):
             return
-
-
-def _end_with_parent() -> None:
-    """End this process if the parent is killed; else it would keep the lock of its run folder."""
-    parent = parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)

@@ -242,7 +242,7 @@ def _load_checkpoint(checkpoint: Path, agent: Agent, selection: Selection) -> in
         raise ValueError(damaged_checkpoint(checkpoint, error)) from error
 
 
-def reduce(run: str | Path, codebook: int, output: str | Path) -> dict[str, Any]:
+def reduce(run: str | Path, codebook: int, output: str | Path, *, backbone: str | None = None) -> dict[str, Any]:
     """Make a run's policy choose among a few masks, select its operating point, and evaluate it: ``sd-gym reduce``.
 
     More inputs then share a decision, and those run together, which is faster.
@@ -251,6 +251,7 @@ def reduce(run: str | Path, codebook: int, output: str | Path) -> dict[str, Any]
         run: The run.
         codebook: Different decisions per stage, at most; see ``DecisionPolicy.reduced``.
         output: A run folder, written like that of ``train``; its ``agent_settings`` have ``codebook``.
+        backbone: Where the backbone is; ``None``: where it was.
 
     Returns:
         The result, as in ``result.json``.
@@ -264,7 +265,7 @@ def reduce(run: str | Path, codebook: int, output: str | Path) -> dict[str, Any]
     with locked(folder):
         if contents(folder):
             raise FileExistsError(f"{folder} is not empty; choose another --output")
-        description, core, policy = load_run(Path(run))
+        description, core, policy = load_run(Path(run), backbone)
         if policy.noise != "none":
             raise ValueError(f"{run}: its policy decides at random; expected the run of an agent that learns")
         selection = Selection(core, description["confidence"])
@@ -372,13 +373,15 @@ def _identity(description: dict[str, Any]) -> dict[str, Any]:
     return {**named, **(env if description["env"] in SERVING else dotted(env)), **description["agent_settings"]}
 
 
-def load_run(folder: Path) -> tuple[dict[str, Any], Core, DecisionPolicy]:
-    """The config, core and policy of a run folder.
+def load_run(folder: Path, backbone: str | None = None) -> tuple[dict[str, Any], Core, DecisionPolicy]:
+    """The config, core and policy of a run folder; ``backbone``: where the backbone is, if not where it was.
 
     Raises ``FileNotFoundError`` if it holds no run; ``ValueError`` if its network is not registered, its policy does
     not fit the env, or its data have changed.
     """
     description = read_description(folder)
+    if backbone is not None and description["env_config"].get("table") is None:  # a table has the outcomes of its own
+        description["env_config"] = run_config(description, {"backbone": backbone}).model_dump()
     core = core_of_run(folder, description)
     return description, core, check_fits(DecisionPolicy.load(folder), core)
 

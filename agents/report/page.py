@@ -8,6 +8,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from jinja2 import Environment, Template
@@ -158,7 +159,7 @@ def _write_beside(output: Path, envs: Sequence[EnvRuns], report: dict[str, Any])
     folder = output.with_suffix("") / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     written = [output.with_suffix(".md"), output.with_suffix(".csv")]
-    page = _template("report.md.jinja").render(report, folder=f"{output.stem}/pictures")
+    page = _template("report.md.jinja").render(report, folder=quote(f"{output.stem}/pictures"))
     write_text(written[0], page.rstrip() + "\n")
     write_text(written[1], _as_csv(envs))
     parts = [*([report["overall"]] if report["overall"] else []), *report["sections"]]

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from sd_gym.backbones.checks import check_tokenizer, check_weights, positions_of, usable_device
 from sd_gym.backbones.heads import Head, head_of, stored_head
 from sd_gym.errors import BackboneError, one_line
+from sd_gym.files import written
 from sd_gym.switch import FlopsModel, Switchboard
 from sd_gym.switch.architectures import architecture_of
 
@@ -199,7 +201,14 @@ def load_own_backbone(name: str, device: str = "cpu") -> Backbone:
     return Backbone(name, model, tokenizer, board, FlopsModel(board), head_of(model))
 
 
-load_backbone = lru_cache(maxsize=4)(load_own_backbone)  # all envs share the backbone, so it must not be changed
+def load_backbone(name: str, device: str = "cpu") -> Backbone:
+    """Load a backbone that all envs share, so it must not be changed; again if its files have been written again."""
+    return _shared_backbone(name, device, written(name))
+
+
+@lru_cache(maxsize=4)
+def _shared_backbone(name: str, device: str, read: tuple[Any, ...]) -> Backbone:
+    return load_own_backbone(name, device)
 
 
 def weights_hash(model: PreTrainedModel) -> str:

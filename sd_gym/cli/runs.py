@@ -140,7 +140,7 @@ def export(
         policy = SkipPolicy.from_pretrained(run)
         if not few_masks(policy, masks) and (run / "config.json").is_file():
             terminal.say(f"the policy decides among more than {masks} masks, so it is reduced to those that fit best")
-            reduce_run(run, masks, Path(folder, "reduced"))
+            reduce_run(run, masks, Path(folder, "reduced"), backbone=backbone)
             policy = SkipPolicy.from_pretrained(Path(folder, "reduced"))
         manifest = export_policy(policy, output, masks=masks, int8=int8, backbone=backbone)
     points = len(manifest["operating_points"])

@@ -135,7 +135,7 @@ def read_masks(file: Path, nvec: Array) -> Array:
     """The masks in a JSON file, int64 ``[masks, switches + 1]``; ``ValueError`` if they are malformed or do not fit."""
     try:
         masks = np.array(json.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: expected a list of masks of one length: {error}") from error
     if masks.ndim != 2 or masks.dtype.kind != "i":
         raise ValueError(f"{file}: expected a list of masks, such as [[0, 0, 0], [1, 0, 0]]")

@@ -20,6 +20,7 @@ from sd_gym.envs.protocols import Core, Observations
 from sd_gym.envs.spaces import FirstObservation, Observation, Pooled, Tokens
 from sd_gym.envs.staged import StageObservation
 from sd_gym.execution.split import BackboneSplit
+from sd_gym.files import written
 from sd_gym.going_on import ANSWER, answering, stages_of_pass
 from sd_gym.policy.artefact import tokenizer_hash
 from sd_gym.policy.protected_tokens import ProtectedTokens
@@ -191,13 +192,17 @@ class BackboneCore(Core[BackboneSplit]):
 
 
 def backbone_core(config: EnvConfig) -> BackboneCore:
-    """The core of a configuration without a ``table``; a new one if another class has its observation's name."""
-    return core_of(config, OBSERVATIONS.find(config.observation))
+    """The core of a configuration without a ``table``.
+
+    A new one if another class has its observation's name, or a file that it reads has been written again.
+    """
+    read = config.data.dataset, config.backbone.name, *([config.codebook] if config.codebook else [])
+    return core_of(config, OBSERVATIONS.find(config.observation), tuple(map(written, read)))
 
 
 @lru_cache(maxsize=8)
-def core_of(config: EnvConfig, observation: type) -> BackboneCore:
-    """The cached core of a configuration and the class of its observation."""
+def core_of(config: EnvConfig, observation: type, read: tuple[Any, ...]) -> BackboneCore:
+    """The cached core of a configuration, the class of its observation, and what was ``written`` in its files."""
     return BackboneCore(config)
 
 
@@ -206,8 +211,8 @@ def _rule(train: BackboneSplit, tokens: Array) -> ProtectedTokens | None:
     tokenizer = train.backbone.tokenizer
     added = tokenizer("", "").input_ids  # tokens around texts and between them
     separator = added[-1] if added else None
-    special, encoded = sorted({*tokenizer.all_special_ids, *added}), train.encoded
-    return ProtectedTokens.find(encoded.input_ids, encoded.source_length, tokens, special, separator)
+    encoded = train.encoded
+    return ProtectedTokens.find(encoded.input_ids, encoded.source_length, tokens, sorted(set(added)), separator)
 
 
 # A copy of a split is the shared split of the shared core.

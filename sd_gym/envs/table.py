@@ -30,7 +30,7 @@ from sd_gym.envs.table_files import (
     table_folder,
 )
 from sd_gym.envs.table_scores import TableCosts, TableScoring, packed_length
-from sd_gym.files import map_arrays, read_json
+from sd_gym.files import map_arrays, read_json, written
 from sd_gym.projection import Projection, read_projection
 
 if TYPE_CHECKING:  # it needs torch
@@ -93,7 +93,7 @@ class TableSplit:
     """One split of a table, a ``Split``.
 
     Raises:
-        ValueError: If its files are damaged, or belong to another table.
+        ValueError: If its files are damaged, or do not fit the table.
     """
 
     def __init__(self, core: TableCore, name: str) -> None:
@@ -308,7 +308,11 @@ class TableCore(Core[TableSplit]):
             raise ValueError(f"{self.folder} is damaged: {error}; copy it again") from error
 
 
-@lru_cache(maxsize=8)
 def table_core(config: EnvConfig) -> TableCore:
-    """The core of a configuration that has a ``table``."""
+    """The core of a configuration that has a ``table``; a new one if the table has been made again."""
+    return _table_core(config, written(table_folder(config.table or "") / "table.json"))
+
+
+@lru_cache(maxsize=8)
+def _table_core(config: EnvConfig, read: tuple[Any, ...]) -> TableCore:
     return TableCore(config)

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -291,17 +290,12 @@ def _written(
     elif min(jobs, len(chunks)) <= 1:
         yield from starmap(_write_chunk, calls)
     else:
-        with ProcessPoolExecutor(jobs, get_context("spawn"), _make_ready, (list(imports),)) as pool:
+        with ProcessPoolExecutor(jobs, get_context("spawn"), cluster.prepare_worker, (list(imports),)) as pool:
             try:
                 for future in as_completed([pool.submit(_write_chunk, *call) for call in calls]):
                     yield future.result()
             finally:
                 pool.shutdown(cancel_futures=True)
-
-
-def _make_ready(imports: list[str]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
-    cluster.prepare_process(os.getcwd(), imports)
 
 
 def _write_chunk(

@@ -9,11 +9,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from sd_gym.policy.artefact import switchboard_of
 from sd_gym.switch import PassState, Stack, Switchboard
 from sd_gym.switch.cache import cache_among
 from sd_gym.switch.stages import StageReached
+from sd_gym.switch.sublayer_patch import gathers_weights
 from sd_gym.switch.twin import twin_at, twin_of
 
 MODELS = 64  # that a bank keeps
@@ -46,6 +48,7 @@ def bank(model: PreTrainedModel, masks: Sequence[ArrayLike] | NDArray) -> list[P
         True
     """
     with switchboard_of(model) as board:
+        maybe_install_capturing_hooks(model)  # at its first output_hidden_states each twin would install them again
         return [without_skipped(board, checked_mask(mask, board)) for mask in masks]
 
 
@@ -137,7 +140,9 @@ def _remove(board: Switchboard, stack: Stack, mask: NDArray, twin: PreTrainedMod
         skipped = [sublayer for sublayer in stack.sublayers if mask[number[index, sublayer.kind]]]
         counts = index if index in counting else None
         if len(skipped) == len(stack.sublayers) and stack.norms is not None:
-            layers._modules[str(index)] = _PassedLayer([layer.get_submodule(norm) for norm in stack.norms], counts)
+            passed = _PassedLayer([layer.get_submodule(norm) for norm in stack.norms], counts)
+            passed._forward_hooks = layer._forward_hooks.copy()  # such as those that gather hidden states
+            layers._modules[str(index)] = passed
         elif skipped:
             own = twin_at(layers, str(index))
             for sublayer in skipped:
@@ -160,7 +165,12 @@ def _remove(board: Switchboard, stack: Stack, mask: NDArray, twin: PreTrainedMod
 
 
 def _count(layer: int | None, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Store one zero per position in a layer of the cache, if there is one, so that its length is right."""
+    """Store one zero per position in a layer of the cache, if there is one, so that its length is right.
+
+    Raises ``NotImplementedError`` if attention weights are gathered, as those of the next layer would take their place.
+    """
+    if not torch.compiler.is_compiling() and gathers_weights():
+        raise NotImplementedError("a skipped attention has no attention weights; leave output_attentions out")
     cache = cache_among(args, kwargs)
     if layer is not None and cache is not None:
         own: Cache = getattr(cache, "self_attention_cache", cache)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from sd_gym.backbones import Backbone
-from sd_gym.backbones.heads.seq2seq import judged_text
+from sd_gym.backbones.heads.seq2seq import judged_text, until_end
 from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Encoded
 from sd_gym.data.instance import Instance
@@ -48,6 +48,8 @@ class Passes:
         self.backbone, self.head, self.instances, self.encoded = backbone, backbone.head, instances, encoded
         self.longest = settings.max_target_length
         self._tokens, self._num_beams, self._stop = tokens, settings.num_beams, settings.stop
+        self.generated = np.ones(len(encoded), dtype=np.int64)  # tokens of each row's last text, with its end
+        self.finished = np.ones(len(encoded), dtype=np.bool_)  # whether that text ended by itself
 
     def answers(self, rows: Array, decisions: Array, seen: PassState | None = None) -> list[str]:
         """The backbone's answers to rows under decisions: a text, a class's name, or a score.
@@ -113,8 +115,8 @@ class Passes:
         """The texts of one ``generate()`` on a batch of these rows, and their judgement (see ``_texts``)."""
         keep = self._tokens.kept(rows, decisions[:, -1])
         if keep is None and (model := self._model_of(decisions)) is not None:
-            return self._generated(inputs, nullcontext(), model, judges=judges)
-        return self._generated(inputs, self.backbone.board.decide(decisions[:, :-1], keep), judges=judges)
+            return self._generated(rows, inputs, nullcontext(), model, judges=judges)
+        return self._generated(rows, inputs, self.backbone.board.decide(decisions[:, :-1], keep), judges=judges)
 
     def _generated_after(
         self, seen: PassState, rows: Array, decisions: Array, picked: Array, *, judges: bool
@@ -124,7 +126,7 @@ class Passes:
         inputs = {name: tensor[some] for name, tensor in self.inputs(rows).items()}
         kept, state = None if keep is None else keep[picked], seen.rows(some.to(seen.hidden.device))
         deciding = self.backbone.board.decide(decisions[picked, :-1], kept, resume_from=state)
-        return self._generated(inputs, deciding, judges=judges)
+        return self._generated(rows[picked], inputs, deciding, judges=judges)
 
     @torch.inference_mode()
     def generated_under_all(self, rows: Array, masks: Array) -> list[list[str]]:
@@ -141,11 +143,12 @@ class Passes:
                 seen = self.seen_at(BETWEEN, rows[picked], tiled[0]) if start else None
                 for number, decisions in zip(numbers, tiled, strict=True):
                     deciding = board.decide(decisions[:, :-1], kept, resume_from=seen)
-                    texts[number, picked] = self._generated(inputs, deciding, judges=False)[0]
+                    texts[number, picked] = self._generated(rows[picked], inputs, deciding, judges=False)[0]
         return texts.tolist()
 
     def _generated(
         self,
+        rows: Array,
         inputs: dict[str, torch.Tensor],
         deciding: AbstractContextManager[None],
         model: Any = None,
@@ -168,8 +171,11 @@ class Passes:
                 output_scores=judges,
             )
         answers = output.sequences[:, self.head.prompt_length(inputs["input_ids"]) :]
-        texts = backbone.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        texts = [(text if self._stop is None else text.partition(self._stop)[0]).strip() for text in texts]
+        counted, ended = until_end(answers, backbone.model, self._end.get("eos_token_id"))
+        whole = backbone.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        texts = [(text if self._stop is None else text.partition(self._stop)[0]).strip() for text in whole]
+        stopped = [self._stop is not None and self._stop in text for text in whole]
+        self.generated[rows], self.finished[rows] = counted.sum(dim=1).cpu().numpy(), ended.cpu().numpy() | stopped
         if not judges:
             return texts, np.zeros((len(texts), len(self.head.judgement)))
         return texts, judged_text(backbone.model, output, self._end.get("eos_token_id")).cpu().numpy()

@@ -21,6 +21,7 @@ from sd_gym.inference.second_answers import final_output, final_texts, generate_
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.rollout import Keep, StagedRollout
 from sd_gym.switch import FlopsModel, PassState, Switchboard, first_layer_input
+from sd_gym.switch.model_patches import ending
 
 PASS_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # of a pass that a head judges
 CACHES = ("cache", "past_key_values")  # names in different versions of transformers
@@ -250,6 +251,15 @@ class Attached:
             return self._inner["forward"](*args, **kwargs)
 
     def _generate(self, given: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with ending(given.get("streamer")):
+            return self._decided_and_generated(given, *args, **kwargs)
+
+    def _decided_and_generated(self, given: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if (cache := _first_given(given, CACHES)) is not None and cache.get_seq_length() > 0:
+            raise ValueError(
+                "an attached model decides on a whole prompt, so generate() begins with an empty cache; leave "
+                "past_key_values out, or continue by forward() calls of your own"
+            )
         ids = _first_given(given, ("inputs", "input_ids"))
         if given.get("attention_mask") is None and ids is not None:
             given = {**given, "attention_mask": self._inferred_mask(ids, given)}
@@ -258,8 +268,10 @@ class Attached:
             return self._written(given, shown)
         in_pass = shown.is_as_given and len(self.board.architecture.stacks) > 1
         run = partial(self._generate_here, *args, **kwargs)
-        output, _ = self._under_decisions(run, shown, given, in_pass=in_pass)
+        output, in_force = self._under_decisions(run, shown, given, in_pass=in_pass)
         tokens = output if isinstance(output, Tensor) else output.sequences
+        if isinstance(filled := getattr(output, "past_key_values", None), Cache):
+            self._of_cache[filled] = in_force
         self._decisions.record_target(max(1, tokens.shape[1] - self._head.prompt_length(shown.inputs["input_ids"])))
         return output
 

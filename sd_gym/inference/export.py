@@ -85,6 +85,7 @@ def export(
         if contents(folder):
             raise FileExistsError(f"{folder} is not empty; choose another --output")
         temporary = folder / "export.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
         temporary.mkdir()
         try:
             manifest = _Writer(temporary, policy, model, int8).written()
@@ -125,8 +126,8 @@ def _check_model(model: SkippingModel) -> None:
 
 
 def _probe(model: SkippingModel) -> tuple[list[str], Instance]:
-    """A text for each field of a task, and the instance that it makes of them."""
-    texts = [f"text {number}" for number in range(len(model.fields))]
+    """A text for each field of a task, which a task may change in many ways, and the instance that it makes of them."""
+    texts = [f"  Text\u00a0\uff10 \u00c9\n{number}! " for number in range(len(model.fields))]
     return texts, model._instance(0, texts)
 
 

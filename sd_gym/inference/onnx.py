@@ -116,7 +116,7 @@ class OnnxModel(TextModel):
         providers: Sequence[str] = ("CPUExecutionProvider",),
         session_options: onnxruntime.SessionOptions | None = None,
     ) -> None:
-        self.folder = folder
+        self.folder = folder = folder.resolve()  # graphs are opened later
         self.manifest = manifest = read_manifest(folder)
         self._providers, self._options = list(providers), session_options
         points = [OperatingPoint(**point) for point in manifest["operating_points"]]

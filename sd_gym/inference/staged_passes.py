@@ -29,7 +29,7 @@ class StagedPasses(Passes):
         self._policy, self._first_input = policy, first_input
         self.masks = np.zeros((len(split), len(self.backbone.board) + 1), dtype=np.int64)  # the policy's decisions
         self.went_on = np.zeros(len(split), dtype=np.bool_)  # which rows went on after their answer
-        self.first_texts = np.full(len(split), "", dtype=object)  # the texts before that, if texts are generated
+        self.first_generated = self.generated.copy()  # tokens of the texts before that
 
     def logits(self, rows: NDArray, decisions: NDArray) -> Iterator[tuple[NDArray, Tensor, Tensor]]:
         """Positions in ``rows``, final logits and labels, in parts; ``decisions`` are zeros."""
@@ -66,11 +66,13 @@ class StagedPasses(Passes):
         for picked, inputs in self.planned(rows, decisions, self.longest):
             rollout = self._rollout(rows[picked], inputs, lambda keep: keep)
             deciding = rollout.deciding(inputs["attention_mask"])
-            texts[picked], judged[picked] = self._generated(inputs, deciding, judges=self._policy.sees_answer)
+            texts[picked], judged[picked] = self._generated(
+                rows[picked], inputs, deciding, judges=self._policy.sees_answer
+            )
             if self._policy.sees_answer:
                 rollout.answered(judged[picked])
             self._note(rows[picked], rollout)
-            self.first_texts[rows[picked]] = texts[picked]
+            self.first_generated[rows[picked]] = self.generated[rows[picked]]
             waiting.add(picked, rollout.resumable())
             if waiting.tokens > PASS_TOKENS:
                 self._write_dense(texts, rows, waiting)
@@ -79,7 +81,7 @@ class StagedPasses(Passes):
 
     def _write_dense(self, texts: NDArray, rows: NDArray, waiting: "_Waiting") -> None:
         for picked, inputs, block in self._together(rows, waiting, self.longest):
-            texts[picked], _ = self._generated(inputs, block, judges=False)
+            texts[picked], _ = self._generated(rows[picked], inputs, block, judges=False)
 
     def _together(
         self, rows: NDArray, waiting: "_Waiting", steps: int = 0

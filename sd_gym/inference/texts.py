@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +20,7 @@ from sd_gym.config import dotted
 from sd_gym.data.instance import Instance
 from sd_gym.execution.bank import MODELS, Bank, FirstLayerInput
 from sd_gym.execution.config import checked_config
+from sd_gym.execution.costs import Costs
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.inference.answer import Answer, TextModel
 from sd_gym.inference.attach import attach
@@ -117,11 +119,11 @@ class SkippingModel(TextModel):
         if self.policy.is_staged and decided is not None:
             passes = StagedPasses(split, self.policy, self._float32_input)
             answers = passes.answers(rows, decisions)
-            decisions, went_on, first_texts = passes.masks, passes.went_on, passes.first_texts.tolist()
+            decisions, went_on = passes.masks, passes.went_on
+            costs, first_costs = self.costs(split), self.costs(split, passes.first_generated)
         else:
-            answers = first_texts = split.passes.answers(rows, decisions)
-        costs = self.saying(split, answers).costs
-        first_costs = self.saying(split, first_texts).costs if went_on.any() else costs
+            answers = split.passes.answers(rows, decisions)
+            costs = first_costs = self.costs(split)
         flops = first_costs.flops(rows, decisions) + went_on * costs.going_on(rows, decisions)
         if decided is not None:
             flops = flops + self.own_flops(split)
@@ -137,10 +139,12 @@ class SkippingModel(TextModel):
         hidden = first_layer_input(self.board, inputs) if own is None else own(**inputs)
         return self.policy.observed(hidden, inputs["attention_mask"])
 
-    def saying(self, split: BackboneSplit, answers: list[str]) -> BackboneSplit:
-        """The split with these answers as its targets, if the length of answers varies."""
-        answered = split.head.answered(split.instances, answers)
-        return split if answered is split.instances else self._split(answered)
+    def costs(self, split: BackboneSplit, generated: NDArray | None = None) -> Costs:
+        """The costs of a split's inputs with texts of ``generated`` tokens ``[n]``; ``None``: as many as were last."""
+        if split.head.judges_passes:
+            return split.costs
+        lengths = split.passes.generated if generated is None else generated
+        return Costs(self._backbone, replace(split.encoded, target_length=lengths), split.tokens)
 
     def own_flops(self, split: BackboneSplit) -> NDArray:
         """FLOPs of the policy itself on each input, ``[n]``."""

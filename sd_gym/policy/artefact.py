@@ -315,7 +315,7 @@ class SkipPolicy:
             The URL of the commit.
         """
         api = HfApi(token=token)
-        api.create_repo(repository, private=private, exist_ok=True)
+        repository = api.create_repo(repository, private=private, exist_ok=True).repo_id  # with its namespace
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(FILES)).commit_url

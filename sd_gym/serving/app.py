@@ -193,13 +193,15 @@ class Service:
         served = await self.answer(request, list(prompts), body, longest)
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         texts = [_cut(one.answer.answer, stops) for one in served]
-        tokens = [self.engine.tokens(text) for text in texts]
-        most = longest or self._served.longest
+        ended = [one.finished or text != one.answer.answer for one, text in zip(served, texts, strict=True)]
         choices = [
-            {"index": at, "text": text, "logprobs": None, "finish_reason": "length" if count >= most else "stop"}
-            for at, (text, count) in enumerate(zip(texts, tokens, strict=True))
+            {"index": at, "text": text, "logprobs": None, "finish_reason": "stop" if has_ended else "length"}
+            for at, (text, has_ended) in enumerate(zip(texts, ended, strict=True))
         ]
-        usage = {"prompt_tokens": sum(one.length for one in served), "completion_tokens": sum(tokens)}
+        usage = {
+            "prompt_tokens": sum(one.length for one in served),
+            "completion_tokens": sum(one.generated for one in served),
+        }
         content = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -336,9 +338,7 @@ def _json(content: Any, served: list[Served]) -> Response:
 
 def _cut(text: str, stops: list[str]) -> str:
     """The text before the first of the ``stops``."""
-    for stop in filter(None, stops):
-        text = text.partition(stop)[0]
-    return text
+    return min((text.partition(stop)[0] for stop in stops if stop), key=len, default=text)
 
 
 def _number(value: float) -> float | None:

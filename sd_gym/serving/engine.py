@@ -45,6 +45,8 @@ class Served(NamedTuple):
     promised: float  # FLOPs of this row alone, the policy's own included
     executed: float  # its share of those of its group, padding included
     dense: float  # FLOPs of the dense backbone on this row alone
+    generated: int = 0  # tokens of the text, with its end
+    finished: bool = True  # whether the text ended by itself, not at the limit
 
 
 class Described(NamedTuple):
@@ -104,10 +106,6 @@ class BlockingEngine(ABC):
         """See ``TextModel``."""
         return self.model.checked(given)
 
-    def tokens(self, text: str) -> int:
-        """Number of tokens of a generated text; only an engine that completes texts is asked."""
-        raise NotImplementedError
-
     @abstractmethod
     def prepare(self, inputs: list[Asked]) -> list[Row]:
         """Tokenise, and decide at the requested operating point, or else at all that the dial may choose."""
@@ -160,10 +158,6 @@ class TextEngine(BlockingEngine):
         name = Path(policy.card["backbone"]["name"]).name
         self.served = Described(name, model.fields, model.gives, model.board.names, model.longest, completes)
 
-    def tokens(self, text: str) -> int:
-        """Number of tokens of a generated text."""
-        return len(self.model.tokenizer(text, add_special_tokens=False).input_ids)
-
     @torch.inference_mode()
     def prepare(self, inputs: list[Asked]) -> list[Row]:
         """See ``BlockingEngine``."""
@@ -203,7 +197,7 @@ class TextEngine(BlockingEngine):
         if split.head.confidence is not None:
             split.passes.watch = keep
         answers = self.model.answered(split, decided)
-        costs = self.model.saying(split, [answer.answer for answer in answers]).costs
+        costs, passes = self.model.costs(split), split.passes
         rows = np.arange(len(texts))
         masks = np.array([[*one.skip, one.token_level, one.went_on] for one in answers], dtype=np.int64)
         executed = costs.executed_flops(rows, masks, [rows]) / len(rows) + self.model.own_flops(split)
@@ -211,6 +205,7 @@ class TextEngine(BlockingEngine):
         promised = dense * [answer.flops_ratio for answer in answers]
         lengths = split.encoded.source_length.tolist()
         columns = answers, scores, lengths, promised.tolist(), executed.tolist(), dense.tolist()
+        columns += passes.generated.tolist(), passes.finished.tolist()
         return [Served(*values) for values in zip(*columns, strict=True)]
 
     def warm_up(self) -> PassCost:

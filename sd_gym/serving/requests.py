@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from starlette.requests import Request
 
 from sd_gym.errors import short
@@ -69,13 +69,30 @@ class Completions(Body):
     model: str | None = None
     prompt: str | list[str]
     max_tokens: Annotated[int | None, Field(ge=1)] = None
-    temperature: Annotated[float, Field(ge=0, le=0)] = 0
-    top_p: float = 1
-    n: Literal[1] = 1
-    stream: Literal[False] = False
     stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
     seed: int | None = None
     user: str | None = None
+    top_p: float | None = 1
+    # Fields that clients send, with the values that change nothing.
+    temperature: Annotated[float, Field(ge=0, le=0)] | None = 0
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = 0
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = 0
+    n: Literal[1] | None = 1
+    best_of: Literal[1] | None = 1
+    echo: Literal[False] | None = False
+    stream: Literal[False] | None = False
+    suffix: None = None
+    logprobs: None = None
+    logit_bias: None = None
+    stream_options: None = None
+
+    @field_validator("model")
+    @classmethod
+    def _is_text(cls, model: str | None) -> str | None:
+        """It is returned, which a lone surrogate cannot be."""
+        if model is not None:
+            model.encode()
+        return model
 
 
 Kind = TypeVar("Kind", bound=BaseModel)

@@ -1,7 +1,8 @@
 """Patches of layers, of encoder and decoder, and of ``generate()`` while a decision is in force."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from threading import current_thread, main_thread
 from typing import Any
@@ -118,13 +119,19 @@ def run_generate(scope: Scope, decision: Decision | None, inner: Callable, *args
                 stacklevel=3,
             )
         return inner(*args, **kwargs)
-    with Block(scope, replace(decision, generating=True, repeats=1, state=Pass(), tag_cell=[])):
-        try:
-            return inner(*args, **kwargs)
-        except BaseException:
-            if streamer is not None:  # otherwise its reader waits forever
-                streamer.end()
-            raise
+    with Block(scope, replace(decision, generating=True, repeats=1, state=Pass(), tag_cell=[])), ending(streamer):
+        return inner(*args, **kwargs)
+
+
+@contextmanager
+def ending(streamer: Any) -> Iterator[None]:
+    """End a streamer if there is an error; otherwise its reader waits forever."""
+    try:
+        yield
+    except BaseException:
+        if streamer is not None:
+            streamer.end()
+        raise
 
 
 def expand_inputs(decision: Decision | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:

@@ -215,6 +215,11 @@ def is_gathering() -> bool:
     return bool(output_capturing._active_collector.get())
 
 
+def gathers_weights() -> bool:
+    """Whether Hugging Face gathers attention weights (``output_attentions``)."""
+    return any(_gathered_weights(kind) is not None for kind in ("attention", "cross_attention"))
+
+
 def _gathered_weights(kind: str) -> list[Tensor] | None:
     """The list in which Hugging Face gathers ``output_attentions``; ``None`` if they were not requested."""
     gathered = output_capturing._active_collector.get()

@@ -60,6 +60,8 @@ def classes(instances: Sequence[Instance]) -> dict[str, int]:
         return {"score": 0}
     if len({type(label) for label in labels}) > 1:
         raise DataError("labels must be all class indices or all words, got both")
+    if len(labels) < 2:
+        raise DataError(f"expected at least two classes, got only {short(labels)}")
     if all(isinstance(label, int) for label in labels):
         if max(labels) >= len(instances):
             raise DataError(
@@ -67,8 +69,6 @@ def classes(instances: Sequence[Instance]) -> dict[str, int]:
                 "number the classes from 0, or use words"
             )
         labels = set(range(max(labels) + 1))
-    if len(labels) < 2:
-        raise DataError(f"expected at least two classes, got only {short(labels)}")
     return {str(label): index for index, label in enumerate(sorted(labels))}
 
 

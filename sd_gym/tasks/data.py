@@ -200,11 +200,12 @@ def read_rows(file: Path, numeric: Collection[str] = ("label",)) -> Rows:
         return read_csv(file, numeric)
     if file.suffix not in FORMATS:
         raise DataError(f"{file}: expected one of the formats {', '.join(FORMATS)}")
-    from datasets import load_dataset  # heavy
+    from pyarrow import ArrowException  # heavy
+    from pyarrow.parquet import ParquetFile
 
     try:
-        rows: Any = load_dataset("parquet", data_files=str(file), split="train", trust_remote_code=False)
-    except Exception as error:  # the library raises errors of many kinds
+        rows = ParquetFile(file).read().to_pylist()
+    except (ArrowException, OSError, ValueError) as error:
         raise DataError(f"{file}: cannot be read as Parquet ({one_line(error)})") from error
     return ((f"{file}, row {number}", row) for number, row in enumerate(rows, start=1))
 
@@ -214,6 +215,8 @@ def _read_hub(data: DataConfig, base: str, split: str) -> Rows:
     from datasets import get_dataset_split_names, load_dataset, load_dataset_builder
 
     folder = Path(data.dataset).is_dir()
+    if folder and any(sign in data.dataset for sign in "*?["):
+        raise FileNotFoundError(f"{data.dataset}: the data library reads *, ? and [ as patterns; rename the folder")
     revision = None if folder else data.revision
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:

@@ -128,6 +128,7 @@ def test_bad_actions(tiny, action, given, message):
         ("[]", r"expected a list of masks, such as"),
         ("[[0.5, 0, 0, 0, 0, 0, 0]]", r"expected a list of masks, such as"),
         ("{", r"expected a list of masks"),
+        ("[" * 100_000, r"expected a list of masks"),
     ],
 )
 def test_wrong_codebooks(tiny, tmp_path, text, message):

@@ -1,12 +1,17 @@
 """Making a table: resumed, refused, and small."""
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
+from sd_gym.agents.experiment.tabulation import write_references
 from typer.testing import CliRunner
 
 import sd_gym
@@ -157,3 +162,39 @@ def test_the_command(tmp_path, table_source):
     assert (said["splits"]["train"]["instances"], said["precision"]) == (5, "bf16")
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 2
+
+
+def test_a_table_that_is_made_again_in_its_place_is_another_table(tmp_path, table_source):
+    """As in a notebook; so are its references."""
+    env_id, keys = table_source
+    for number in (3, 9):
+        shutil.rmtree(tmp_path / "table", ignore_errors=True)
+        sd_gym.tabulate(env_id, tmp_path / "table", decisions=f"random:{number}", references=True, **keys)
+        env = gym.make(ID, table=str(tmp_path / "table"))
+        assert env.action_space.n == number
+    written = (tmp_path / "table" / "references.json").read_text()
+    shutil.copytree(tmp_path / "table", tmp_path / "copy")
+    write_references(ID, table=str(tmp_path / "copy"))
+    assert (tmp_path / "copy" / "references.json").read_text() == written
+
+
+@pytest.mark.slow  # ten seconds: two processes import torch
+def test_the_processes_of_a_table_end_with_it(tmp_path, reviews, tiny_backbone):
+    program = f"""
+import os, signal, sd_gym
+
+def stop(done, total):
+    if done:
+        print(done, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+if __name__ == "__main__":
+    settings = {{"dataset": {str(reviews)!r}, "backbone": {str(tiny_backbone)!r}, "decisions": "random:8"}}
+    sd_gym.tabulate("SD/Classification-Custom-v0", "table", jobs=2, on_progress=stop, **settings)
+"""
+    (tmp_path / "program.py").write_text(program)
+    # The pipe is closed when the last process that holds it has ended.
+    command = [sys.executable, tmp_path / "program.py"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=240, check=False)
+    assert ended.returncode == -signal.SIGTERM
+    assert ended.stdout

@@ -63,6 +63,32 @@ def test_static_caches_work(name):
     assert torch.equal(plain.generate(**prompts, max_new_tokens=4, do_sample=False, **options), wanted)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("name", TINY)
+def test_hidden_states_are_those_of_the_switched_model_and_its_own_stay(name):
+    model, untouched = (make_model(name, "eager") for _ in range(2))
+    inputs, asked = make_inputs(name), {"output_hidden_states": True, "output_attentions": True}
+
+    def states(model):
+        output = model(**inputs, output_hidden_states=True)
+        return [state for key in sorted(output) if "hidden_states" in key for state in output[key]]
+
+    board = Switchboard(model)
+    skip = np.array([switch.index == 1 for switch in board.switches])
+    dense, skipping = sd_gym.bank(model, [~skip & False, skip])
+    with board.decide(skip[None]):
+        wanted = states(model)
+    assert all(map(torch.equal, states(skipping), wanted))
+    assert len(states(skipping)) == len(wanted)
+    board.remove()
+    for same in (dense, model):
+        ours, theirs = same(**inputs, **asked), untouched(**inputs, **asked)
+        assert list(ours) == list(theirs)
+        assert all(len(ours[key]) == len(theirs[key]) for key in ours)
+    with pytest.raises(NotImplementedError, match="leave output_attentions out"):
+        skipping(**inputs, output_attentions=True)
+
+
 def test_all_share_the_weights_of_the_model_which_stays_as_it_was():
     model = make_model("llama")
     model(**make_inputs("llama"))  # its hooks are installed

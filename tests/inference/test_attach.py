@@ -290,6 +290,31 @@ def test_a_streamer_gets_the_text(tiny_tokenizer):
     assert text.split() == tiny_tokenizer.decode(wanted[0, 3:]).split()
 
 
+def test_a_streamers_reader_does_not_wait_for_a_call_that_is_refused(tiny_tokenizer):
+    model, embeds = make_model("llama"), torch.zeros(1, 3, 16)
+    attach(model, make_policy(model))
+    streamer = TextIteratorStreamer(tiny_tokenizer, timeout=20)
+    with pytest.raises(ValueError, match="decides by its input_ids"):
+        model.generate(inputs_embeds=embeds, max_new_tokens=4, streamer=streamer)
+    assert "".join(streamer) == ""
+
+
+@torch.inference_mode()
+def test_ones_own_steps_go_on_from_the_cache_of_generate():
+    model, ids = make_model("llama"), torch.tensor([[4, 5, 6]])
+    attach(model, make_policy(model))
+    settings = {"attention_mask": torch.ones_like(ids), "do_sample": False}
+    longer = model.generate(ids, max_new_tokens=6, min_new_tokens=6, **settings)
+    begun = model.generate(ids, max_new_tokens=4, min_new_tokens=4, return_dict_in_generate=True, **settings)
+    cache, tokens = begun.past_key_values, begun.sequences
+    with pytest.raises(ValueError, match="generate\\(\\) begins with an empty cache"):
+        model.generate(tokens, past_key_values=cache, max_new_tokens=2)
+    for _ in range(2):
+        output = model(input_ids=tokens[:, -1:], past_key_values=cache)
+        tokens = torch.cat([tokens, output.logits[:, -1:].argmax(dim=-1)], dim=1)
+    assert torch.equal(tokens, longer)
+
+
 def test_what_cannot_work_is_refused():
     model, inputs = make_model("bert"), make_inputs("bert")
     policy = make_policy(model)

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import sd_gym
 from sd_gym.cli import app
 from sd_gym.operating_points import OperatingPoint
+from sd_gym.tasks.classification import Classification
 from tests.conftest import ENCODER, WORDS, make_model
 from tests.envs.conftest import MODELS, trained
 from tests.inference.conftest import lines_of, write
@@ -253,10 +254,32 @@ def test_a_backbone_that_generates_is_not_exported(tmp_path, tiny_tokenizer):
         sd_gym.export(artefact, tmp_path / "onnx")
 
 
-def test_a_folder_that_holds_anything_is_not_written_to(exported):
+def test_a_folder_that_holds_anything_is_not_written_to(exported, tmp_path):
     policy, folder, _ = exported
     with pytest.raises(FileExistsError, match="is not empty"):
         sd_gym.export(policy, folder)
+    (tmp_path / "export.tmp").mkdir()  # of an export that was killed
+    assert sd_gym.export(policy, tmp_path)["masks"]
+
+
+def test_a_folder_stays_where_it_was_when_it_was_loaded(exported, tmp_path, monkeypatch):
+    _, folder, texts = exported
+    monkeypatch.chdir(folder.parent)
+    model = onnx.load(folder.name)
+    monkeypatch.chdir(tmp_path)
+    assert len(model(texts[:2])) == 2
+
+
+def test_a_task_that_changes_its_texts_is_not_exported(exported, tmp_path, monkeypatch):
+    policy, _, _ = exported
+    instance = Classification.instance
+
+    def lower(self, row, *args, **options):
+        return instance(self, {**row, "text": row["text"].lower().strip()}, *args, **options)
+
+    monkeypatch.setattr(Classification, "instance", lower)
+    with pytest.raises(ValueError, match="the task classification changes its texts"):
+        sd_gym.export(policy, tmp_path / "own")
 
 
 def test_malformed_inputs_are_named(exported):

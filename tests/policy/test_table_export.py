@@ -16,7 +16,6 @@ import sd_gym
 from sd_gym.envs import shared_core
 from sd_gym.envs.actions import all_decisions
 from sd_gym.envs.config import load_config
-from sd_gym.envs.core import core_of
 from sd_gym.envs.spaces import Standardised
 from sd_gym.envs.table_files import EXPORT
 from sd_gym.files import read_json, read_tensors, write_arrays, write_json, write_tensors
@@ -217,13 +216,11 @@ def test_other_data_than_the_tables_are_told(reduced, table_source):
     was = file.read_text()
     try:
         file.write_text(was.replace("the ", "not "))
-        core_of.cache_clear()
         with pytest.raises(ValueError, match="the data have changed"):
             sd_gym.evaluate(env_id, reduced / "run")
         assert sd_gym.evaluate(env_id, reduced / "run", dataset=str(file))["instances"] > 0
     finally:
         file.write_text(was)
-        core_of.cache_clear()
 
 
 def test_reduced_to_few_masks_it_leaves_too(reduced, table_source, tmp_path):

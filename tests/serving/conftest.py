@@ -91,9 +91,6 @@ class StubEngine(TextModel):
     groups_masks, fields, optional = True, ("text",), False
     served = Described("stub", ("text",), "text", ["decoder.0.attention", "decoder.0.feed_forward"], 8, completes=True)
 
-    def tokens(self, text):
-        return len(text.split())
-
     def __init__(self):
         self.going, self.started, self.warm = Event(), Event(), Event()
         self.warm.set()
@@ -115,7 +112,10 @@ class StubEngine(TextModel):
             Answer(" ".join(text.upper().split()[: row.content.longest]), np.array([1, 0]), 0, share, 0)
             for text, row, share in zip(texts, rows, shares, strict=True)
         ]
-        return [Served(one, None, 3, 100 * one.flops_ratio, 50.0, 100.0) for one in answers]
+        counts = [len(one.answer.split()) for one in answers]
+        ends = [count < (row.content.longest or 8) for count, row in zip(counts, rows, strict=True)]
+        costs = [(3, 100 * one.flops_ratio, 50.0, 100.0) for one in answers]
+        return [Served(one, None, *cost, *more) for one, cost, *more in zip(answers, costs, counts, ends, strict=True)]
 
     def warm_up(self):
         self.warm.wait(10)

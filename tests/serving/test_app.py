@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from sd_gym.serving import server
-from sd_gym.serving.app import Service, Settings
+from sd_gym.serving.app import Service, Settings, _cut
 from sd_gym.serving.batcher import Limits
 from tests.serving.conftest import StubPoints
 
@@ -52,8 +52,8 @@ def test_shapes_are_those_of_the_servers_that_people_have(stub):
         assert generated.headers["x-flops-ratio"] == "0.4000"
         completed = client.post("/v1/completions", json={"prompt": ["the food", "a, b"], "max_tokens": 2, "stop": ","})
         assert [choice["text"] for choice in completed.json()["choices"]] == ["THE FOOD", "A"]
-        assert completed.json()["choices"][0]["finish_reason"] == "length"
-        assert completed.json()["usage"] == {"prompt_tokens": 6, "completion_tokens": 3, "total_tokens": 9}
+        assert [choice["finish_reason"] for choice in completed.json()["choices"]] == ["length", "stop"]
+        assert completed.json()["usage"] == {"prompt_tokens": 6, "completion_tokens": 4, "total_tokens": 10}
         assert client.get("/info").json()["operating_points"][1] == {"highest_loss": 0.0, "flops_ratio": 1.0}
         assert "<textarea" not in client.get("/").text or client.get("/").headers["content-type"].startswith(
             "text/html"
@@ -95,6 +95,8 @@ def test_a_request_chooses_its_operating_point(stub):
         ("/v1/completions", b'{"prompt": "a", "temperature": 0.7}', 422),
         ("/v1/completions", b'{"prompt": [1, 2]}', 422),
         ("/v1/completions", b'{"prompt": [], "stop": "\\udc00"}', 422),
+        ("/v1/completions", b'{"prompt": "a", "model": "\\udc00"}', 422),
+        ("/v1/completions", b'{"prompt": "a", "frequency_penalty": 1}', 422),
         ("/nothing", b"{}", 404),
     ],
 )
@@ -250,3 +252,19 @@ def test_metrics_have_the_names_that_people_know(stub):
     assert values["sd_gym_flops_ratio_sum",] == pytest.approx(0.8)
     flops = [values["sd_gym_flops_total", what] for what in ("promised", "executed", "dense")]
     assert flops == pytest.approx([80, 100, 200])
+
+
+def test_values_of_openais_fields_that_change_nothing_are_taken(stub):
+    _, client = stub
+    fields = {"temperature": 0, "top_p": 1, "n": 1, "best_of": 1, "echo": False, "stream": False}
+    fields |= {"presence_penalty": 0, "frequency_penalty": 0}
+    with client() as client:
+        for nothing in (fields, dict.fromkeys([*fields, "suffix", "logprobs", "logit_bias", "stream_options"])):
+            completed = client.post("/v1/completions", json={"prompt": "a b", **nothing})
+            assert completed.json()["choices"][0]["text"] == "A B"
+
+
+def test_a_text_is_cut_before_the_first_of_all_stops():
+    for stops in (["D", "END"], ["END", "D"]):
+        assert _cut("x END y", stops) == "x "
+    assert _cut("x", ["", "y"]) == "x"

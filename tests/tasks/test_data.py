@@ -121,3 +121,15 @@ def test_other_formats(tmp_path, suffix):
     (tmp_path / "broken.parquet").write_text("no such thing")
     with pytest.raises(DataError, match=r"broken.parquet: cannot be read as Parquet"):
         load_split(str(tmp_path / "broken.parquet"), "classification", "train")
+
+
+def test_a_name_with_signs_of_patterns_is_just_a_name(tmp_path):
+    for name, source in (("reviews[2]", "mine"), ("reviews2", "other")):
+        rows = Dataset.from_dict({"text": [f"{source} {n}" for n in range(4)], "label": [0, 1, 0, 1]})
+        rows.to_parquet(tmp_path / f"{name}.parquet")
+    config = DataConfig(dataset=str(tmp_path / "reviews[2].parquet"))
+    assert [one.source for one in load_split(config, "classification", "train")] == [f"mine {n}" for n in range(4)]
+    (tmp_path / "c[2]").mkdir()
+    (tmp_path / "c[2]" / "data-train.txt").write_text("x")
+    with pytest.raises(FileNotFoundError, match="rename the folder"):
+        load_split(DataConfig(dataset=str(tmp_path / "c[2]")), "classification", "train")

@@ -97,10 +97,6 @@ class Answers(ABC):
         """The text of the right answer; of several the first, empty if there is no answer."""
         return str(instance.target)
 
-    def answered(self, instances: Sequence[Instance], answers: Sequence[str]) -> Sequence[Instance]:
-        """The instances with their answers as targets, if FLOPs depend on the length of an answer."""
-        return instances
-
     def classes(self, instances: Sequence[Instance]) -> NDArray:
         """The class names, or scores, that classified instances have in the data, ``[n]``."""
         return np.array([str(instance.target) for instance in instances])

@@ -1,6 +1,7 @@
 """Heads that generate a text, by a decoder-only model that continues a prompt."""
 
 from collections.abc import Callable, Sequence
+from string import Formatter
 from typing import Any, Self
 
 import numpy as np
@@ -42,9 +43,17 @@ class PromptedHead(Seq2SeqHead):
         return super()._is_stored(config, architectures) and not config.is_encoder_decoder
 
     def prompting(self, backbone: BackboneConfig) -> BackboneConfig:
-        """With both; ValueError without a prompt."""
+        """With both; ValueError without a prompt, or if it has anything but texts in braces."""
         if backbone.prompt is None:
             raise ValueError("the backbone is decoder-only, so it needs a 'prompt', such as '{source}\\nLabel:'")
+        expected = "expected {source} or {source_pair} in braces; write other braces twice: {{ and }}"
+        try:
+            parts = list(Formatter().parse(backbone.prompt))
+        except ValueError as error:
+            raise ValueError(f"config key 'backbone.prompt': {error}; {expected}") from error
+        for _, name, spec, conversion in parts:
+            if name is not None and (name not in ("source", "source_pair") or spec or conversion):
+                raise ValueError(f"config key 'backbone.prompt': got {name!r}; {expected}")
         return backbone
 
     def targets(
@@ -52,6 +61,8 @@ class PromptedHead(Seq2SeqHead):
     ) -> Targets:
         """The answer after the prompt: a space, the target, and the stop or the tokenizer's end."""
         end = [tokenizer.eos_token_id]
+        if backbone.stop is None and tokenizer.eos_token_id is None:
+            raise DataError("the backbone's tokenizer has no token that ends a text; set 'stop', such as a new line")
         if backbone.stop is not None:
             end = tokenizer(backbone.stop, add_special_tokens=False).input_ids
         room = backbone.max_target_length - len(end)

@@ -1,7 +1,6 @@
 """Heads that generate a text, by the decoder of an encoder-decoder."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -96,10 +95,6 @@ class Seq2SeqHead(Head):
     judgement = ("mean_log_odds", "least_log_odds", "log_length")
     judges_passes = False  # in a pass the decoder reads the reference
 
-    def answered(self, instances: Sequence[Instance], answers: Sequence[str]) -> Sequence[Instance]:
-        """The instances with the answers as targets, as FLOPs depend on their lengths."""
-        return [replace(instance, target=answer) for instance, answer in zip(instances, answers, strict=True)]
-
     def facts(self, encoded: Encoded) -> dict[str, NDArray]:
         """Tokens of each target."""
         return {"target_length": encoded.target_length}
@@ -113,14 +108,21 @@ def judged_text(model: Any, output: Any, ends: int | Sequence[int] | None) -> Te
     """
     beams = getattr(output, "beam_indices", None)
     log_prob = model.compute_transition_scores(output.sequences, output.scores, beams, normalize_logits=beams is None)
-    tokens = output.sequences[:, -log_prob.shape[1] :]
-    ends = model.generation_config.eos_token_id if ends is None else ends
-    ended = torch.isin(tokens, torch.tensor([] if ends is None else ends, device=tokens.device))
-    counted = (ended.cumsum(dim=1) - ended.long()) == 0  # up to the first end
+    counted, _ = until_end(output.sequences[:, -log_prob.shape[1] :], model, ends)
     log_prob = log_prob.double().clamp(min=MOST_UNSURE).masked_fill(~counted, 0.0)
     length = counted.sum(dim=1).clamp(min=1)
     mean, least = log_prob.sum(dim=1) / length, log_prob.amin(dim=1)
     return torch.stack([log_odds_of(mean), log_odds_of(least), length.log()], dim=1).double()
+
+
+def until_end(tokens: Tensor, model: Any, ends: int | Sequence[int] | None) -> tuple[Tensor, Tensor]:
+    """Which ``tokens [n, length]`` of texts are up to the end of each and with it, bool, and which end, bool ``[n]``.
+
+    ``ends``: tokens that end a text; ``None``: those of the model.
+    """
+    ends = model.generation_config.eos_token_id if ends is None else ends
+    ended = torch.isin(tokens, torch.tensor([] if ends is None else ends, device=tokens.device))
+    return (ended.cumsum(dim=1) - ended.long()) == 0, ended.any(dim=1)
 
 
 def was_cut(tokens: BatchEncoding, limit: int) -> NDArray:

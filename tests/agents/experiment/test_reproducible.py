@@ -12,7 +12,6 @@ from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 import sd_gym
-from sd_gym.backbones import load_backbone
 from sd_gym.cli import app
 from sd_gym.envs.core import core_of
 from sd_gym.execution.scoring import Scoring
@@ -158,7 +157,6 @@ def tune(backbone, folder):
         model.classifier.bias += 1
     model.save_pretrained(folder)
     forget()
-    load_backbone.cache_clear()
 
 
 def test_a_backbone_that_was_overwritten_is_noticed(settings, tiny_backbone, tmp_path):

@@ -52,13 +52,10 @@ def test_what_differs_is_a_row_of_its_own_and_its_name_says_what(run, reviews, t
 
 
 def test_rows_of_a_file_that_has_changed_are_no_seeds_of_one_agent(run, reviews):
-    from sd_gym.envs.core import core_of
-
     first = run("first")
     lines = reviews.read_text().splitlines()
     lines[9] = json.dumps({"text": "the room was not awful", "label": 1})  # of the test split
     reviews.write_text("\n".join(lines) + "\n")
-    core_of.cache_clear()
     found = agents([first, run("second", 1)])
     assert len(found) == 2
     assert all(name.startswith("random (test data ") for name in found)

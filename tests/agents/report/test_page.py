@@ -3,6 +3,7 @@
 import csv
 import re
 from html.parser import HTMLParser
+from urllib.parse import unquote
 
 from sd_gym.agents.report.page import write_report
 from typer.testing import CliRunner
@@ -69,16 +70,16 @@ def test_names_are_text(run, tmp_path):
 
 def test_the_same_is_there_as_markdown_csv_and_png(run, tmp_path):
     folders = seeds(run, "ppo", [0.3, 0.4])
-    written = write_report(folders, tmp_path / "report.html", also=True)
+    written = write_report(folders, tmp_path / "my report.html", also=True)
     assert {file.suffix for file in written} == {".html", ".md", ".csv", ".png"}
-    with (tmp_path / "report.csv").open(newline="") as lines:
+    with (tmp_path / "my report.csv").open(newline="") as lines:
         rows = list(csv.DictReader(lines))
     assert [float(row["flops_ratio_with_policy"]) for row in rows] == [0.3, 0.4]
     assert [row["seed"] for row in rows] == ["0", "1"]
-    text = (tmp_path / "report.md").read_text()
-    pictures = re.findall(r"\]\(([^)]*\.png)\)", text)
+    text = (tmp_path / "my report.md").read_text()
+    pictures = re.findall(r"\]\(([^)\s]*\.png)\)", text)  # a space would end the address
     assert pictures
-    assert all((tmp_path / picture).exists() for picture in pictures)
+    assert all((tmp_path / unquote(picture)).exists() for picture in pictures)
     assert "ppo keeps the quality in all 2 runs and runs 35.0% of the FLOPs" in text
 
 

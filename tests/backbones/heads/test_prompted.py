@@ -1,6 +1,7 @@
 """Decoder-only backbones as envs: prompted, padded at the left, scored on their answers after the prompt."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import gymnasium as gym
@@ -213,3 +214,47 @@ def test_the_loss_is_on_the_answer_alone(data, backbone):
         model = core.backbone.model
         expected = model(input_ids=ids, attention_mask=mask, position_ids=positions, labels=labels).loss
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "got"),
+    [
+        ('{"a": 1} {source} {source_pair}', "got '\"a\"'"),
+        ("{source} {source_pair} {x}", "got 'x'"),
+        ("{source!r} {source_pair}", "got 'source'"),
+        ("{source} {source_pair} {", "expected '}'|Single '{'"),
+    ],
+)
+def test_other_braces_in_a_prompt_are_written_twice(data, backbone, prompt, got):
+    with pytest.raises(ConfigError, match=rf"config key 'backbone.prompt': ({got}).*; expected \{{source\}}"):
+        make(data, backbone, prompt=prompt)
+    make(data, backbone, prompt='{{"a": 1}} {source} {source_pair}')
+
+
+def test_a_document_that_stands_twice_has_half_of_the_room(data, backbone):
+    core = make(data, backbone, prompt="{source} {source_pair} {source_pair}", max_source_length=9).unwrapped.core
+    encoded = core.split("train").encoded
+    assert encoded.source_length.max() <= 9
+    assert encoded.source_cut.any()
+
+
+def test_without_an_end_of_texts_there_has_to_be_a_stop(data, backbone, tmp_path):
+    shutil.copytree(backbone, tmp_path / "endless")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(backbone)
+    tokenizer.eos_token, tokenizer.pad_token = None, "<pad>"
+    tokenizer.save_pretrained(tmp_path / "endless")
+    with pytest.raises(DataError, match="no token that ends a text; set 'stop'"):
+        make(data, str(tmp_path / "endless"))
+    make(data, str(tmp_path / "endless"), stop=":")
+
+
+def test_the_tokens_of_a_text_are_counted_up_to_its_end(data, backbone):
+    core, rows = (
+        make(data, backbone, quality="metric", metric="squad", max_target_length=8).unwrapped.core,
+        np.arange(12),
+    )
+    passes, tokenizer = core.split("test").passes, core.backbone.tokenizer
+    texts = passes.answers(rows, np.zeros((12, len(core.nvec)), dtype=np.int64))
+    words = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+    assert all(counted >= own for counted, own in zip(passes.generated, words, strict=True))
+    assert (passes.generated[~passes.finished] == 8).all()
