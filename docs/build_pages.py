@@ -25,7 +25,7 @@ from typer.main import get_command
 
 import sd_gym
 from sd_gym.cli import app
-from sd_gym.envs.listing import Head, head
+from sd_gym.envs.listing import Page, page_of
 from sd_gym.envs.render import LETTERS
 from sd_gym.envs.table_files import table_folder
 from sd_gym.registration import CONFIG_FOLDER, SERVING, config_of, shipped_tables
@@ -98,7 +98,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def pages() -> dict[str, str]:
     """All generated pages by path."""
     made = {f"{name}.md": (ROOT / f"{sheet}.md").read_text() for sheet, name in SHEETS.items()}
-    heads = {name: head(name) for name in _by_family()}
+    heads = {name: page_of(name) for name in _by_family()}
     made["environments/index.md"] = _index(heads)
     made |= {_env_path(name): _env_page(name, heads[name]) for name in heads}
     made |= {f"algorithms/{name}.md": _algorithm_page(name) for name in AGENTS.names()}
@@ -213,7 +213,7 @@ oracle is what a policy can gain. The other envs take their backbone from elsewh
 """
 
 
-def _index(heads: dict[str, Head]) -> str:
+def _index(heads: dict[str, Page]) -> str:
     """The page that lists all envs."""
     text, headroom = INDEX, []
     for family, names in groupby(_by_family(), _family):
@@ -339,7 +339,7 @@ def _sections(cls: type) -> dict[str, str]:
     return {title: inspect.cleandoc(f"\n{body}") for title, body in zip(parts[1::2], parts[2::2], strict=True)}
 
 
-def _env_page(name: str, found: Head) -> str:
+def _env_page(name: str, found: Page) -> str:
     """The page of an env: its YAML file, and the docstring of its class."""
     env, values = _made(name), found.facts
     module, _, class_name = gym.spec(name).entry_point.partition(":")

@@ -9,7 +9,7 @@ from typing import Any
 
 from sd_gym.agents.experiment.run import OnProgress, check_same_run, is_setting, split_settings, train
 from sd_gym.agents.registry import BLIND, agent_class, agent_names, is_control, make_settings
-from sd_gym.agents.runs.folder import read_description
+from sd_gym.agents.runs.folder import STARTS, read_description
 from sd_gym.agents.runs.verdict import CONFIDENCE
 from sd_gym.agents.serving import run as dials
 
@@ -19,7 +19,6 @@ from sd_gym.registration import SERVING, config_of
 
 CONTROLS = ("hull", "early-exit", "random", "hash", "dense")  # of every comparison, with a blind agent
 FROM = "-from-"
-STARTS = ("start", "path")  # settings that name the run that another one starts from
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from sd_gym.agents.learning.agent import INFO_KEYS, Agent, LearnerSettings, OnRollout, Rollout, learning_bias
 from sd_gym.agents.learning.curves import CurveLogger
-from sd_gym.agents.learning.vec_envs import ObservationVecEnv, deviation_of
+from sd_gym.agents.learning.vec_envs import ObservationVecEnv, noise_deviation
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -247,7 +247,7 @@ class SB3Agent(Agent[SB3SettingsT]):
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """See ``BaseAgent.learn``."""
         algorithm, core = self.algorithm, self.env.core
-        self._vec_env.deviation = deviation_of(core, self.env.config.split, self.settings.noise, total_steps)
+        self._vec_env.deviation = noise_deviation(core, self.env.config.split, self.settings.noise, total_steps)
         done = algorithm.num_timesteps // self.stages
         algorithm.set_logger(CurveLogger(logger, total_steps, done, self.stages))
         algorithm.learn(

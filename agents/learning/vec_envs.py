@@ -37,13 +37,13 @@ class ObservationVecEnv(VecEnvWrapper):
 
     def _changed(self, observations: VecEnvObs) -> VecEnvObs:
         if self.deviation is not None:
-            assert isinstance(observations, np.ndarray)  # ``deviation_of`` returns None otherwise
+            assert isinstance(observations, np.ndarray)  # ``noise_deviation`` returns None otherwise
             observations = observations + self.deviation * torch.randn(observations.shape).numpy()
         assert not isinstance(observations, tuple)  # no space of sd_gym is a tuple
         return blinded(observations, self._stages) if self._blind else observations
 
 
-def deviation_of(core: Core, split_name: str, noise: float | None, decisions: int) -> NDArray | None:
+def noise_deviation(core: Core, split_name: str, noise: float | None, decisions: int) -> NDArray | None:
     """The deviation of the noise on each feature, float32 ``[features]``; ``None``: no noise.
 
     Args:

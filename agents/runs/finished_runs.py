@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sd_gym.agents.runs.folder import read_description, read_result
+from sd_gym.agents.runs.folder import STARTS, read_description, read_result
 
 from sd_gym.config import EnvConfig, dotted, stored_config
 
 FILES = ("config.json", "result.json")
-# Settings that may differ between the seeds of one agent. What the last two name is in ``origins``.
-INCIDENTAL = ("backbone.device", "start", "path")
+INCIDENTAL = ("backbone.device", *STARTS)  # may differ between the seeds of one agent; see ``origins``
 
 
 class Run(NamedTuple):
@@ -79,7 +78,7 @@ def _by_settings(agent: str, runs: list[Run]) -> list[tuple[str, list[Run]]]:
         shared = run.result["data"]["test"]["also_in"]
         notes += [f"{count} of its {run.result['instances']} test rows in {name}" for name, count in shared.items()]
         group = groups.setdefault(f"{agent} ({', '.join(notes)})" if notes else agent, {})
-        starts = [run.config["agent_settings"].get(key) for key in ("start", "path")]
+        starts = [run.config["agent_settings"].get(key) for key in STARTS]
         key = str(run.folder) if run.seed is None else json.dumps([run.seed, *starts])
         if key in group:  # a result of sd_gym.evaluate has no history
             kept, left_out = sorted((group[key], run), key=lambda one: not one.result["history"])

@@ -20,6 +20,7 @@ from sd_gym.version import __version__
 
 BLIND = "blind-"  # prefix of an agent's name: it observes zeros
 LIBRARIES = ("gymnasium", "numpy", "sd-gym", "stable-baselines3", "torch", "transformers")
+STARTS = ("start", "path")  # settings that name the run that another one starts from
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -131,7 +132,7 @@ def run_description(names: dict[str, Any], config: BaseModel, backbone: Any, dat
 def origins(settings: dict[str, Any]) -> dict[str, str]:
     """Of each run that an agent's ``settings`` name: its agent, and a hash of all but its seed and its folder."""
     found = {}
-    for key in _AgentSettings.model_fields:
+    for key in STARTS:
         if settings.get(key) is None:
             continue
         folder = Path(settings[key])
@@ -139,8 +140,7 @@ def origins(settings: dict[str, Any]) -> dict[str, str]:
         if (folder / "config.json").is_file():
             run = read_description(folder)
             what = {name: run.get(name) for name in ("env", "steps", "confidence", "weights", "env_config", "origins")}
-            paths = _AgentSettings.model_fields
-            what["agent_settings"] = {name: of for name, of in run["agent_settings"].items() if name not in paths}
+            what["agent_settings"] = {name: of for name, of in run["agent_settings"].items() if name not in STARTS}
             digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
             found[key] = f"{run['algo']}, {digest[:8]}"
     return found

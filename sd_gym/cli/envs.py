@@ -20,12 +20,12 @@ def envs(
     Example: `sd-gym envs SD/Classification-Mini-v0`
     """
     terminal.import_all(imports)
-    from sd_gym.envs.listing import head
+    from sd_gym.envs.listing import page_of
     from sd_gym.registration import SERVING, registered_ids
 
     with terminal.errors_as_lines():
         if name is not None:
-            found = head(name)
+            found = page_of(name)
             terminal.print_line(f"{name}\n\n{found.about}\n")
             for fact, value in {**found.facts, **dict(line.split(": ", 1) for line in found.versions)}.items():
                 terminal.print_line(f"{fact:12} {value}")
@@ -36,7 +36,7 @@ def envs(
             table.add_column(column, overflow="fold")
         for identity in [*registered_ids(), *SERVING]:
             try:
-                facts = head(identity).facts
+                facts = page_of(identity).facts
             except FileNotFoundError as error:  # its table is missing
                 facts = {"data set": str(error), "backbone": "-"}
             table.add_row(identity, facts["data set"], facts["backbone"])

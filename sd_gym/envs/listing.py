@@ -26,7 +26,7 @@ _FACTS = {
 
 
 @dataclass
-class Head:
+class Page:
     """The head of an env's page."""
 
     about: str  # what the comment at the top of its YAML file says
@@ -34,7 +34,7 @@ class Head:
     facts: dict[str, str]  # by name: task, data set, backbone, stages, metric, epsilon and so on
 
 
-def head(env_id: str) -> Head:
+def page_of(env_id: str) -> Page:
     """The head of an env's page; neither its data nor its backbone are loaded.
 
     Raises:
@@ -42,12 +42,12 @@ def head(env_id: str) -> Head:
         FileNotFoundError: If the env's table does not exist.
 
     Example:
-        >>> from sd_gym.envs.listing import head
-        >>> head("SD/Classification-Mini-v0").facts["stages"]
+        >>> from sd_gym.envs.listing import page_of
+        >>> page_of("SD/Classification-Mini-v0").facts["stages"]
         'first'
     """
     if env_id in SERVING:
-        return _serving_head(env_id)
+        return _serving_page(env_id)
     file = config_of(env_id)
     values = located_values(file)
     description = read_description(table_folder(values["table"])) if values.get("table") is not None else None
@@ -66,16 +66,16 @@ def head(env_id: str) -> Head:
         facts["instances"] = ", ".join(counts)
     facts |= {name: str(values[key]) for name, key in _FACTS.items() if values.get(key) is not None}
     about, versions = _comment(file, env_id)
-    return Head(about, versions, facts)
+    return Page(about, versions, facts)
 
 
-def _serving_head(env_id: str) -> Head:
+def _serving_page(env_id: str) -> Page:
     file = SERVING[env_id]
     config = make_serving_config(file, {})
     facts = {"task": "serving", "data set": f"requests to a server, on {config.table}", "backbone": "-"}
     facts["points"] = str(len(config.points))
     keys = ("arrivals", "load", "requests", "deadline", "max_batch", "epsilon", "penalty")
-    return Head(*_comment(file, env_id), facts | {key: str(getattr(config, key)) for key in keys})
+    return Page(*_comment(file, env_id), facts | {key: str(getattr(config, key)) for key in keys})
 
 
 def _comment(file: Path, env_id: str) -> tuple[str, list[str]]:

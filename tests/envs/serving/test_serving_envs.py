@@ -10,7 +10,7 @@ from stable_baselines3.common.env_checker import check_env as check_env_of_sb3
 
 import sd_gym
 from sd_gym.config import ConfigError
-from sd_gym.envs.listing import head
+from sd_gym.envs.listing import page_of
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.serving.arrivals import arrival_times
 from sd_gym.envs.serving.queues import expected_loss, outcomes
@@ -264,7 +264,7 @@ def test_an_own_file_is_an_env(of_policy, tmp_path):
     assert register_env(file) == "Mine/Serving-v0"
     assert gym.make("Mine/Serving-v0").unwrapped.config.policy == str(folder.resolve())
     assert gym.make_vec("Mine/Serving-v0", num_envs=2, load=0.5).unwrapped.config.load == 0.5
-    assert head("Mine/Serving-v0").facts["deadline"] == "1.0"
+    assert page_of("Mine/Serving-v0").facts["deadline"] == "1.0"
     assert import_own(str(file)) == str(file)
     result = sd_gym.train("Mine/Serving-v0", "threshold", tmp_path / "dial", steps=1, requests=200)
     assert 0 < result["goodput"] <= 1
