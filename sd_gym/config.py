@@ -24,7 +24,7 @@ from pydantic import (
     field_validator,
 )
 
-from sd_gym.errors import short
+from sd_gym.errors import first_problem, short
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
@@ -224,9 +224,8 @@ def stored_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
     try:
         return EnvConfig(**{**needed, **nested(plain)})
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{origin}: config key {key!r}: {first['msg']}, got {short(first['input'])}") from error
+        key, problem = first_problem(error)
+        raise ConfigError(f"{origin}: config key {key!r}: {problem}") from error
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:

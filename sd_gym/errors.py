@@ -1,9 +1,14 @@
 """Errors, and values in messages that stay short."""
 
+from __future__ import annotations
+
 import os
 import reprlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 LONGEST_VALUE = 80
 LONGEST_MESSAGE = 300
@@ -29,6 +34,12 @@ def short(value: Any) -> str:
 def one_line(error: BaseException) -> str:
     """The message of a library's error as one line of limited length."""
     return _cut(" ".join(str(error).split()) or type(error).__name__, LONGEST_MESSAGE)
+
+
+def first_problem(error: ValidationError) -> tuple[str, str]:
+    """Where the first problem that pydantic found is (keys, with dots between them), and what it is."""
+    first = error.errors(include_url=False)[0]
+    return ".".join(map(str, first["loc"])), f"{first['msg']}, got {short(first['input'])}"
 
 
 def _cut(text: str, longest: int) -> str:

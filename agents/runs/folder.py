@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from sd_gym.errors import short
+from sd_gym.errors import first_problem
 from sd_gym.files import read_json
 from sd_gym.folders import MARKER
 from sd_gym.version import __version__
@@ -169,11 +169,9 @@ def _read(folder: Path, name: str, kind: type[BaseModel]) -> dict[str, Any]:
     try:
         kind.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(
-            f"{file} is not of a run; expected the folder of one (sd-gym train): {'.'.join(map(str, first['loc']))}: "
-            f"{first['msg']}, got {short(first['input'])}"
-        ) from error
+        key, problem = first_problem(error)
+        expected = "expected the folder of one (sd-gym train)"
+        raise ValueError(f"{file} is not of a run; {expected}: {key}: {problem}") from error
     return values
 
 

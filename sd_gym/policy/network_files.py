@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
-from sd_gym.errors import short
+from sd_gym.errors import first_problem, short
 from sd_gym.files import read_tensors
 from sd_gym.going_on import ANSWER
 from sd_gym.policy.choices import Noise
@@ -30,9 +30,8 @@ def read_model(model: type[Model], file: Path, problem: str) -> Model:
     try:
         return model.model_validate_json(file.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "whole file"
-        raise ValueError(f"{file}: {problem}: {field}: {first['msg']}, got {short(first['input'])}") from error
+        field, found = first_problem(error)
+        raise ValueError(f"{file}: {problem}: {field or 'whole file'}: {found}") from error
 
 
 class NetworkDescription(Strict):

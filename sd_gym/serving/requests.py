@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from starlette.requests import Request
 
-from sd_gym.errors import short
+from sd_gym.errors import first_problem, short
 
 Limit = Annotated[float | None, Field(ge=0, allow_inf_nan=False)]
 MOST_STOPS = 4  # as in OpenAI's API
@@ -123,9 +123,8 @@ async def body_of(request: Request, kind: type[Kind], most: int, seconds: float)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise RefusedError(422, f"{short(place)}: {first['msg']}, got {short(first['input'])}") from None
+        place, problem = first_problem(error)
+        raise RefusedError(422, f"{short(place)}: {problem}") from None
 
 
 def _no_number(name: str) -> NoReturn:

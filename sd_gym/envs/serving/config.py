@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from sd_gym.config import ConfigError, SplitName, StrictModel, UnknownKeyError
 from sd_gym.envs.config import located, read_yaml
 from sd_gym.envs.serving.arrivals import Arrivals
-from sd_gym.errors import short
+from sd_gym.errors import first_problem
 from sd_gym.registration import CONFIG_FOLDER, serving_file
 
 
@@ -87,9 +87,8 @@ def checked_serving_config(values: Mapping[str, Any], origin: str) -> ServingCon
     try:
         return ServingConfig(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{origin}: config key {key!r}: {first['msg']}; got {short(first['input'])}") from error
+        key, problem = first_problem(error)
+        raise ConfigError(f"{origin}: config key {key!r}: {problem}") from error
 
 
 def serving_config(identity: str, overrides: Mapping[str, Any]) -> ServingConfig:
