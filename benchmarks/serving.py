@@ -49,7 +49,7 @@ class AsTheyCome:
     groups_masks = False
 
     def __init__(self, engine: BlockingEngine) -> None:
-        self.served, self.checked, self.tokens, self._engine = engine.served, engine.checked, engine.tokens, engine
+        self.served, self.checked, self._engine = engine.served, engine.checked, engine
 
     def prepare(self, inputs: list[Asked]) -> list[Row]:
         """All rows are alike."""

@@ -23,7 +23,7 @@ _DTYPES = {"BOOL": "?", "U8": "u1", "U16": "<u2", "I64": "<i8", "F16": "<f2", "F
 
 def write_text(file: Path, text: str) -> None:
     """Write a text; raises ``OSError`` on failure, as all functions here that write."""
-    _write(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    _write(file, lambda temporary: temporary.write_text(text, encoding="utf-8", newline=""))
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -126,7 +126,7 @@ def damaged_checkpoint(file: Path, error: Exception) -> str:
 def written(path: str | Path) -> tuple[tuple[str, int, int], ...]:
     """Name, time and size of a file, or of each file of a folder: another value once one of them is written again.
 
-    Empty if there is none, as for an id of the Hugging Face hub.
+    Folders in the folder do not count. Empty if there is none, as for an id of the Hugging Face hub.
     """
     path = Path(path)
     files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]

@@ -194,7 +194,7 @@ def exhaustive_search(core: Core, split: Split, rows: Array, good: IsGood) -> Ar
     return best
 
 
-def nested_codebook(masks: Array, quality: Array, flops: Array) -> list[int]:
+def nested_codebook(masks: Array, quality: Array, flops: Array, size: int = CODEBOOK_SIZE) -> list[int]:
     """The best chain of masks, each skipping everything that the previous one skips, and more.
 
     Suppose each input gets the last mask of the chain that keeps its quality. Then a step to the next mask saves the
@@ -205,6 +205,7 @@ def nested_codebook(masks: Array, quality: Array, flops: Array) -> list[int]:
         masks: ``[masks, components]``, with the dense one.
         quality: Mean quality of each, ``[masks]``.
         flops: FLOPs ratio of each, ``[masks]``.
+        size: Masks of the chain, at most.
 
     Returns:
         Indices of ``masks``, the dense one first.
@@ -216,11 +217,11 @@ def nested_codebook(masks: Array, quality: Array, flops: Array) -> list[int]:
     gain = np.where(nested & (saved > 0), saved * quality, -np.inf)
     values = [np.where(masks.any(axis=1), -np.inf, 0.0)]  # by length, of the best chain that ends at each mask
     previous = []
-    for _ in range(CODEBOOK_SIZE - 1):
+    for _ in range(size - 1):
         longer = values[-1][:, None] + gain
         previous.append(longer.argmax(axis=0))
         values.append(longer.max(axis=0))
-    length, last = np.unravel_index(int(np.argmax(values)), (CODEBOOK_SIZE, len(masks)))
+    length, last = np.unravel_index(int(np.argmax(values)), (size, len(masks)))
     chain = [int(last)]
     for step in reversed(previous[:length]):
         chain.append(int(step[chain[-1]]))

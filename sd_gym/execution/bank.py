@@ -48,8 +48,19 @@ def bank(model: PreTrainedModel, masks: Sequence[ArrayLike] | NDArray) -> list[P
         True
     """
     with switchboard_of(model) as board:
-        maybe_install_capturing_hooks(model)  # at its first output_hidden_states each twin would install them again
+        _gather_outputs(model)
         return [without_skipped(board, checked_mask(mask, board)) for mask in masks]
+
+
+def _gather_outputs(model: PreTrainedModel) -> None:
+    """Install the hooks by which Hugging Face gathers ``output_hidden_states``, where they are not installed yet.
+
+    Else each twin would install them again in the layers that all share.
+    """
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    for part in reversed(parts):  # the innermost first, as a part installs those of its own parts
+        if not any(getattr(inner, "_output_capturing_hooks_installed", False) for inner in part.modules()):
+            maybe_install_capturing_hooks(part)
 
 
 class MaskModels(Protocol):
@@ -141,7 +152,8 @@ def _remove(board: Switchboard, stack: Stack, mask: NDArray, twin: PreTrainedMod
         counts = index if index in counting else None
         if len(skipped) == len(stack.sublayers) and stack.norms is not None:
             passed = _PassedLayer([layer.get_submodule(norm) for norm in stack.norms], counts)
-            passed._forward_hooks = layer._forward_hooks.copy()  # such as those that gather hidden states
+            hooks = {name: own.copy() for name, own in vars(layer).items() if name.startswith("_forward_hooks")}
+            vars(passed).update(hooks)  # such as those that gather hidden states
             layers._modules[str(index)] = passed
         elif skipped:
             own = twin_at(layers, str(index))

@@ -185,8 +185,9 @@ class Passes:
         """The argument that ends ``generate()`` at a stop of one token; a longer stop is removed from the text."""
         if self._stop is None:
             return {}
-        tokens = self.backbone.tokenizer(self._stop, add_special_tokens=False).input_ids
-        return {"eos_token_id": [self.backbone.tokenizer.eos_token_id, *tokens]} if len(tokens) == 1 else {}
+        tokenizer = self.backbone.tokenizer
+        stop, end = tokenizer(self._stop, add_special_tokens=False).input_ids, tokenizer.eos_token_id
+        return {"eos_token_id": [*([] if end is None else [end]), *stop]} if len(stop) == 1 else {}
 
     @torch.inference_mode()
     def in_passes(self, rows: Array, decisions: Array, value: Value, seen: PassState | None = None) -> Array:

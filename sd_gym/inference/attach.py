@@ -270,8 +270,9 @@ class Attached:
         run = partial(self._generate_here, *args, **kwargs)
         output, in_force = self._under_decisions(run, shown, given, in_pass=in_pass)
         tokens = output if isinstance(output, Tensor) else output.sequences
-        if isinstance(filled := getattr(output, "past_key_values", None), Cache):
-            self._of_cache[filled] = in_force
+        for filled in (cache, getattr(output, "past_key_values", None)):
+            if isinstance(filled, Cache):
+                self._of_cache[filled] = in_force
         self._decisions.record_target(max(1, tokens.shape[1] - self._head.prompt_length(shown.inputs["input_ids"])))
         return output
 

@@ -125,11 +125,12 @@ def run_generate(scope: Scope, decision: Decision | None, inner: Callable, *args
 
 @contextmanager
 def ending(streamer: Any) -> Iterator[None]:
-    """End a streamer if there is an error; otherwise its reader waits forever."""
+    """End a streamer, once, if there is an error; otherwise its reader waits forever."""
     try:
         yield
-    except BaseException:
-        if streamer is not None:
+    except BaseException as error:
+        if streamer is not None and not getattr(error, "has_ended_streamer", False):
+            vars(error)["has_ended_streamer"] = True
             streamer.end()
         raise
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -200,14 +200,18 @@ def read_rows(file: Path, numeric: Collection[str] = ("label",)) -> Rows:
         return read_csv(file, numeric)
     if file.suffix not in FORMATS:
         raise DataError(f"{file}: expected one of the formats {', '.join(FORMATS)}")
+    return ((f"{file}, row {number}", row) for number, row in enumerate(_read_parquet(file), start=1))
+
+
+def _read_parquet(file: Path) -> Iterator[dict[str, Any]]:
     from pyarrow import ArrowException  # heavy
     from pyarrow.parquet import ParquetFile
 
     try:
-        rows = ParquetFile(file).read().to_pylist()
-    except (ArrowException, OSError, ValueError) as error:
+        for batch in ParquetFile(file).iter_batches():
+            yield from batch.to_pylist()
+    except (ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{file}: cannot be read as Parquet ({one_line(error)})") from error
-    return ((f"{file}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _read_hub(data: DataConfig, base: str, split: str) -> Rows:
@@ -215,7 +219,7 @@ def _read_hub(data: DataConfig, base: str, split: str) -> Rows:
     from datasets import get_dataset_split_names, load_dataset, load_dataset_builder
 
     folder = Path(data.dataset).is_dir()
-    if folder and any(sign in data.dataset for sign in "*?["):
+    if folder and any(sign in str(Path(data.dataset).resolve()) for sign in "*?["):
         raise FileNotFoundError(f"{data.dataset}: the data library reads *, ? and [ as patterns; rename the folder")
     revision = None if folder else data.revision
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}

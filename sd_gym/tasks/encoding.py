@@ -136,7 +136,7 @@ def _prompts(instances: Sequence[Instance], tokenizer: Tokenizer, limit: int, pr
     offsets = tokenizer(documents, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
     texts, cut = [], []
     for instance, document, length, places in zip(instances, documents, used, offsets, strict=True):
-        room = (limit - length) // prompt.count(f"{{{_document(instance)}}}")
+        room = limit - length
         if room < 1:
             raise DataError(f"{instance.place}: the prompt alone has {length} of max_source_length {limit} tokens")
         cut.append(len(places) > room)

@@ -297,6 +297,14 @@ def test_a_streamers_reader_does_not_wait_for_a_call_that_is_refused(tiny_tokeni
     with pytest.raises(ValueError, match="decides by its input_ids"):
         model.generate(inputs_embeds=embeds, max_new_tokens=4, streamer=streamer)
     assert "".join(streamer) == ""
+    with pytest.raises(RuntimeError, match="no place"):
+        model.generate(torch.tensor([[4, 5, 6]]), max_new_tokens=4, streamer=streamer, logits_processor=[_no_place])
+    assert list(streamer)  # the prompt
+    assert streamer.text_queue.empty()  # it was ended once
+
+
+def _no_place(ids, scores):
+    raise RuntimeError("no place")
 
 
 @torch.inference_mode()
@@ -305,14 +313,17 @@ def test_ones_own_steps_go_on_from_the_cache_of_generate():
     attach(model, make_policy(model))
     settings = {"attention_mask": torch.ones_like(ids), "do_sample": False}
     longer = model.generate(ids, max_new_tokens=6, min_new_tokens=6, **settings)
-    begun = model.generate(ids, max_new_tokens=4, min_new_tokens=4, return_dict_in_generate=True, **settings)
-    cache, tokens = begun.past_key_values, begun.sequences
+    settings |= {"max_new_tokens": 4, "min_new_tokens": 4}
+    begun, given = model.generate(ids, return_dict_in_generate=True, **settings), DynamicCache(config=model.config)
+    assert torch.equal(model.generate(ids, past_key_values=given, **settings), begun.sequences)
     with pytest.raises(ValueError, match="generate\\(\\) begins with an empty cache"):
-        model.generate(tokens, past_key_values=cache, max_new_tokens=2)
-    for _ in range(2):
-        output = model(input_ids=tokens[:, -1:], past_key_values=cache)
-        tokens = torch.cat([tokens, output.logits[:, -1:].argmax(dim=-1)], dim=1)
-    assert torch.equal(tokens, longer)
+        model.generate(begun.sequences, past_key_values=given, max_new_tokens=2)
+    for cache in (begun.past_key_values, given):
+        tokens = begun.sequences
+        for _ in range(2):
+            output = model(input_ids=tokens[:, -1:], past_key_values=cache)
+            tokens = torch.cat([tokens, output.logits[:, -1:].argmax(dim=-1)], dim=1)
+        assert torch.equal(tokens, longer)
 
 
 def test_what_cannot_work_is_refused():

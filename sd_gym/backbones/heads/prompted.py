@@ -46,13 +46,14 @@ class PromptedHead(Seq2SeqHead):
         """With both; ValueError without a prompt, or if it has anything but texts in braces."""
         if backbone.prompt is None:
             raise ValueError("the backbone is decoder-only, so it needs a 'prompt', such as '{source}\\nLabel:'")
-        expected = "expected {source} or {source_pair} in braces; write other braces twice: {{ and }}"
+        expected = "expected {source} and {source_pair}, each once at most; write other braces twice: {{ and }}"
         try:
             parts = list(Formatter().parse(backbone.prompt))
         except ValueError as error:
             raise ValueError(f"config key 'backbone.prompt': {error}; {expected}") from error
-        for _, name, spec, conversion in parts:
-            if name is not None and (name not in ("source", "source_pair") or spec or conversion):
+        named = [(name, spec, conversion) for _, name, spec, conversion in parts if name is not None]
+        for at, (name, spec, conversion) in enumerate(named):
+            if name not in ("source", "source_pair") or spec or conversion or (name, spec, conversion) in named[:at]:
                 raise ValueError(f"config key 'backbone.prompt': got {name!r}; {expected}")
         return backbone
 

@@ -222,6 +222,7 @@ def test_the_loss_is_on_the_answer_alone(data, backbone):
         ('{"a": 1} {source} {source_pair}', "got '\"a\"'"),
         ("{source} {source_pair} {x}", "got 'x'"),
         ("{source!r} {source_pair}", "got 'source'"),
+        ("{source} {source_pair} {source_pair}", "got 'source_pair'"),
         ("{source} {source_pair} {", "expected '}'|Single '{'"),
     ],
 )
@@ -231,13 +232,6 @@ def test_other_braces_in_a_prompt_are_written_twice(data, backbone, prompt, got)
     make(data, backbone, prompt='{{"a": 1}} {source} {source_pair}')
 
 
-def test_a_document_that_stands_twice_has_half_of_the_room(data, backbone):
-    core = make(data, backbone, prompt="{source} {source_pair} {source_pair}", max_source_length=9).unwrapped.core
-    encoded = core.split("train").encoded
-    assert encoded.source_length.max() <= 9
-    assert encoded.source_cut.any()
-
-
 def test_without_an_end_of_texts_there_has_to_be_a_stop(data, backbone, tmp_path):
     shutil.copytree(backbone, tmp_path / "endless")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(backbone)
@@ -245,16 +239,31 @@ def test_without_an_end_of_texts_there_has_to_be_a_stop(data, backbone, tmp_path
     tokenizer.save_pretrained(tmp_path / "endless")
     with pytest.raises(DataError, match="no token that ends a text; set 'stop'"):
         make(data, str(tmp_path / "endless"))
-    make(data, str(tmp_path / "endless"), stop=":")
+    env = make(data, str(tmp_path / "endless"), stop=":", quality="metric", metric="squad")
+    env.reset(seed=0)
+    env.step(env.action_space.sample())  # which generates
 
 
 def test_the_tokens_of_a_text_are_counted_up_to_its_end(data, backbone):
-    core, rows = (
-        make(data, backbone, quality="metric", metric="squad", max_target_length=8).unwrapped.core,
-        np.arange(12),
-    )
-    passes, tokenizer = core.split("test").passes, core.backbone.tokenizer
-    texts = passes.answers(rows, np.zeros((12, len(core.nvec)), dtype=np.int64))
-    words = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
-    assert all(counted >= own for counted, own in zip(passes.generated, words, strict=True))
-    assert (passes.generated[~passes.finished] == 8).all()
+    settings = {"quality": "metric", "metric": "squad", "max_target_length": 8}
+    core, rows = make(data, backbone, **settings).unwrapped.core, np.arange(12)
+    passes, model, tokenizer = core.split("test").passes, core.backbone.model, core.backbone.tokenizer
+    inputs = passes.inputs(rows)
+    prompts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+    def texts():
+        options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+        return model.generate(**prompts, **options)[:, inputs["input_ids"].shape[1] :].tolist()
+
+    was = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = end = texts()[0][1]  # so that some texts end, and others do not
+    try:
+        plain = texts()
+        passes.answers(rows, np.zeros((12, len(core.nvec)), dtype=np.int64))
+    finally:
+        model.generation_config.eos_token_id = was
+    ended = [end in text for text in plain]
+    assert True in ended
+    assert False in ended
+    assert passes.finished.tolist() == ended
+    assert passes.generated.tolist() == [text.index(end) + 1 if end in text else 8 for text in plain]
