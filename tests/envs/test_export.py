@@ -101,6 +101,21 @@ def decides_and_answers_the_same(task, ranking, folder, tokenizer, observation, 
         sd_gym.detach(model.model)
 
 
+def test_unknown_words_are_dropped_inside_the_model_as_in_the_env(tmp_path, tiny_tokenizer):
+    """Words of the training data are all known."""
+    _, _, artefact, texts = trained("classification", "position", tmp_path, tiny_tokenizer)
+    assert artefact.protection is not None
+    model = sd_gym.load(tmp_path / "artefact")
+    split = model.split([[f"{text} strange strange strange"] for text in texts])
+    rows = np.arange(len(texts))
+    most = np.full(len(texts), len(artefact.token_shares) - 1)
+    inputs = split.passes.inputs(rows)
+    kept = artefact.kept(model.board, {name: inputs[name] for name in ("input_ids", "attention_mask")}, most)
+    assert kept is not None
+    of_texts = kept & inputs["attention_mask"].bool()  # padding counts as kept
+    np.testing.assert_array_equal(of_texts.sum(dim=1).numpy(), split.tokens.kept_length(rows, most))
+
+
 def test_in_a_fresh_process_without_the_data_it_decides_the_same(tmp_path, tiny_tokenizer, reviews, tiny_backbone):
     data = tmp_path / "reviews" / "reviews.jsonl"
     data.parent.mkdir()
