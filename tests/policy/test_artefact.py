@@ -1,6 +1,7 @@
 """Files that hold a policy, and those that do not."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,3 +64,19 @@ def test_the_dial_takes_a_version_that_passed_its_test():
         policy.at(max_flops=0.5, max_loss=0.1)
     shyer = policy.at(max_loss=0.001)
     assert [point.margin for point in shyer.operating_points] == [-3.0, -2.0, -1.0, 0.0]  # it can be turned back
+
+
+def test_a_repository_without_a_namespace_is_the_users(tmp_path, tiny_tokenizer, monkeypatch):
+    class Hub:
+        def __init__(self, token):
+            pass
+
+        def create_repo(self, name, **_):
+            return SimpleNamespace(repo_id=f"me/{name}")
+
+        def upload_folder(self, *, repo_id, **_):
+            return SimpleNamespace(commit_url=repo_id)
+
+    monkeypatch.setattr("sd_gym.policy.artefact.HfApi", Hub)
+    *_, artefact, _ = trained("classification", None, tmp_path, tiny_tokenizer)
+    assert artefact.push_to_hub("reviews") == "me/reviews"

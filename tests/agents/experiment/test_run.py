@@ -1,6 +1,7 @@
 """Runs: what their folders hold, how they go on, and how they are reduced."""
 
 import json
+import shutil
 
 import gymnasium as gym
 import numpy as np
@@ -16,6 +17,7 @@ from sd_gym.cli import app
 from sd_gym.config import ConfigError
 from sd_gym.going_on import parted
 from sd_gym.policy import DecisionPolicy
+from sd_gym.policy.artefact import SkipPolicy
 from tests.agents.conftest import LEARNING, SB3, STAGED, STAGES, asked, bold, staged_settings, walked
 
 CUSTOM = "SD/Classification-Custom-v0"
@@ -168,6 +170,16 @@ def test_what_decides_at_random_is_not_reduced(run, tmp_path):
     policy.save(run)
     with pytest.raises(ValueError, match="decides at random"):
         sd_gym.reduce(run, 4, tmp_path / "few")
+
+
+def test_a_run_is_reduced_where_its_backbone_is_now(custom, tiny_backbone, tmp_path):
+    shutil.copytree(tiny_backbone, tmp_path / "old")
+    train(CUSTOM, "ppo", tmp_path / "run", steps=32, **{**custom, "backbone": str(tmp_path / "old")}, confidence=0.5)
+    (tmp_path / "old").rename(tmp_path / "new")
+    with pytest.raises(FileNotFoundError):
+        sd_gym.reduce(tmp_path / "run", 2, tmp_path / "few")
+    sd_gym.reduce(tmp_path / "run", 2, tmp_path / "few", backbone=str(tmp_path / "new"))
+    assert SkipPolicy.from_pretrained(tmp_path / "few").card["backbone"]["name"] == str(tmp_path / "new")
 
 
 @pytest.mark.parametrize("stages", [[*STAGES, "answer"], ["encoder.1"]])
