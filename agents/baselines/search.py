@@ -79,8 +79,8 @@ def greedy_path(
             scored += len(on) * len(new)
             quality, likelihood = split.scoring.under_all(on, np.stack(new))
             values = (quality + LIKELIHOOD_WEIGHT * likelihood).mean(axis=0)
-            for decision, *known_of in zip(new, values.tolist(), mean_flops(split, on, new).tolist(), strict=True):
-                known[key(decision, on)] = known_of
+            for decision, value, flops in zip(new, values, mean_flops(split, on, new), strict=True):
+                known[key(decision, on)] = float(value), float(flops)
         start, start_flops = known[key(path[-1], on)]
 
         def price(decision: Array) -> float:

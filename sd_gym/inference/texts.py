@@ -140,7 +140,7 @@ class SkippingModel(TextModel):
         return self.policy.observed(hidden, inputs["attention_mask"])
 
     def costs(self, split: BackboneSplit, generated: NDArray | None = None) -> Costs:
-        """The costs of a split's inputs with texts of ``generated`` tokens ``[n]``; ``None``: as many as were last."""
+        """A split's costs if its texts have ``generated`` tokens ``[n]``; ``None``: as many as those generated last."""
         if split.head.judges_passes:
             return split.costs
         lengths = split.passes.generated if generated is None else generated

@@ -89,7 +89,7 @@ class Completions(Body):
     @field_validator("model")
     @classmethod
     def _is_text(cls, model: str | None) -> str | None:
-        """It is returned, which a lone surrogate cannot be."""
+        """The response repeats the name, and JSON in UTF-8 has no lone surrogates."""
         if model is not None:
             model.encode()
         return model

@@ -43,7 +43,7 @@ class PromptedHead(Seq2SeqHead):
         return super()._is_stored(config, architectures) and not config.is_encoder_decoder
 
     def prompting(self, backbone: BackboneConfig) -> BackboneConfig:
-        """With both; ValueError without a prompt, or if it has anything but texts in braces."""
+        """With both; ValueError without a prompt, or if braces hold anything but the names of texts, once each."""
         if backbone.prompt is None:
             raise ValueError("the backbone is decoder-only, so it needs a 'prompt', such as '{source}\\nLabel:'")
         expected = "expected {source} and {source_pair}, each once at most; write other braces twice: {{ and }}"

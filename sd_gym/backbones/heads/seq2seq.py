@@ -116,7 +116,7 @@ def judged_text(model: Any, output: Any, ends: int | Sequence[int] | None) -> Te
 
 
 def until_end(tokens: Tensor, model: Any, ends: int | Sequence[int] | None) -> tuple[Tensor, Tensor]:
-    """Which ``tokens [n, length]`` of texts are up to the end of each and with it, bool, and which end, bool ``[n]``.
+    """Which ``tokens [n, length]`` belong to each text, its end included, and which texts have one, bool ``[n]``.
 
     ``ends``: tokens that end a text; ``None``: those of the model.
     """
