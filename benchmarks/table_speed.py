@@ -44,7 +44,7 @@ def made_up(folder: Path) -> Path:
     said |= {"backbone": {"name": "none", "weights": "", "switches": names}}
     said |= {"observation": {"shape": [FEATURES], "low": -10, "high": 10}}
     said |= {"env_config": {"id": "made up", "task": "classification", "dataset": "none", "backbone": "none"}}
-    said |= {"splits": {"train": {"instances": INSTANCES, "identity": {}, "provenance": {}, "facts": []}}}
+    said |= {"splits": {"train": {"instances": INSTANCES, "identity": {}, "provenance": {}}}}
     write_json(folder / "table.json", said)
     return folder
 

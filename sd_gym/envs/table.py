@@ -103,7 +103,8 @@ class TableSplit:
         texts = read_json(core.folder / f"{name}.json")
         self._check(texts)
         self.ids = np.array(texts["ids"], dtype=object)
-        self._text_facts = {fact: np.array(values) for fact, values in texts["facts"].items()}
+        numbers = {key.removeprefix(FACT): self._whole(key) for key in self.tensors if key.startswith(FACT)}
+        self._facts = numbers | {fact: np.array(values) for fact, values in texts["facts"].items()}
         self.difficulty, self.levels = self._whole("difficulty"), self._whole("levels")
         self.number_of = {identity: row for row, identity in enumerate(self.ids)}
         self.encoded = SimpleNamespace(**{key: self._whole(key) for key in LENGTHS})
@@ -159,8 +160,7 @@ class TableSplit:
 
     def facts(self) -> dict[str, Array]:
         """Facts of each instance that are known before any decision, by name, each ``[n]``."""
-        texts = self._text_facts
-        return {name: texts[name] if name in texts else self._whole(FACT + name) for name in self._described["facts"]}
+        return self._facts
 
     @property
     def provenance(self) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from sd_gym.version import __version__
 CHUNK = 256  # instances per file of outcomes
 ORDERED = 256  # instances of the training split whose FLOPs order the masks
 PARTS = "parts"
+DENSE_LOSS = "dense_loss"
 NUMBERS = "biuf"  # kinds of numeric arrays
 
 
@@ -112,7 +113,7 @@ class TableMaker:
             chunks = [chunk for name in SPLITS for chunk in self._chunks(core.split(name))]
             missing = [chunk for chunk in chunks if not chunk.file.exists()]
             total, left = (len(masks) * sum(len(chunk.rows) for chunk in some) for some in (chunks, missing))
-            on_chunk(total - left, total)  # before dense passes, which take minutes with a large backbone
+            on_chunk(total - left, total)
             description = self._description(exported)
             self._begin(description, resume)
             reduce = self._projection()
@@ -178,15 +179,14 @@ class TableMaker:
         if self.pca is not None:
             size = self.pca + sum(self._around)
             space = gym.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT, (size,), np.float32)
-        splits = {}
-        for split in map(core.split, SPLITS):
-            facts = split.facts()
-            splits[split.name] = {
+        splits = {
+            split.name: {
                 "instances": len(split),
                 "identity": split.instances.identity,
                 "provenance": split.provenance,
-                "facts": [fact for fact in facts if not self.share or facts[fact].dtype.kind in NUMBERS],
             }
+            for split in map(core.split, SPLITS)
+        }
         described = {
             MARKER: __version__,
             "format": FORMAT,
@@ -248,6 +248,7 @@ class TableMaker:
         core, n, encoded = self.core, len(split), split.encoded
         undecided = np.zeros((n, len(core.nvec)), dtype=np.int64)
         observed = np.asarray(core.stage_observation.observe(split, np.arange(n), 0, undecided, None)[0])
+        split.dense_loss = _together(parts, DENSE_LOSS, n)
         facts = split.facts()
         numbers = {name: values for name, values in facts.items() if values.dtype.kind in NUMBERS}
         smallest = {
@@ -317,7 +318,7 @@ def _write_chunk(
                 values = np.asarray(core.stage_observation.observe(split, rows, stage, decisions, None)[0])
                 observed.append(values if reduce is None else reduce(values))
             arrays[observations_at(stage)] = np.stack(observed, axis=1).astype(_observation_dtype(reduce))
-    write_arrays(chunk.file, arrays)
+    write_arrays(chunk.file, {**arrays, DENSE_LOSS: split.dense_loss_of(rows)})
     return chunk
 
 

@@ -110,13 +110,17 @@ class BackboneSplit:
 
     @cached_property
     def dense_loss(self) -> Array:
-        """Loss of the dense backbone on each instance, float64 ``[n]``: one forward pass over the split.
+        """``dense_loss_of`` all instances, computed once."""
+        return self.dense_loss_of(np.arange(len(self)))
+
+    def dense_loss_of(self, rows: Array) -> Array:
+        """Loss of the dense backbone on rows ``[n]``, float64 ``[n]``: one forward pass.
 
         The negative logarithm of the reference's likelihood (see ``Head.likelihood``), at most 30; of scores, the
         absolute error.
         """
-        rows, scale, head = np.arange(len(self)), self.config.quality.label_range, self.head
-        dense = np.zeros((len(self), len(self.backbone.board) + 1), dtype=np.int64)
+        scale, head = self.config.quality.label_range, self.head
+        dense = np.zeros((len(rows), len(self.backbone.board) + 1), dtype=np.int64)
         likely = self.passes.in_passes(rows, dense, lambda logits, labels: head.likelihood(logits, labels, scale))
         return head.measured_by("likelihood").loss(likely, scale)
 

@@ -19,6 +19,7 @@ from sd_gym.cli import app
 from sd_gym.envs import ConfigError
 from sd_gym.envs.tabulate import _qualities, _smallest
 from sd_gym.execution.scoring import Scoring
+from sd_gym.execution.split import BackboneSplit
 from sd_gym.files import map_arrays
 from sd_gym.registry import UnknownNameError
 from tests.envs.conftest import contents_of
@@ -79,9 +80,13 @@ def test_a_table_that_was_cut_off_goes_on_and_becomes_the_same(tmp_path, monkeyp
         sd_gym.tabulate(env_id, cut, **asked)
     with pytest.raises(ValueError, match="another chosen"):
         sd_gym.tabulate(env_id, cut, resume=True, decisions="random:3", pca=4, **keys)
-    done = []
+    done, losses, dense_loss_of = [], [], BackboneSplit.dense_loss_of
+    monkeypatch.setattr(
+        BackboneSplit, "dense_loss_of", lambda self, rows: (losses.append(len(rows)), dense_loss_of(self, rows))[1]
+    )
     sd_gym.tabulate(env_id, cut, resume=True, on_progress=lambda *counts: done.append(counts), **asked)
     assert contents_of(cut) == contents_of(whole)
+    assert len(losses) == len(done) - 1, "rows that were done ran densely again"
     assert done[-1][0] == done[-1][1]
     # The chunk that was cut off is the only one that ran twice; the four before it are told of at once.
     assert len(calls) == len(done) + 4
