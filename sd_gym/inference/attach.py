@@ -40,9 +40,9 @@ def attach(
 ) -> PreTrainedModel:
     """Let a policy decide, inside ``model(...)`` and ``model.generate(...)``, which sublayers each input skips.
 
-    Nothing else about the model changes: pipelines, streamers and beams work. In ``generate()`` it decides once, on the
-    prompt (at several stages, while the prompt is read). Decisions are those of the calling thread or task. A
-    ``with board.decide(...)`` block of your own takes precedence.
+    Nothing else about the model changes: pipelines, streamers and beams work; ``torch.compile`` leaves it as it is. In
+    ``generate()`` it decides once, on the prompt (at several stages, while the prompt is read). Decisions are those of
+    the calling thread or task. A ``with board.decide(...)`` block of your own takes precedence.
 
     Args:
         model: The model that the policy was trained on; it is changed in place, until ``detach``. If a policy is
@@ -109,7 +109,8 @@ class Attached:
         self._inner = {name: getattr(model, name) for name in self._replaced}
         self._wrappers = {name: self._wrapper(inner, methods[name]) for name, inner in self._inner.items()}
         self._of_cache: WeakKeyDictionary[Cache, InForce] = WeakKeyDictionary()
-        vars(model).update(self._wrappers, _attached=self, decisions=self._decisions)
+        # What refuses to be pickled comes first, with words that help.
+        vars(model).update(_attached=self, **self._wrappers, decisions=self._decisions)
 
     def detach(self) -> None:
         """Restore the methods."""
@@ -139,7 +140,8 @@ class Attached:
             return method(given, *args, **kwargs)
 
         vars(call)["is_attached"] = True  # it passes on what is asked while decisions are in force
-        return wraps(inner)(call)
+        # Each new decision would be compiled anew, so torch.compile runs the model as it is.
+        return torch.compiler.disable(wraps(inner)(call))
 
     def _forward(self, given: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         cache = _first_given(given, CACHES)

@@ -1,11 +1,13 @@
 """A policy attached to a model: each row of each call is decided on, and nothing else changes."""
 
 import copy
+import pickle
 import threading
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, TextIteratorStreamer
 
@@ -120,6 +122,19 @@ def test_with_the_dense_policy_and_after_detaching_the_model_is_untouched(name):
     assert all("forward" not in vars(module) for module in model.modules())
     with pytest.raises(ValueError, match="no policy is attached"):
         detach(model)
+
+
+@pytest.mark.parametrize("stages", [["first"], ["every_layer"]], ids=["once", "staged"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_torch_compile_leaves_the_model_as_it_is(mode, stages):
+    """Compiled under each decision anew it would take minutes, and fail in inference mode."""
+    model, inputs = make_model("bert"), make_inputs("bert")
+    attach(model, make_policy(model, stages=stages))
+    wanted, counter = logits(model, inputs), CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    with mode():
+        assert torch.equal(compiled(**inputs).logits, wanted)
+    assert counter.frame_count == 0
 
 
 @pytest.mark.parametrize("name", GENERATING)
@@ -345,8 +360,9 @@ def test_what_cannot_work_is_refused():
         model(inputs_embeds=torch.zeros(1, 3, 16))
     with pytest.raises(ValueError, match="got inputs_embeds"):
         model(**inputs, inputs_embeds=torch.zeros(5, 7, 16))
-    with pytest.raises(TypeError, match="detach"):
-        copy.deepcopy(model)
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="detach"):
+            copied(model)
     protected = make_policy(model, shares=(0.0, 0.5), seed=3)
     attach(model, SkipPolicy(**{**vars(protected), "protection": None}))
     with pytest.raises(ValueError, match="call it on texts"):
