@@ -70,7 +70,9 @@ def learn(env: gym.vector.VectorEnv, total: int, seed: int) -> Iterator[tuple[in
     value = network(features, 1, gain=1.0)
     parameters = [*policy.logits.parameters(), *value.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, eps=1e-5)
-    observations, _ = env.reset(seed=seed)
+    observations, info = env.reset(seed=seed)
+    if "action_mask" in info:
+        raise SystemExit("expected an env that decides once; with stages, rewards have to reach earlier decisions")
     for done in range(ENVS * STEPS, total + ENVS * STEPS, ENVS * STEPS):
         rollout = []
         for _ in range(STEPS):

@@ -81,7 +81,17 @@ def serving_file(identity: str) -> Path:
     return SERVING[identity]
 
 
-config_of = ENVS.find  # the configuration file of an id; raises ``ValueError`` if there is no such id
+def config_of(identity: str) -> Path:
+    """The configuration file of an id; raises ``ValueError`` if there is no such id, or if it is a serving env's."""
+    identity = identity.removeprefix("sd_gym:")  # as gym.make takes it
+    if identity in SERVING:
+        raise ValueError(no_decisions(identity))
+    return ENVS.find(identity)
+
+
+def no_decisions(identity: str) -> str:
+    """Why something that needs an env of decisions refuses a serving env."""
+    return f"{identity} is a serving env, which only train, compare and serve --dial take"
 
 
 def registered_ids() -> list[str]:

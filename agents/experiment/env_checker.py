@@ -50,7 +50,7 @@ def check_env(env_id: str, settings: dict[str, Any] | None = None) -> list[Check
     """
     env = gym.make(env_id, disable_env_checker=True, **(settings or {})).unwrapped
     if not isinstance(env, SwitchableEnv):
-        raise ValueError(f"{env_id} is not an env of sd_gym")
+        raise ValueError(f"{env_id} is not an env of sd_gym whose actions are decisions")
     if env.config.reward.vector:
         raise ValueError("expected rewards of the objective, got reward.vector=True; leave it out")
     panel = _panel(env)

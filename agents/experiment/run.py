@@ -43,7 +43,7 @@ from sd_gym.files import as_json, damaged_checkpoint, read_checkpoint, write_che
 from sd_gym.folders import contents, foreign, locked
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.card import FILE
-from sd_gym.registration import SERVING, registered_ids
+from sd_gym.registration import SERVING, no_decisions, registered_ids
 from sd_gym.registry import UnknownNameError, naming_imports, unknown
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 from sd_gym.tasks.splits import check_unchanged
@@ -112,6 +112,7 @@ def train(
         ValueError: If a name or setting is unknown, the data of a split are malformed, or the run to resume is another
             one, on other data, or damaged.
     """
+    env_id = env_id.removeprefix("sd_gym:")  # as gym.make takes it
     folder = default_folder(env_id, algo, seed) if output is None else Path(output)
     with locked(folder):
         unfinished = _unfinished_run(folder, resume)
@@ -157,7 +158,7 @@ def _train(
     agent.env.reset(seed=names["seed"])
     description = run_description(names, core.config, core.backbone, core.data.identity())
     description["agent_settings"] = agent.settings.model_dump()
-    description["origins"] = origins(description["agent_settings"])
+    description["origins"], description["origin_seeds"] = origins(description["agent_settings"])
     if unfinished is not None:
         check_same_run(folder, unfinished, description)
         check_unchanged(folder, unfinished["data"], core.data)
@@ -317,7 +318,7 @@ def _make(env_id: str, algo: str, seed: int, settings: dict[str, Any]) -> BaseAg
     env_settings, agent_settings = split_settings(algo, settings)
     num_envs = make_settings(algo, agent_settings).num_envs
     try:
-        if ":" in env_id.removeprefix("sd_gym:"):  # Gymnasium would import a module of that name
+        if ":" in env_id:  # Gymnasium would import a module of that name
             raise gym.error.UnregisteredEnv(env_id)
         env = gym.make_vec(env_id, num_envs=num_envs, **env_settings).unwrapped
     except gym.error.UnregisteredEnv as error:
@@ -399,6 +400,8 @@ def run_config(description: dict[str, Any], settings: dict[str, Any] | None = No
 
     The run's own objective need not be registered here; then there are no rewards.
     """
+    if "arrivals" in description["env_config"]:
+        raise ValueError(no_decisions(description["env"]))
     values = dotted(description["env_config"])
     if values.get("table") is not None:  # the table has the other keys
         values = {key: value for key, value in values.items() if key in ("id", "table", *TABLE_KEYS)}

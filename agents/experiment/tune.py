@@ -15,7 +15,7 @@ from sd_gym.agents.experiment.comparison_plan import PlannedRun
 from sd_gym.agents.experiment.evaluation import summary
 from sd_gym.agents.experiment.parallel import RunStatus, train_many
 from sd_gym.agents.experiment.run import load_run, split_settings
-from sd_gym.agents.registry import agent_class
+from sd_gym.agents.registry import agent_class, make_settings
 from sd_gym.agents.runs.verdict import CONFIDENCE
 
 from sd_gym import cluster
@@ -86,7 +86,7 @@ def tune(
     if find_spec("optuna") is None:
         raise ValueError("to tune, Optuna has to be installed: pip install 'sd-gym[tune]'")
     config_of(env_id)
-    split_settings(algo, settings)
+    defaults = make_settings(algo, split_settings(algo, settings)[1]).model_dump()  # others with a start
     space = {key: values for key, values in agent_class(algo).Settings.space.items() if key not in settings}
     if not space:
         raise ValueError(f"{algo} has nothing to search; expected an agent whose Settings have a space")
@@ -97,7 +97,7 @@ def tune(
             raise foreign(folder, "folder of a study")
         what = {"env": env_id, "algo": algo, "seeds": seeds, "steps": steps, "confidence": confidence}
         study = _study(folder, {**what, "settings": settings})
-        _begin(study, {key: agent_class(algo).Settings.model_fields[key].default for key in space})
+        _begin(study, {key: defaults[key] for key in space})
         at_once = -(-(jobs if ray is None else cluster.cores(cluster.connect(ray))) // seeds)
         while True:
             finished = sum(trial.state.name == "COMPLETE" or FAILED in trial.user_attrs for trial in study.trials)
@@ -113,7 +113,7 @@ def tune(
             statuses = train_many(runs, jobs=jobs, ray=ray, imports=imports)
             for number, trial in enumerate(asked):
                 on_trial(_record(study, trial, statuses[number * seeds : (number + 1) * seeds]))
-        return _write_best(study, folder / BEST, algo, what)
+        return _write_best(study, folder / BEST, defaults, what)
 
 
 def score(validated: dict[str, Any]) -> float:
@@ -176,12 +176,12 @@ def _record(study: Study, trial: Trial, statuses: list[RunStatus]) -> TrialResul
     return TrialResult(trial.number, trial.params, mean)
 
 
-def _write_best(study: Study, file: Path, algo: str, what: dict[str, Any]) -> Path:
+def _write_best(study: Study, file: Path, defaults: dict[str, Any], what: dict[str, Any]) -> Path:
     complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
     if not complete:
         raise ValueError(f"all trials of {file.parent} failed; see their messages")
-    fields, best = agent_class(algo).Settings.model_fields, study.best_trial
-    settings = {key: value for key, value in best.params.items() if value != fields[key].default}
+    best = study.best_trial
+    settings = {key: value for key, value in best.params.items() if value != defaults[key]}
     lines = [
         f"# Found by: {shlex.join(sys.argv)}",
         f"# {len(complete)} trials of {what['steps']} decisions, seeds {what['seeds']}. Score on validation of the "

@@ -272,6 +272,7 @@ class SB3Agent(Agent[SB3SettingsT]):
             "parameters": algorithm.get_parameters(),
             "steps": algorithm.num_timesteps,
             "updates": algorithm._n_updates,
+            "progress_left": algorithm._current_progress_remaining,  # as of the last update
             "torch": torch.get_rng_state(),
             "numpy": (torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
             "env": self.env.state(),
@@ -283,6 +284,7 @@ class SB3Agent(Agent[SB3SettingsT]):
         algorithm = self.algorithm
         algorithm.set_parameters(state["parameters"])
         algorithm.num_timesteps, algorithm._n_updates = state["steps"], state["updates"]
+        algorithm._current_progress_remaining = state["progress_left"]
         assert algorithm.env is not None
         algorithm.env.reset()  # the loaded states undo its random draws
         observations = self.env.load_state(state["env"])

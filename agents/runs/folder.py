@@ -129,21 +129,24 @@ def run_description(names: dict[str, Any], config: BaseModel, backbone: Any, dat
     }
 
 
-def origins(settings: dict[str, Any]) -> dict[str, str]:
-    """Of each run that an agent's ``settings`` name: its agent, and a hash of all but its seed and its folder."""
-    found = {}
+def origins(settings: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Of each run that an agent's ``settings`` name: its agent with a hash of all but its seed and folder; its seed.
+
+    Of what is no run: the name of the folder, and its path.
+    """
+    found, seeds = dict[str, str](), dict[str, Any]()
     for key in STARTS:
         if settings.get(key) is None:
             continue
         folder = Path(settings[key])
-        found[key] = folder.name
+        found[key], seeds[key] = folder.name, str(folder)
         if (folder / "config.json").is_file():
             run = read_description(folder)
             what = {name: run.get(name) for name in ("env", "steps", "confidence", "weights", "env_config", "origins")}
             what["agent_settings"] = {name: of for name, of in run["agent_settings"].items() if name not in STARTS}
             digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-            found[key] = f"{run['algo']}, {digest[:8]}"
-    return found
+            found[key], seeds[key] = f"{run['algo']}, {digest[:8]}", [run.get("seed"), run.get("origin_seeds")]
+    return found, seeds
 
 
 def read_description(folder: Path) -> dict[str, Any]:

@@ -64,7 +64,9 @@ class SwitchableVecEnv(VecEnv):
         else:
             finals, listed = each(observations), self._listed(infos)
             reset = listed
-            if dones.any():  # all episodes are over, and another mode resets them later
+            if dones.any():
+                if not dones.all():  # what resets some would step the others
+                    raise ValueError("episodes end at different steps; make the env with autoreset_mode=SAME_STEP")
                 if self.env.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP:
                     observations, *_, infos = self.env.step(self._actions)
                 else:

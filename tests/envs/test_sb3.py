@@ -1,5 +1,8 @@
 """Stable-Baselines3's ``VecEnv`` around a vector env and its wrappers."""
 
+import collections
+
+import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
@@ -110,6 +113,14 @@ def test_plain_sb3_logs_the_mean_return_of_episodes(wrap, stages):
     model.learn(6 * N, callback=gather)
     assert [episode["l"] for episode in episodes] == [stages] * (6 * N // stages)
     assert written["rollout/ep_rew_mean"] == pytest.approx(np.sum(rewards) / len(episodes), rel=1e-5)
+
+
+def test_episodes_that_do_not_end_together_are_refused_where_steps_would_be_lost():
+    serving = {"requests": 60, "max_batch": 4, "vectorization_mode": "sync"}
+    env = SwitchableVecEnv(gym.make_vec("SD/Serving-TREC-Table-v0", num_envs=3, **serving))
+    env.reset()
+    with pytest.raises(ValueError, match="make the env with autoreset_mode=SAME_STEP"):
+        collections.deque(env.step(np.zeros(3, dtype=np.int64)) for _ in range(100))
 
 
 def test_attributes_and_methods_are_found_through_wrappers():

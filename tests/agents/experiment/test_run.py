@@ -9,6 +9,7 @@ import pytest
 import torch
 from sd_gym.agents.experiment.evaluation import evaluate
 from sd_gym.agents.experiment.run import load_run, train
+from sd_gym.agents.runs.folder import read_description
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
@@ -20,7 +21,7 @@ from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy
 from tests.agents.conftest import LEARNING, SB3, STAGED, STAGES, asked, bold, staged_settings, walked
 
-CUSTOM = "SD/Classification-Custom-v0"
+CUSTOM, TREC = "SD/Classification-Custom-v0", "SD/Classification-TREC-Table-v1"
 TAGS = {
     "rollout/ep_rew_mean",
     "rollout/ep_len_mean",
@@ -106,6 +107,29 @@ def cut_run(settings, folder):
     with pytest.raises(CutError):
         train(CUSTOM, "ppo", folder, **arguments, on_progress=kill)
     return arguments
+
+
+def test_a_limit_that_falls_over_the_run_goes_on_where_it_was(tmp_path):
+    """That of ``ppo_lex``; here the mean loss is between the limit after the cut and that of a new run."""
+
+    def kill(step, figures):
+        if step >= 2048:
+            raise KeyboardInterrupt
+
+    arguments = {"steps": 8192, "num_envs": 256, "epsilon": 0.1}
+    train(TREC, "ppo_lex", tmp_path / "whole", **arguments)
+    with pytest.raises(KeyboardInterrupt):
+        train(TREC, "ppo_lex", tmp_path / "cut", **arguments, on_progress=kill)
+    train(TREC, "ppo_lex", tmp_path / "cut", **arguments, resume=True)
+    weights = [(tmp_path / folder / "policy.safetensors").read_bytes() for folder in ("whole", "cut")]
+    assert weights[0] == weights[1]
+
+
+def test_an_id_may_name_the_module_as_for_gymnasium(tmp_path):
+    """And the run is that of the plain id."""
+    train(f"sd_gym:{TREC}", "dense", tmp_path, steps=1)
+    assert read_description(tmp_path)["env"] == TREC
+    assert sd_gym.evaluate(f"sd_gym:{TREC}", tmp_path)["flops_ratio"] == 1
 
 
 def test_a_run_that_was_cut_off_before_its_first_checkpoint_is_not_begun_again_unasked(settings, tmp_path):

@@ -91,11 +91,16 @@ def test_runs_that_start_from_others_are_seeds_if_those_are(tmp_path, monkeypatc
     train("imitation-1", "imitation", epochs=1, seed=1)
     train("weak", "imitation", epochs=2)
     seeds = [train(f"ppo-{seed}", "ppo", start=f"imitation-{seed}", seed=seed) for seed in (0, 1)]
+    seeds.append(train("another-start", "ppo", start="imitation-1", seed=0))
     other = train("ppo-weak", "ppo", start="weak")
+    train("again/imitation", "imitation", epochs=1)
+    again = train("again/ppo", "ppo", start="again/imitation")
     monkeypatch.chdir("/")
-    assert agents(seeds) == {"ppo from imitation": 2}
+    assert agents(seeds) == {"ppo from imitation": 3}
+    with pytest.warns(UserWarning, match="again/ppo is the run .*ppo-0 again"):
+        assert agents([*seeds, again]) == {"ppo from imitation": 3}
     found = agents([*seeds, other])
-    assert sorted(found.values()) == [1, 2]
+    assert sorted(found.values()) == [1, 3]
     assert all(name.startswith("ppo from imitation (start imitation, ") for name in found)
 
 

@@ -13,8 +13,10 @@ from sd_gym.agents.serving import controls
 from sd_gym.agents.serving.controls import play
 from sd_gym.agents.serving.learn import DialSettings, PricedQueues, learned
 from stable_baselines3.common.logger import configure
+from typer.testing import CliRunner
 
 import sd_gym
+from sd_gym.cli import app
 from sd_gym.envs.serving.config import serving_config
 from sd_gym.envs.serving.dial import Dial, Network
 from sd_gym.envs.serving.queues import expected_loss
@@ -99,6 +101,12 @@ def test_a_run_is_selected_compared_and_its_dial_loaded(tmp_path, monkeypatch):
         assert len(collect([tmp_path / "fixed", tmp_path / "dense"])) == 1
     with pytest.raises(FileExistsError, match="finished run"):
         sd_gym.train(TREC, "fixed", tmp_path / "fixed", steps=1, requests=200)
+    commands = [["evaluate", tmp_path / "fixed"], ["validate", tmp_path / "fixed"], ["reduce", tmp_path / "fixed"]]
+    commands += [["tune", TREC, "--algo", "ppo"], ["tabulate", TREC]]
+    for number, command in enumerate(commands):
+        output = [] if command[0] in ("evaluate", "validate") else ["--output", tmp_path / str(number)]
+        shown = CliRunner().invoke(app, [*map(str, command), *map(str, output)])
+        assert "is a serving env, which only train, compare and serve --dial take" in " ".join(shown.stderr.split())
 
 
 def test_a_run_that_was_cut_off_starts_again_and_only_as_itself(tmp_path, monkeypatch):
