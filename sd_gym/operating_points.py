@@ -45,5 +45,5 @@ def margin_for(points: Sequence[OperatingPoint], *, max_loss: float | None, max_
             + ("" if point.passed else " (not passed)")
             for point in points
         )
-        raise ValueError(f"no version of this policy fits {asked}; there are: {known or 'no validated versions'}")
+        raise ValueError(f"no operating point fits {asked}; there are: {known or 'none that were validated'}")
     return fitting[0].margin

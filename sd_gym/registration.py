@@ -86,6 +86,8 @@ def config_of(identity: str) -> Path:
     identity = identity.removeprefix("sd_gym:")  # as gym.make takes it
     if identity in SERVING:
         raise ValueError(no_decisions(identity))
+    if identity not in ENVS.names():
+        raise UnknownNameError(unknown("env", identity, all_ids()))
     return ENVS.find(identity)
 
 
@@ -95,8 +97,13 @@ def no_decisions(identity: str) -> str:
 
 
 def registered_ids() -> list[str]:
-    """The ids of all sd_gym envs."""
+    """The ids of all envs of decisions."""
     return ENVS.names()
+
+
+def all_ids() -> list[str]:
+    """These, and the ids of serving envs."""
+    return [*registered_ids(), *SERVING]
 
 
 def shipped_tables() -> dict[str, str]:

@@ -142,11 +142,11 @@ def test_an_env_is_made_by_any_spelling(keys):
 
 def test_a_text_or_list_where_a_part_has_the_name_of_a_key_is_the_key():
     config = load_config(
-        config_of("SD/Summarization-Custom-v0"), {"dataset": "d", "backbone": "b", "quality": "likelihood"}
+        config_of("SD/Summarization-Custom-v0"), {"dataset": "d", "backbone": "b", "quality": "agreement"}
     )
-    same = {"data": {"dataset": "d"}, "backbone": {"name": "b"}, "quality": {"kind": "likelihood"}}
+    same = {"data": {"dataset": "d"}, "backbone": {"name": "b"}, "quality": {"kind": "agreement"}}
     assert load_config(config_of("SD/Summarization-Custom-v0"), same) == config
-    assert (config.backbone.name, config.quality.kind, config.backbone.max_source_length) == ("b", "likelihood", 512)
+    assert (config.backbone.name, config.quality.kind, config.backbone.max_source_length) == ("b", "agreement", 512)
     assert load_config(config_of(MINI), {"stages": ["first", "decoder"]}).stages == ("first", "decoder")
 
 

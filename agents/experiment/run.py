@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from sd_gym.files import as_json, damaged_checkpoint, read_checkpoint, write_che
 from sd_gym.folders import contents, foreign, locked
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.card import FILE
-from sd_gym.registration import SERVING, no_decisions, registered_ids
+from sd_gym.registration import SERVING, all_ids, no_decisions
 from sd_gym.registry import UnknownNameError, naming_imports, unknown
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 from sd_gym.tasks.splits import check_unchanged
@@ -322,7 +323,7 @@ def _make(env_id: str, algo: str, seed: int, settings: dict[str, Any]) -> BaseAg
             raise gym.error.UnregisteredEnv(env_id)
         env = gym.make_vec(env_id, num_envs=num_envs, **env_settings).unwrapped
     except gym.error.UnregisteredEnv as error:
-        raise UnknownNameError(unknown("env", env_id, registered_ids())) from error
+        raise UnknownNameError(unknown("env", env_id, all_ids())) from error
     assert isinstance(env, SwitchableVectorEnv)  # all registered ids make one
     if env.config.split != "train":
         raise ValueError(f"agents learn on the training split; leave out split={env.config.split}")
@@ -344,6 +345,12 @@ def measure(
     """
     core = selection.core
     result = evaluate(core, policy, split, table=folder and folder / "instances.csv")
+    if result["quality_ref"] <= result["epsilon"] < 1:
+        warnings.warn(
+            f"dense quality is {result['quality_ref']:.1%}, no more than epsilon, so nothing can be lost, whatever "
+            "is skipped; choose another quality=, or a backbone that has learned the task",
+            stacklevel=2,
+        )
     result |= {"time": {}, "history": selection.history, "last_policy": last, **selection.report()}
     if isinstance(core, BackboneCore) and not isinstance(policy, SplitPolicy):
         result["time"] = {str(size): time_ratio(core, policy, split, size) for size in TIMED_BATCH_SIZES}

@@ -29,15 +29,14 @@ def result_tables(title: str, result: dict[str, Any]) -> Iterator[RenderableType
     cut = any(timed.get("dense_shortened") for timed in result["time"].values())
     if result["time"]:
         yield _dim(
-            "time B: of observing, deciding and the switched backbone at batch size B, over the dense backbone's; "
-            "by length: everything runs, in passes of about the same length"
-            + (", cut: on inputs cut to what the policy keeps." if cut else ".")
+            "time B: at batch size B, deciding included, over dense; dense by length: dense, texts of similar length "
+            "together" + ("; dense, cut: on texts cut to what the policy keeps." if cut else ".")
         )
     low, high = result["quality_difference_interval"]
     yield Text(
         f"{result['verdict']}: difference {result['quality_difference'] * 100:+.2f} points "
         f"[{low * 100:+.2f}, {high * 100:+.2f}] at epsilon {result['epsilon'] * 100:g} points; "
-        f"{result['decisions_used']} different decisions used."
+        f"different decisions used: {result['decisions_used']}."
     )
     if result["guarantee"]:
         yield Text(f"Guarantee: {result['guarantee']}.")
@@ -47,9 +46,10 @@ def result_tables(title: str, result: dict[str, Any]) -> Iterator[RenderableType
             f"Goodput: {result['goodput']:.1%} [{low:.1%}, {high:.1%}] of the requests were answered in time, in "
             f"{result.get('episodes', 'all')} episodes."
         )
-    power = f"a verdict takes {result['fewest_instances']:,} instances."
+    power = f"a verdict needs at least {result['fewest_instances']:,} instances."
     if (allowed := result["losses_allowed"]) is not None:
-        power = f"{allowed:,} answers may be lost, with none gained, and the quality is still shown to be kept."
+        answers = f"{allowed:,} answer{'s' * (allowed != 1)}"
+        power = f"with at most {answers} lost and none gained, the quality is still shown to be kept."
     yield _dim(f"Power: {power}")
 
 

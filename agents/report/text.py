@@ -38,15 +38,15 @@ def verdict_sentences(env: EnvRuns) -> list[str]:
         f"The dense backbone's quality is {dense:.1%} on {n:,} test instances; {in_points(epsilon)} may be lost.",
     ]
     if losses is None:
-        needed = f"at least {fewest:,}" if epsilon else "that some quality may be lost"
+        needed = f"at least {fewest:,}" if epsilon else "an epsilon above 0"
         return [
             *sentences,
-            f"These are too few instances to tell: a verdict takes {needed}. So no agent can be shown to keep the "
+            f"These are too few instances to tell: a verdict needs {needed}. So no agent can be shown to keep the "
             "quality.",
         ]
     answers = f"{losses:,} answer{'s' if losses != 1 else ''}"
     sentences.append(
-        f"A verdict takes {fewest:,} instances. Here {answers} may be lost with none gained, or "
+        f"A verdict needs at least {fewest:,} instances. Here {answers} may be lost with none gained, or "
         f"{changes_allowed(n, epsilon, highest=highest):,} changed with as many gained as lost, and the quality is "
         "still shown to be kept."
     )

@@ -21,7 +21,7 @@ def envs(
     """
     terminal.import_all(imports)
     from sd_gym.envs.listing import page_of
-    from sd_gym.registration import SERVING, registered_ids
+    from sd_gym.registration import all_ids
 
     with terminal.errors_as_lines():
         if name is not None:
@@ -34,7 +34,7 @@ def envs(
         table.add_column("id", no_wrap=True)  # to be copied in one piece
         for column in ("data set", "backbone"):
             table.add_column(column, overflow="fold")
-        for identity in [*registered_ids(), *SERVING]:
+        for identity in all_ids():
             try:
                 facts = page_of(identity).facts
             except FileNotFoundError as error:  # its table is missing

@@ -190,7 +190,7 @@ def run(
     for line in done.malformed[:3]:
         terminal.say(f"line {line.number}: {line.error}", "yellow")
     if done.malformed:
-        terminal.say(f"{len(done.malformed)} malformed lines; their errors are in the output", "yellow")
+        terminal.say(f"malformed lines: {len(done.malformed)}; their errors are in the output", "yellow")
         if not done.rows:
             terminal.say("No line was answered; --column FIELD=COLUMN takes a field from another column", "yellow")
         raise typer.Exit(1)

@@ -21,7 +21,9 @@ def train(
             "full-information, oracle, dense, random, hash; blind-NAME, without the input; or an agent of --import."
         ),
     ] = "ppo",
-    steps: Annotated[int, Option(min=1, help="Decisions to learn from.")] = 50_000,
+    steps: Annotated[
+        int, Option(min=1, help="Decisions to learn from; what searches (imitation, static) has a number of its own.")
+    ] = 50_000,
     seed: Annotated[int, Option(help="Seed of the agent and of the drawn instances.")] = 0,
     output: Annotated[Path | None, Option(help="Run folder [default: runs/TASK-ALGO-SEED].")] = None,
     confidence: Confidence = 0.95,

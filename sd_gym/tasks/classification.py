@@ -78,8 +78,8 @@ def _label(value: Any, origin: str) -> str | int | float:
         return value
     if not is_number(value) or not 0 <= value <= LARGEST:
         raise DataError(
-            f"{origin}: label must be a class index from 0, a label word or a score (at most {LARGEST}), got "
-            f"{short(value)}; some data sets hide the labels of their test split as -1: test on another split"
+            f"{origin}: label must be a class index from 0, a label word or a score from 0 to {LARGEST}, got "
+            f"{short(value)}; shift scores below 0; -1 may hide the labels of a test split: test on another one"
         )
     return value
 

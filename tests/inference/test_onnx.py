@@ -113,7 +113,7 @@ def test_operating_points_are_chosen_as_by_load(exported):
     policy, folder, texts = exported
     shares = [check_same(policy, folder, texts, **limits)[0].flops_ratio for limits in LIMITS]
     assert len(set(shares)) > 1
-    with pytest.raises(ValueError, match=r"no version of this policy fits max_flops=0\.1"):
+    with pytest.raises(ValueError, match=r"no operating point fits max_flops=0\.1"):
         onnx.load(folder, max_flops=0.1)
     one, other = onnx.load(folder), onnx.load(folder, max_flops=0.9)
     assert one.fingerprints["policy"] != other.fingerprints["policy"]  # a run is not resumed with the other
@@ -330,7 +330,7 @@ def test_its_commands_and_in_int8_decisions_stay_the_same(exported, tmp_path):
     assert done.exit_code == 2
     assert "is exported" in done.output
     done = runner.invoke(app, [*command[:-1], str(tmp_path / "other.jsonl"), "--max-flops", "0.1"])
-    assert "no version of this policy fits max_flops=0.1" in done.output
+    assert "no operating point fits max_flops=0.1" in done.output
     done = runner.invoke(app, ["evaluate", str(folder)])
     assert done.exit_code == 0, done.output
     assert "in ONNX" in done.output

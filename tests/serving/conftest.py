@@ -81,7 +81,7 @@ class StubPoints:
         if max_loss is None and max_flops is None:
             return None
         if max_flops is not None and max_flops < 0.4:
-            raise ValueError("no version of this policy does that")
+            raise ValueError("no operating point does that")
         return int(max_loss is not None and max_loss < 0.01)
 
 

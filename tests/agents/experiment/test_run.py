@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import sd_gym
 from sd_gym.cli import app
 from sd_gym.config import ConfigError
+from sd_gym.execution.scoring import Scoring
 from sd_gym.going_on import parted
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy
@@ -123,6 +124,14 @@ def test_a_limit_that_falls_over_the_run_goes_on_where_it_was(tmp_path):
     train(TREC, "ppo_lex", tmp_path / "cut", **arguments, resume=True)
     weights = [(tmp_path / folder / "policy.safetensors").read_bytes() for folder in ("whole", "cut")]
     assert weights[0] == weights[1]
+
+
+def test_where_nothing_can_be_lost_a_warning_says_so(settings, tmp_path, monkeypatch):
+    """Such as the exact match of summaries: whatever is skipped, the quality is kept."""
+    run = Scoring.run
+    monkeypatch.setattr(Scoring, "run", lambda *of: 0 * run(*of))
+    with pytest.warns(UserWarning, match=r"dense quality is 0\.0%, no more than epsilon, so nothing can be lost"):
+        train(CUSTOM, "every-other", tmp_path / "run", steps=1, **{**settings, "epsilon": 0.01})
 
 
 def test_an_id_may_name_the_module_as_for_gymnasium(tmp_path):

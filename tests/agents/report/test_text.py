@@ -17,9 +17,9 @@ def test_on_too_few_instances_no_quality_is_said_to_be_kept(run):
     (row,) = results_table(*collect(folders)).rows
     assert {"0 of 2", "too few instances to tell"} <= {*row}
     said = words(folders)
-    assert "too few instances to tell: a verdict takes at least 299" in said
+    assert "too few instances to tell: a verdict needs at least 299" in said
     assert "keeps the quality in" not in said
-    assert "a verdict takes that some quality may be lost" in words([run("ppo", 8, epsilon=0.0)])
+    assert "a verdict needs an epsilon above 0" in words([run("ppo", 8, epsilon=0.0)])
     assert "12 answers may be lost" in words([run("ppo", 9)])
 
 
