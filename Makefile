@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow lint types arrows linked docs matrix
+.PHONY: install demo test coverage test-slow lint types arrows linked docs matrix
 
 install: .venv/installed
 
@@ -19,9 +19,13 @@ demo: install
 
 # One process per core, of one thread each: the tests' models are too small for more. JOBS=1 to see prints.
 JOBS ?= 2
-test test-slow: export OMP_NUM_THREADS := 1
+test coverage test-slow: export OMP_NUM_THREADS := 1
 
 test: install
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+# The same, a quarter slower, with the lines that no test runs.
+coverage: install
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov --cov-report=term:skip-covered
 
 test-slow: install

@@ -2,7 +2,7 @@
 
     python benchmarks/env_speed.py
 
-All three run the same instances under the same random decisions, none of which was scored before; the dense scores are
+All three run the same instances under decisions drawn alike, none of which was scored before; the dense scores are
 known from an earlier walk, as they are in training after the first epoch. The rounds alternate, medians are printed.
 """
 

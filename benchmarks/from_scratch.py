@@ -20,13 +20,13 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
-from scipy import stats
 from sd_gym.agents.experiment.comparison_plan import PlannedRun
 from sd_gym.agents.experiment.parallel import RunStatus, train_many
 from sd_gym.agents.learning.agent import INFO_KEYS, Agent, AgentSettings, OnRollout, Rollout
 from sd_gym.agents.registry import register_agent
 from sd_gym.agents.report.compare import markdown
 from sd_gym.agents.runs.folder import read_result
+from sd_gym.agents.runs.statistics import half_interval
 from stable_baselines3.common.logger import Logger
 
 import sd_gym
@@ -93,15 +93,10 @@ def show(status: RunStatus) -> None:
         )
 
 
-def interval(values: np.ndarray) -> float:
-    """Half of the 95% interval of the mean."""
-    return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else float("nan")
-
-
 def mean_flops(ratios: list[float]) -> str:
     """Their mean with its interval."""
     flops = 100 * np.array(ratios)
-    spread = f"±{interval(flops):.1f}" if len(flops) > 1 else ""
+    spread = f"±{half_interval(flops):.1f}" if len(flops) > 1 else ""
     return f"{flops.mean():.1f}%{spread}"
 
 
@@ -122,7 +117,7 @@ def plot(curves: dict[str, dict[str, list[list[dict]]]], file: Path) -> None:
             read = np.array([[[e["flops_ratio"], e["quality"] - e["quality_ref"]] for e in run] for run in runs])
             for row in range(2):
                 values = 100 * read[:, :, row]
-                mean, half = values.mean(axis=0), np.array([interval(column) for column in values.T])
+                mean, half = values.mean(axis=0), np.array([half_interval(column) for column in values.T])
                 style = {"color": f"C{number}", "linestyle": "--" if name == "script" else "-"}
                 axes[row, column].plot(steps, mean, label=name, marker="os^vD<"[number % 6], markersize=4, **style)
                 axes[row, column].fill_between(steps, mean - half, mean + half, color=f"C{number}", alpha=0.12)

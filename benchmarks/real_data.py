@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import t
 from sd_gym.agents.report.compare import markdown
+from sd_gym.agents.runs.statistics import half_interval
 
 from sd_gym.data.instance import Instance
 from sd_gym.envs.actions import write_masks
@@ -343,8 +343,7 @@ class Experiment:
         points = 100 * np.mean([one["quality_difference"] for one in found])
         if len(found) == 1:
             return f"{flops[0]:.1f}% ({points:+.2f})"
-        half = flops.std(ddof=1) / len(flops) ** 0.5 * t.ppf(0.975, len(flops) - 1)
-        return f"{flops.mean():.1f}%±{half:.1f} ({points:+.2f})"
+        return f"{flops.mean():.1f}%±{half_interval(flops):.1f} ({points:+.2f})"
 
 
 def main() -> None:

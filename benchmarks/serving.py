@@ -39,6 +39,7 @@ from sd_gym.serving.server import run, service
 ARMS = ("dense", "dense, by length", "one mask", "policy, ungrouped", "policy, grouped")
 PATTERNS = ("poisson", "constant", "bursts")
 TIMES_DENSE = 5.0  # of dense's latency of one request: the limit of p99
+OVERLOADED = 503, 504  # a full queue, or a timeout in it
 BACKLOG = 400  # requests under way at which a rate is too high
 BURST = 16  # requests that arrive at once, in bursts
 
@@ -168,6 +169,15 @@ class Arm:
     answers: dict[int, str] = field(default_factory=dict)
     patterns: dict[str, Probe] = field(default_factory=dict)
 
+    async def answer(self, body: bytes) -> tuple[dict[str, str], bytes] | None:
+        """Headers and content of an answer; ``None`` if too many wait; RuntimeError if it is another response."""
+        status, headers, content = await self.client.ask(body)
+        if status in OVERLOADED:
+            return None
+        if status != 200:
+            raise RuntimeError(f"{self.name}: {status} {content!r}")
+        return headers, content
+
 
 def arrivals(pattern: str, rate: float, seconds: float, seed: int) -> np.ndarray:
     """Times of requests, in seconds from the start."""
@@ -187,10 +197,11 @@ async def load(arm: Arm, bodies: list[bytes], times: np.ndarray, seed: int) -> P
     begun = loop.time() + 0.05
 
     async def one(row: int, due: float) -> None:
-        status, headers, content = await arm.client.ask(bodies[row])
-        latencies.append(loop.time() - due)
-        if status != 200:
-            raise RuntimeError(f"{arm.name}: {status} {content!r}")
+        response = await arm.answer(bodies[row])
+        latencies.append(math.inf if response is None else loop.time() - due)
+        if response is None:
+            return
+        headers, content = response
         arm.shares.append(float(headers["x-flops-ratio"]))
         said = json.loads(content)
         said = said[0]["label"] if isinstance(said, list) else said["answer"]
@@ -198,15 +209,15 @@ async def load(arm: Arm, bodies: list[bytes], times: np.ndarray, seed: int) -> P
             raise RuntimeError(f"{arm.name}: two answers to one text: {said!r} and {arm.answers[row]!r}")
 
     rows, overloaded = random.integers(len(bodies), size=len(times)), False
-    for row, at in zip(rows.tolist(), times.tolist(), strict=True):
-        if (wait := begun + at - loop.time()) > 0:
-            await asyncio.sleep(wait)
-        if overloaded := len(under_way) > BACKLOG:
-            break
-        task = asyncio.create_task(one(row, begun + at))
-        under_way.add(task)
-        task.add_done_callback(under_way.discard)
-    await asyncio.gather(*under_way)
+    async with asyncio.TaskGroup() as tasks:  # an error of any of them is raised
+        for row, at in zip(rows.tolist(), times.tolist(), strict=True):
+            if (wait := begun + at - loop.time()) > 0:
+                await asyncio.sleep(wait)
+            if overloaded := len(under_way) > BACKLOG:
+                break
+            task = tasks.create_task(one(row, begun + at))
+            under_way.add(task)
+            task.add_done_callback(under_way.discard)
     seconds = loop.time() - begun
     p50, p99 = np.quantile(latencies, [0.5, 0.99])
     return Probe(len(times) / times[-1], len(latencies) / seconds, p50, math.inf if overloaded else p99)
@@ -219,7 +230,7 @@ async def capacity(arm: Arm, bodies: list[bytes], seconds: float) -> float:
     async def client() -> None:
         nonlocal count
         while time.monotonic() < until:
-            await arm.client.ask(bodies[next(rows)])
+            await arm.answer(bodies[next(rows)])
             count += 1
 
     await asyncio.gather(*(client() for _ in range(64)))
@@ -231,7 +242,7 @@ async def alone(arm: Arm, bodies: list[bytes], seconds: float) -> float:
     until, times = time.monotonic() + seconds, []
     for body in itertools.cycle(bodies):
         started = time.monotonic()
-        await arm.client.ask(body)
+        await arm.answer(body)
         times.append(time.monotonic() - started)
         if times[-1] + started > until:
             return float(np.median(times))
@@ -245,15 +256,17 @@ async def measure(arms: list[Arm], bodies: list[bytes], probes: int, seconds: fl
     limit = TIMES_DENSE * await alone(arms[0], bodies, 3.0)
     for arm in arms:
         arm.high = 1.1 * await capacity(arm, bodies, 3.0)
-        arm.low = arm.high / 4
     for number in range(probes):
         for arm in arms:
-            probe = await load(arm, bodies, arrivals("poisson", math.sqrt(arm.low * arm.high), seconds, number), number)
+            rate = math.sqrt((arm.low or arm.high / 4) * arm.high)
+            probe = await load(arm, bodies, arrivals("poisson", rate, seconds, number), number)
             arm.probes.append(probe)
             if probe.p99 <= limit:
                 arm.low = probe.rate
             else:
                 arm.high = probe.rate
+    if not all(arm.low for arm in arms):
+        raise RuntimeError(f"no rate tried keeps p99 within {limit:.3f} s; pass more --probes")
     common = 0.8 * arms[0].low
     for pattern in PATTERNS:
         for arm in arms:

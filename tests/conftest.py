@@ -211,6 +211,18 @@ def little_timed():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def little_drawn():
+    """Every run is drawn, which at full size takes half of the time of a short one."""
+    from sd_gym.agents.drawing.style import figure, write_png
+    from sd_gym.agents.experiment import run, tensorboard_logs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "plot_run", lambda result, switches, file: write_png(figure(0.1, width=0.1), file))
+        patch.setattr(tensorboard_logs, "plot_skip_rates", lambda *_: figure(0.1, width=0.1))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     vocabulary = {word: index for index, word in enumerate(["<pad>", "[CLS]", "[SEP]", "<unk>", *WORDS])}
@@ -296,9 +308,6 @@ def small_table(tmp_path_factory, table_source) -> str:
     folder = tmp_path_factory.mktemp("tables") / "some"
     sd_gym.tabulate(table_source[0], folder, decisions=["random:12", "path"], **table_source[1])
     return str(folder)
-
-
-# How the keys of an env's config were called when it was flat, where that was not the last word.
 
 
 def sign(folder):

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from scipy.stats import t
 from sd_gym.agents.runs.finished_runs import finished_runs, group_by_agent, grouped
+from sd_gym.agents.runs.statistics import half_interval
 
 COLUMNS = ["env", "agent", "test rows", "dense quality", "against dense, points (worst, its 95% interval)"]
 COLUMNS += ["goodput (95%)", "goodput at 0.25 / 0.5 / 0.75 / 1 epsilon lost (95%)", "FLOPs (worst)"]
@@ -87,8 +87,7 @@ def _known(value: float | None, form: str) -> str:
 
 def _over_seeds(values: list[float]) -> str:
     """A mean in per cent, with its 95% interval where there are several."""
-    half = t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    return f"{fmean(values):.2%}" + ("" if half is None else f" ± {100 * half:.2f}")
+    return f"{fmean(values):.2%}" + (f" ± {100 * half_interval(values):.2f}" if len(values) > 1 else "")
 
 
 def _row(env: str, agent: str, results: list[dict[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import trim_mean
+from scipy.stats import sem, t, trim_mean
 
 Scores = Sequence[NDArray]
 SAMPLES = 2000  # of a bootstrap
@@ -77,6 +77,11 @@ def curve_interval(curves: NDArray, *, samples: int = SAMPLES) -> tuple[NDArray,
     chosen = np.random.default_rng(0).integers(len(curves), size=(samples, len(curves)))
     low, high = np.percentile(interquartile_mean(curves.T[:, chosen]), BOUNDS, axis=1)
     return interquartile_mean(curves.T), low, high
+
+
+def half_interval(values: Sequence[float] | NDArray) -> float:
+    """Half of the 95% interval (Student's t) of the mean; NaN of a single value."""
+    return float(t.ppf(0.975, len(values) - 1) * sem(values)) if len(values) > 1 else float("nan")
 
 
 def interval(values: NDArray) -> tuple[float, float]:

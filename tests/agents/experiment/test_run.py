@@ -7,6 +7,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
+from sd_gym.agents.drawing.run_picture import plot_run
+from sd_gym.agents.experiment import run as run_module
 from sd_gym.agents.experiment.evaluation import evaluate
 from sd_gym.agents.experiment.run import load_run, train
 from sd_gym.agents.runs.folder import read_description
@@ -59,6 +62,14 @@ def test_a_run_folder_is_complete(name, finished, custom):
     assert again == {key: result[key] for key in again}
     with pytest.raises(FileExistsError, match="finished run"):
         train(CUSTOM, name, folder, steps=10, **custom)
+
+
+def test_a_run_is_drawn_with_its_validations_and_without(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "plot_run", plot_run)  # as large as it is
+    for name in ("ppo", "dense"):
+        train(CUSTOM, name, tmp_path / name, steps=64, **settings)
+        height, width, _ = imread(tmp_path / name / "result.png").shape
+        assert width > height > 500
 
 
 def test_a_policy_that_is_not_there(tmp_path):

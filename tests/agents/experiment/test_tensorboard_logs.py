@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from sd_gym.agents.drawing import run_picture
+from sd_gym.agents.experiment import tensorboard_logs
 from sd_gym.agents.experiment.run import train
 from sd_gym.agents.imitation.agent import ImitationAgent
 from tensorboard.backend.event_processing import plugin_event_accumulator
@@ -63,7 +65,10 @@ def test_settings_result_and_validation_are_there_for_every_agent(name, custom, 
             assert logged == expected or (not expected and len(logged) == 1)
 
 
-def test_skip_rates_are_a_picture_at_each_validation_and_charts_lay_agents_over_each_other(custom, tmp_path):
+def test_skip_rates_are_a_picture_at_each_validation_and_charts_lay_agents_over_each_other(
+    custom, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tensorboard_logs, "plot_skip_rates", run_picture.plot_skip_rates)  # as large as it is
     result = train(CUSTOM, "ppo", tmp_path / "run", steps=600, **custom)
     events = events_of(tmp_path / "run")
     pictures = events.Images("validation/skip_rates")
