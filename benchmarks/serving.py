@@ -219,7 +219,7 @@ async def load(arm: Arm, bodies: list[bytes], times: np.ndarray, seed: int) -> P
             under_way.add(task)
             task.add_done_callback(under_way.discard)
     seconds = loop.time() - begun
-    p50, p99 = np.quantile(latencies, [0.5, 0.99])
+    p50, p99 = np.quantile(latencies, [0.5, 0.99], method="higher")
     return Probe(len(times) / times[-1], len(latencies) / seconds, p50, math.inf if overloaded else p99)
 
 
