@@ -111,7 +111,7 @@ def _decide_always(engine: Any, mask: Any) -> None:
         decision = np.frombuffer(mask, dtype=np.int64) if mask else np.zeros(switches, dtype=np.int64)
         engine._masks = decision[None]
         changes = {
-            "decided": lambda split: np.tile(decision, (len(split), 1)),
+            "decided_at": lambda policies, split: np.tile(decision, (len(policies), len(split), 1)),
             "own_flops": lambda split: np.zeros(len(split)),
         }
     else:
@@ -123,7 +123,9 @@ def _decide_always(engine: Any, mask: Any) -> None:
             "own_flops": lambda length: np.zeros(len(length)),
             "looks_at_answer": False,
         }
-    vars(engine.model).update(changes)
+    for name, change in changes.items():
+        getattr(engine.model, name)  # raises if it is called otherwise now
+        setattr(engine.model, name, change)
 
 
 class Client:
