@@ -31,7 +31,7 @@ import onnxruntime
 import torch
 from rich.console import Console
 from rich.table import Table
-from sd_gym.agents.runs.statistics import bootstrap_interval
+from sd_gym.agents.runs.verdict import difference_interval
 
 import sd_gym
 from sd_gym.backbones.checks import has_bf16
@@ -174,8 +174,8 @@ def add_rows(table: Table, ways: list[Way], sample: Sample, size: int | None, ro
         agreed = statistics.fmean(one.answer == other for one, other in pairs)
         shown = [f"{share:.1%}", f"{over:.1%}", f"{own:.1%}", f"{share / own:.2f}", f"{agreed:.1%}"]
         if size is None:
-            difference = sample.quality(answers[way.name]) - sample.quality(answers[ways[0].name])
-            low, high = bootstrap_interval(difference)
+            quality, quality_ref = sample.quality(answers[way.name]), sample.quality(answers[ways[0].name])
+            difference, (low, high) = quality - quality_ref, difference_interval(quality, quality_ref)
             shown.append(f"{100 * difference.mean():+.2f} ({100 * low:+.2f} to {100 * high:+.2f})")
         table.add_row(str(size or len(asked[0])), way.name, f"{1000 * whole[way.name] / len(asked[0]):.2f} ms", *shown)
     table.add_section()

@@ -15,8 +15,14 @@ import torch
 from numpy.typing import NDArray
 from sd_gym.agents.experiment.export import export
 from sd_gym.agents.learning.decisions import PolicyLike, SplitPolicy, outcomes
-from sd_gym.agents.runs.statistics import bootstrap_interval
-from sd_gym.agents.runs.verdict import CONFIDENCE, Verdict, fewest_instances, losses_allowed, verdict
+from sd_gym.agents.runs.verdict import (
+    CONFIDENCE,
+    Verdict,
+    difference_interval,
+    fewest_instances,
+    losses_allowed,
+    verdict,
+)
 
 from sd_gym.backbones import Backbone
 from sd_gym.envs.core import BackboneCore
@@ -63,7 +69,7 @@ def evaluate(
         "split": split_name,
         "instances": len(split),
         **_means(core, split, scored, CONFIDENCE),
-        "quality_difference_interval": bootstrap_interval(scored["quality"] - scored["quality_ref"]),
+        "quality_difference_interval": difference_interval(scored["quality"], scored["quality_ref"], highest),
         "highest_quality": highest,
         "fewest_instances": fewest_instances(epsilon, highest),
         "losses_allowed": losses_allowed(len(split), epsilon, highest=highest),

@@ -112,6 +112,18 @@ def highest_loss(quality: NDArray, quality_ref: NDArray, confidence: float = CON
     return high
 
 
+def difference_interval(quality: NDArray, quality_ref: NDArray, highest: float = 1.0) -> tuple[float, float]:
+    """95% interval of the mean of ``quality - quality_ref``; arguments as for ``verdict``.
+
+    Of a normal distribution, with two more instances, one that loses all and one that gains as much. So it has a width
+    where few answers differ, or none (after Agresti and Min 2005, Statistics in Medicine 24, who add half an instance).
+    """
+    worst = _worst(quality_ref, highest)
+    values = np.r_[quality - quality_ref, worst, -worst]
+    half = norm.ppf(0.975) * values.std() / math.sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)
+
+
 def _worst(quality_ref: NDArray, highest: float) -> float:
     """The most that an instance can lose: no quality is below 0."""
     return max(1.0, highest, float(quality_ref.max(initial=0.0)))

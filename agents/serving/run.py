@@ -10,7 +10,7 @@ from sd_gym.agents.learning.agent import NotApplicableError
 from sd_gym.agents.runs.folder import run_description
 from sd_gym.agents.runs.guarantee import guarantee, on_other_rows
 from sd_gym.agents.runs.statistics import bootstrap_interval
-from sd_gym.agents.runs.verdict import Verdict, fewest_instances, losses_allowed, verdict
+from sd_gym.agents.runs.verdict import Verdict, difference_interval, fewest_instances, losses_allowed, verdict
 from sd_gym.agents.serving import controls
 from sd_gym.agents.serving.controls import Played, play
 from sd_gym.agents.serving.learn import DialSettings, learned
@@ -155,7 +155,7 @@ def _measured(config: ServingConfig, played: Played) -> dict[str, Any]:
         "quality": float(quality.mean()),
         "quality_ref": float(quality_ref.mean()),
         "quality_difference": difference,
-        "quality_difference_interval": bootstrap_interval(quality - quality_ref),
+        "quality_difference_interval": difference_interval(quality, quality_ref),
         "quality_kept": judged == Verdict.KEPT,
         "verdict": str(judged),
         "epsilon": config.epsilon,

@@ -3,10 +3,15 @@
 import numpy as np
 import pytest
 from scipy.stats import binom
-from sd_gym.agents.runs.statistics import (
-    bootstrap_interval,
+from sd_gym.agents.runs.verdict import (
+    Verdict,
+    changes_allowed,
+    difference_interval,
+    fewest_instances,
+    highest_loss,
+    losses_allowed,
+    verdict,
 )
-from sd_gym.agents.runs.verdict import Verdict, changes_allowed, fewest_instances, highest_loss, losses_allowed, verdict
 
 SIMULATIONS = 1000
 SLACK = 3 * np.sqrt(0.05 * 0.95 / SIMULATIONS)  # of a simulated rate: three of its standard errors
@@ -77,8 +82,27 @@ def test_the_mean_has_to_be_above_the_limit_by_more_than_chance():
     assert judged(loses_1_percent) == Verdict.NOT_SHOWN
     assert judged(np.r_[-np.ones(11), np.zeros(1989)]) == Verdict.KEPT
     assert judged(np.r_[-np.ones(11), np.zeros(1989)], confidence=0.9995) == Verdict.NOT_SHOWN
-    low, high = bootstrap_interval(loses_1_percent)
+    low, high = difference_interval(1 + loses_1_percent, np.ones(2000))
     assert low < -0.01 < high < 0
+
+
+@pytest.mark.parametrize("n", [50, 300, 1000, 2000])
+@pytest.mark.parametrize(("gained", "lost"), [(0.0, 0.001), (0.0, 0.005), (0.005, 0.0), (0.01, 0.01), (0.1, 0.05)])
+def test_the_interval_holds_the_difference_also_where_few_answers_differ(n, gained, lost):
+    random = np.random.default_rng(0)
+    held = []
+    for _ in range(SIMULATIONS):
+        low, high = difference_interval(1 + binary(random, n, gained, lost), np.ones(n))
+        held.append(low <= -lost <= high)
+    assert np.mean(held) >= 0.95 - SLACK
+
+
+def test_the_interval_of_no_difference_has_a_width():
+    low, high = difference_interval(np.ones(299), np.ones(299))
+    assert low == -high
+    assert 0.005 < high < 0.02
+    weighted = difference_interval(np.ones(299), np.ones(299), highest=5.0)
+    assert weighted[1] > 4 * high
 
 
 def test_where_an_instance_weighs_more_more_of_them_are_needed():
