@@ -60,7 +60,8 @@ class LearnerSettings(AgentSettings):
 
     Attributes:
         learning_rate: Learning rate of Adam at the start. It falls linearly to 0, because a policy that still changes
-            is selected too cautiously. With a ``start`` the default is lower.
+            is selected too cautiously; imitation's does not, as it stops on held-out rows. With a ``start`` the default
+            is lower.
         entropy: Weight of the entropy bonus.
         initial_skip_rate: How often each switch is skipped at first. Decisions at even odds tell most about all
             switches; near the dense backbone learning takes several times as long.
