@@ -37,7 +37,8 @@ def command(*words) -> None:
 def learn(dataset, backbone, folder, prepare_steps=600, steps=20_000, algo="imitation", **settings):
     """Prepares the backbone and trains a policy; returns the result."""
     prepared = folder / "backbone"
-    command(*f"prepare --backbone {backbone} --dataset {dataset} --output {prepared} --steps {prepare_steps}".split())
+    files = ["--backbone", backbone, "--dataset", dataset, "--output", prepared]
+    command("prepare", *files, "--steps", prepare_steps)
     data = {"dataset": str(dataset), "backbone": str(prepared)}
     return sd_gym.train(ENV, algo, folder / "run", steps=steps, **data, **settings)
 

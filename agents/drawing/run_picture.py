@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from sd_gym.agents.drawing.style import COLOURS, INK, LOST, SKIP_RATE, figure, style, write_png
+from sd_gym.agents.drawing.style import COLOURS, INK, LOST, SKIP_RATE, figure, flops_limit, style, write_png
 
 FEW = 30  # levels with fewer instances are marked
 
@@ -71,4 +71,4 @@ def _draw_history(quality: Axes, flops: Axes, result: dict[str, Any]) -> None:
     flops.plot(end, 100 * result["flops_ratio"], **test)
     quality.set(ylabel="quality against dense, points", title="Quality and FLOPs")
     quality.legend(loc="best")
-    flops.set(xlabel="decisions learned from", ylabel="FLOPs, % of dense", ylim=(0, 104))
+    flops.set(xlabel="decisions learned from", ylabel="FLOPs, % of dense", ylim=(0, flops_limit(flops.dataLim.ymax)))

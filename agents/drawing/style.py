@@ -63,6 +63,11 @@ def figure(height: float, *, width: float = WIDTH) -> Figure:
     return picture
 
 
+def flops_limit(highest: float) -> float:
+    """The end of an axis of FLOPs in % of dense: going on after the answer can cost more than dense."""
+    return max(104.0, 1.04 * highest)
+
+
 def style() -> AbstractContextManager[None]:
     """A context in which figures are made and drawn on."""
     return matplotlib.rc_context(SETTINGS)

@@ -1,19 +1,22 @@
 """The runs of a comparison: their settings, their folders, and whether they are finished."""
 
 import json
+import math
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from sd_gym.agents.experiment.run import OnProgress, check_same_run, is_setting, split_settings, train
 from sd_gym.agents.registry import BLIND, agent_class, agent_names, is_control, make_settings
 from sd_gym.agents.runs.folder import STARTS, read_description
 from sd_gym.agents.runs.verdict import CONFIDENCE
 from sd_gym.agents.serving import run as dials
 
-from sd_gym.envs.config import load_config
+from sd_gym.envs.config import load_config, parse_yaml
 from sd_gym.envs.serving.config import serving_config
 from sd_gym.registration import SERVING, config_of
 
@@ -46,8 +49,7 @@ class PlannedRun:
         parts = ["sd-gym", "train", self.env, "--algo", self.algo, "--output", str(self.folder), "--resume"]
         parts += ["--steps", str(self.steps), "--seed", str(self.seed)]
         for key, value in self.settings.items():
-            text = json.dumps(value) if isinstance(value, list | dict | bool | None) else str(value)
-            parts += ["--set", f"{key}={text}"]
+            parts += ["--set", f"{key}={_as_yaml(value)}"]
         parts += [] if self.confidence == CONFIDENCE else ["--confidence", str(self.confidence)]
         return shlex.join([*parts, *(part for name in imports for part in ("--import", name))])
 
@@ -75,6 +77,17 @@ class PlannedRun:
             settings |= {key: Path(settings[key]).name for key in STARTS if settings.get(key) is not None}
         check_same_run(self.folder, was, now, "; choose another --output")
         return True
+
+
+def _as_yaml(value: Any) -> str:
+    """A setting as ``--set`` reads it; a word stays as it is, if it is read as that word."""
+    if not isinstance(value, str | Path):
+        return json.dumps(value)
+    word = str(value)
+    with suppress(ValueError):
+        if parse_yaml(word, "") == word:
+            return word
+    return yaml.safe_dump(word, default_style='"', width=math.inf, allow_unicode=True).rstrip("\n")
 
 
 def plan_comparison(

@@ -84,9 +84,9 @@ def tabulate(
         The content of ``table.json``.
 
     Raises:
-        FileExistsError: If the folder holds a table, or anything else.
-        ValueError: If a name or setting is unknown, a choice is malformed, ``pca`` is too large, or the interrupted
-            table is another one.
+        FileExistsError: If the folder holds a table that is not resumed, or anything else.
+        ValueError: If a name or setting is unknown, a choice is malformed, ``pca`` is too large, or the table to resume
+            is another one.
         ConfigError: If the env is a table itself, or observes more than one array.
 
     Example:

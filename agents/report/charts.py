@@ -8,18 +8,22 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
-from sd_gym.agents.drawing.style import INK, LOST, PAPER, RAN, SKIP_RATE, AgentStyle
+from sd_gym.agents.drawing.style import INK, LOST, PAPER, RAN, SKIP_RATE, AgentStyle, flops_limit
 from sd_gym.agents.runs.statistics import curve_interval, pareto_front
 
 
 class ExampleDecision(NamedTuple):
-    """The decision on an instance: ``skip`` is bool ``[switches]``, ``dropped`` the share of tokens dropped."""
+    """The decision on an instance: ``skip`` is bool ``[switches]``, ``dropped`` the share of tokens dropped.
+
+    ``went_on``: whether what was skipped ran after all, after the answer.
+    """
 
     label: str
     skip: NDArray
     flops: float
     lost: bool
     dropped: float
+    went_on: bool
 
 
 def draw_results(
@@ -52,7 +56,7 @@ def draw_results(
         handles.append(Line2D([], [], color=INK, linewidth=0.8, alpha=0.6, label="front of all runs"))
     handles.append(Line2D([], [], color=LOST, linestyle="--", linewidth=1, label="allowed loss"))
     axes.set(xlabel="FLOPs, % of dense", ylabel="quality against dense, points")
-    axes.set_xlim(left=0, right=104)
+    axes.set_xlim(left=0, right=flops_limit(axes.dataLim.xmax))
     axes.figure.legend(handles=handles, loc="outside lower center", ncols=2)
 
 
@@ -76,7 +80,7 @@ def draw_curves(
             axes.plot(steps, mean, **styles[name]._asdict(), markersize=4, linewidth=1.4, label=name)
     quality.set(ylabel="quality against\ndense, points")
     quality.tick_params(labelbottom=False)
-    flops.set(xlabel="decisions learned from", ylabel="FLOPs, % of dense", ylim=(0, 104))
+    flops.set(xlabel="decisions learned from", ylabel="FLOPs, % of dense", ylim=(0, flops_limit(flops.dataLim.ymax)))
     flops.locator_params(axis="x", nbins=5)
     flops.figure.legend(*flops.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
@@ -101,8 +105,8 @@ def draw_decisions(axes: Axes, decisions: Sequence[ExampleDecision], switches: S
     axes.tick_params(length=0)
     for start in starts[1:]:
         axes.axvline(start, color=INK, linewidth=0.9)
-    for row, (_, _, flops, lost, dropped) in enumerate(decisions):
-        tokens = f", {dropped:.0%} of tokens dropped" if dropped else ""
+    for row, (_, _, flops, lost, dropped, went_on) in enumerate(decisions):
+        tokens = (f", {dropped:.0%} of tokens dropped" if dropped else "") + (", went on" if went_on else "")
         label, color = (" ✗ lost", LOST) if lost else ("", INK)
         axes.text(len(switches), row + 0.5, f" {flops:.0%}{tokens}{label}", va="center", fontsize=7.5, color=color)
     axes.grid(False)

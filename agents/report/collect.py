@@ -161,6 +161,7 @@ def example_decisions(run: Run) -> list[ExampleDecision]:
             float(row["flops_ratio"]),
             lost(row),
             float(shares[int(row["decision"][switches:] or 0)]),
+            row.get("goes_on") == "True",
         )
         for row in chosen
     ]

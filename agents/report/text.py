@@ -123,9 +123,10 @@ def _against_controls(env: EnvRuns, best: AgentRuns) -> list[str]:
 
 def results_table(env: EnvRuns) -> Table:
     """A row per agent."""
-    columns, figures = ["agent", "runs"], ("quality against dense, points", "FLOPs, % of dense", "return", "regret")
+    figures = ("quality against dense, points", "FLOPs, % of dense", "return", "regret")
+    columns = ["agent", "runs", "quality kept", "verdict"]
     columns += [f"{figure}{end}" for figure in figures for end in (", as selected", ", as learned")]
-    columns += ["quality kept", "verdict", f"area ({WORST} epsilon = 0)", "time at batch 32"]
+    columns += [f"area ({WORST} epsilon = 0)", "time at batch 32"]
     rows = [_row(agent) for agent in env.agents]
     known = [any(row[number] != "-" for row in rows) for number in range(len(columns))]
     columns, *rows = ([cell for cell, shown in zip(line, known, strict=True) if shown] for line in [columns, *rows])
@@ -145,9 +146,9 @@ def _row(agent: AgentRuns) -> list[str]:
     return [
         agent.name if counted else f"{agent.name} (its own FLOPs not counted)",
         str(len(agent.runs)),
-        *figures,
         f"{int(agent.kept.sum())} of {len(agent.runs)}",
         ", ".join(f"{name} ({verdicts.count(name)})" if differ else name for name in dict.fromkeys(verdicts)),
+        *figures,
         _figures(agent.areas, ".3f"),
         f"{np.mean(times):.0%}" if times else "-",
     ]
@@ -170,7 +171,9 @@ def overall_tables(envs: Sequence[EnvRuns]) -> list[Table]:
     shared, rows, pairs = agents_on_all(envs), [], []
     for name, agents in shared.items():
         runs, kept = sum(len(agent.runs) for agent in agents), sum(int(agent.kept.sum()) for agent in agents)
-        rows.append([name, str(runs), _interval(*aggregate(_scores(agents)), "z.1%"), f"{kept} of {runs}"])
+        mean, *bounds = aggregate(_scores(agents))
+        saved = f"{mean:z.1%}" if min(len(agent.runs) for agent in agents) < 2 else _interval(mean, *bounds, "z.1%")
+        rows.append([name, str(runs), saved, f"{kept} of {runs}"])
     tables = [Table("FLOPs saved with the quality kept, over all envs", ["agent", "runs", "saved", "kept"], rows)]
     for first, second in combinations(shared, 2):
         scores = _scores(shared[first]), _scores(shared[second])

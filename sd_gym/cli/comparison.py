@@ -101,7 +101,8 @@ def _print_comparison(folders: list[Path], *, as_markdown: bool) -> None:
     if as_markdown:
         print(results.markdown(results.COLUMNS, rows))
     else:
-        terminal.console.print(*comparison_tables(rows), sep="\n")
+        for table in comparison_tables(rows):
+            terminal.console.print(table, crop=False)  # a narrow terminal wraps it, and a file has all columns
 
 
 def report(

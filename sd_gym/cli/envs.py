@@ -31,7 +31,7 @@ def envs(
                 terminal.print_line(f"{fact:12} {value}")
             return
         table = Table(title="sd_gym envs", box=SIMPLE_HEAD, padding=0)
-        table.add_column("id", no_wrap=True)  # to be copied in one piece
+        table.add_column("id", no_wrap=True, min_width=max(map(len, all_ids())))  # to be copied in one piece
         for column in ("data set", "backbone"):
             table.add_column(column, overflow="fold")
         for identity in all_ids():
@@ -40,7 +40,7 @@ def envs(
             except FileNotFoundError as error:  # its table is missing
                 facts = {"data set": str(error), "backbone": "-"}
             table.add_row(identity, facts["data set"], facts["backbone"])
-        terminal.console.print(table)
+        terminal.console.print(table, crop=False)
 
 
 def tabulate(

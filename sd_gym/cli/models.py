@@ -141,7 +141,7 @@ def run(
 ) -> None:
     """Answer many inputs with a trained policy; rows of similar length, or with the same decision, run together.
 
-    A row's object has its line, answer, skip (0 or 1 per switch), token_level, flops_ratio, unknown_tokens and went_on.
+    A row's object has its line (in CSV and Parquet: the row's number), answer, skip (0 or 1 per switch), token_level, flops_ratio, unknown_tokens and went_on.
     A malformed line gets an "error" instead; the exit code is then 1. Blank lines are skipped.
 
     Until the run is finished, answers are in the folder OUTPUT.part. --resume continues there, and refuses another
@@ -177,7 +177,7 @@ def run(
             output,
             resume=resume,
             compare=comparing,
-            columns={str(field): str(column) for field, column in terminal.settings_of(columns, "--column").items()},
+            columns=dict(terminal.pairs_of(columns, "--column")),
             batch_size=batch_size,
             on_cluster=None if ray is None else OnCluster(ray, make, imported, device.startswith("cuda")),
             on_chunk=on_chunk,

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 from typer import Option
 
@@ -106,14 +107,21 @@ def settings_of(pairs: list[str], option: str = "--set", call: Callable[..., Any
     from sd_gym.envs.config import parse_yaml
 
     settings = {}
+    for key, value in pairs_of(pairs, option):
+        pair = short(f"{key}={value}")
+        if call is not None and key in signature(call).parameters:
+            raise ValueError(f"{option} {pair}: {key} is not a setting; use the option --{key}")
+        settings[key] = parse_yaml(value, f"{option} {pair}")
+    return settings
+
+
+def pairs_of(pairs: list[str], option: str) -> Iterator[tuple[str, str]]:
+    """The keys and values of ``key=value`` pairs, as they are; a ``ValueError`` names the option."""
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not separator or not key:
             raise ValueError(f"{option}: expected key=value, got {short(pair)}")
-        if call is not None and key in signature(call).parameters:
-            raise ValueError(f"{option} {short(pair)}: {key} is not a setting; use the option --{key}")
-        settings[key] = parse_yaml(value, f"{option} {short(pair)}")
-    return settings
+        yield key, value
 
 
 @contextmanager
@@ -135,8 +143,8 @@ def progress_bar(visible: bool = True) -> Iterator[Progress]:
     progress = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=13)),  # on a narrow terminal figures are cut
+        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
         TextColumn("{task.fields[figures]}", markup=False),
         console=errors,
         disable=not (visible and errors.is_terminal),

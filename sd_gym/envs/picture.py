@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from sd_gym.envs.render import LETTERS, NOTHING, Result, Scene, level_of, quality_of, reward_of
+from sd_gym.envs.render import LETTERS, NOTHING, Result, Scene, level_of, quality_of, reward_of, went_on
 from sd_gym.tasks.marked_text import CUT, DROPPED, READ, MarkedText
 
 WIDTH, HEIGHT = 960, 720  # even, as video codecs require
@@ -222,7 +222,7 @@ def _figures(draw: ImageDraw.ImageDraw, result: Result | None, top: int) -> None
         draw.text((left, top + 58), "no decision yet", FAINT, font(16))
         return
     draw.rectangle((left, top, left + round((right - left) * min(1.0, result.flops_ratio)), top + 24), RAN)
-    draw.text((left, top + 29), f"{result.flops_ratio:.1%} of the dense backbone's", INK, font(14))
+    draw.text((left, top + 29), f"{result.flops_ratio:.1%} of the dense backbone's{went_on(result)}", INK, font(14))
     face = font(16, bold=True)
     draw.text((left, top + 57), quality_of(result), RAN if result.kept else LOST, face)
     reward = reward_of(result)

@@ -40,6 +40,7 @@ class Result:
     kept: bool  # whether at most epsilon was lost
     flops_ratio: float  # FLOPs over dense FLOPs
     reward: float | NDArray  # one number or two
+    went_on: bool = False  # whether what was skipped ran after all, after the answer
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,10 @@ def _results(shown: Shown) -> dict[int, Result]:
             answer=answer,
             kept=infos["is_success"][env],
             reward=shown.rewards[env],
+            went_on=bool(again),
             **{key: infos[key][env] for key in ("decision", "quality", "quality_ref", "flops_ratio")},
         )
-        for env, answer in zip(envs.tolist(), answers, strict=True)
+        for env, answer, again in zip(envs.tolist(), answers, goes_on, strict=True)
     }
 
 
@@ -114,7 +116,7 @@ def as_lines(scene: Scene) -> str:
         f"answer:    {result.answer or NOTHING}",
         reference,
         f"quality:   {quality_of(result)}",
-        f"FLOPs:     {result.flops_ratio:.1%} of dense |{bar:.<{BAR}}|",
+        f"FLOPs:     {result.flops_ratio:.1%} of dense |{bar:.<{BAR}}|{went_on(result)}",
         f"reward:    {reward_of(result)}",
     ]
     return "\n".join(lines)
@@ -128,6 +130,11 @@ def level_of(difficulty: int) -> str:
 def quality_of(result: Result) -> str:
     """The quality in words."""
     return f"{result.quality:.2f} (dense: {result.quality_ref:.2f}), {'kept' if result.kept else 'lost'}"
+
+
+def went_on(result: Result) -> str:
+    """In words, whether what was skipped ran after all."""
+    return ", went on densely after the answer" if result.went_on else ""
 
 
 def reward_of(result: Result) -> str:

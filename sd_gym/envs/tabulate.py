@@ -102,20 +102,21 @@ class TableMaker:
             ray: Address of a Ray cluster that runs the chunks instead; it sees the folder under the same path.
 
         Raises:
-            FileExistsError: If the folder is not empty, and does not hold an interrupted table that is resumed.
-            ValueError: If the interrupted table is another one, or ``pca`` is too large.
+            FileExistsError: If the folder is not empty, and does not hold a table that is resumed.
+            ValueError: If that table is another one, or ``pca`` is too large.
             ConfigError: If the env's observation is not a ``Box``.
         """
         self._check()
         with locked(self.folder):
             core, folder, exported = self.core, self.folder, self.core.export()
+            description = self._description(exported)
+            if self._begin(description, resume):
+                return
             masks = all_decisions(core.decision_nvec) if self.masks is None else self.masks
             chunks = [chunk for name in SPLITS for chunk in self._chunks(core.split(name))]
             missing = [chunk for chunk in chunks if not chunk.file.exists()]
             total, left = (len(masks) * sum(len(chunk.rows) for chunk in some) for some in (chunks, missing))
             on_chunk(total - left, total)
-            description = self._description(exported)
-            self._begin(description, resume)
             reduce = self._projection()
             for chunk in _written((core, masks, self.ways or [], self.bf16, reduce), missing, jobs, ray, imports):
                 left -= len(masks) * len(chunk.rows)
@@ -218,29 +219,31 @@ class TableMaker:
             described["units"] = self.units._asdict()
         return _without_paths(described) if self.share else described
 
-    def _begin(self, description: dict[str, Any], resume: bool) -> None:
+    def _begin(self, description: dict[str, Any], resume: bool) -> bool:
+        """Begin the folder, or check that it holds this table; whether that is complete."""
         folder, masks = self.folder, self.masks
         file, codebook = folder / "table.json", folder / CODEBOOK
         if not contents(folder):
             if masks is not None:
                 write_masks(masks, codebook)
             write_json(file, description)
-            return
+            return False
         if not file.is_file():
             raise foreign(folder, "table")
         existing = read_json(file)
-        if existing.get("complete"):
-            raise FileExistsError(f"{folder} holds a table; choose another --output")
+        complete = bool(existing.pop("complete", False))
+        what = "a table" if complete else "an interrupted table"
         if not resume:
-            raise FileExistsError(f"{folder} holds an interrupted table; pass --resume, or choose another --output")
-        wanted = json.loads(as_json(description))
+            raise FileExistsError(f"{folder} holds {what}; pass --resume, or choose another --output")
+        wanted = {key: value for key, value in json.loads(as_json(description)).items() if key != "complete"}
         differ = [key for key in wanted if wanted[key] != existing.get(key)]
         if masks is not None and not differ and json.loads(codebook.read_text(encoding="utf-8")) != masks.tolist():
             differ = ["masks"]
         if differ:
-            raise ValueError(
-                f"{folder} holds an interrupted table with another {', '.join(differ)}; choose another --output"
-            )
+            raise ValueError(f"{folder} holds {what} with another {', '.join(differ)}; choose another --output")
+        if complete:
+            shutil.rmtree(folder / PARTS, ignore_errors=True)
+        return complete
 
     def _write_split(
         self, split: BackboneSplit, parts: list[dict[str, Array]], masks: Array, reduce: Projection | None

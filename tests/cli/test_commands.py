@@ -91,7 +91,8 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone, monkey
     result = run("compare", folder, tmp_path / "warm")
     assert "SD/Classification-Custom-v0, dense quality" in result.output
     assert "…" not in result.output
-    assert max(map(len, result.output.splitlines())) <= 80
+    header = result.output.partition("───")[0].split()
+    assert {"agent", "points", "FLOPs", "return", "masks", "kept"} <= {*header}, "columns are missing"
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,26 @@ def test_a_log_has_a_line_now_and_then(log):
     assert lines[-1].endswith(" left")
 
 
+def test_a_narrow_terminal_shows_steps_and_time_and_cuts_figures(monkeypatch):
+    text = io.StringIO()
+    monkeypatch.setattr(terminal, "errors", Console(file=text, width=80, force_terminal=True, markup=False))
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    with terminal.progress_bar() as progress:
+        bar = progress.add_task(
+            "learning", total=100_000, figures="quality 0.805  quality_ref 0.930  flops_ratio 0.528"
+        )
+        progress.update(bar, completed=28_160)
+    assert "28160/100000" in text.getvalue()
+    assert "quality 0.8" in text.getvalue()
+
+
+def test_what_a_pair_gives_is_not_read_as_yaml():
+    columns = ["text=Review #", "label=007", "text_pair=[x]: y=z"]
+    assert dict(terminal.pairs_of(columns, "--column")) == {"text": "Review #", "label": "007", "text_pair": "[x]: y=z"}
+    with pytest.raises(ValueError, match="--column: expected key=value, got 'text'"):
+        list(terminal.pairs_of(["text"], "--column"))
+
+
 def test_a_log_says_that_a_command_without_steps_goes_on(log):
     with terminal.status("reducing"):
         time.sleep(0.05)

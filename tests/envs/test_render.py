@@ -48,6 +48,8 @@ def test_a_lost_answer_is_called_lost():
     lines = as_lines(replace(scene, result=lost))
     assert "answer:    (nothing)" in lines
     assert "0.00 (dense: 1.00), lost" in lines
+    assert "went on" not in lines
+    assert "|, went on densely after the answer" in as_lines(replace(scene, result=replace(lost, went_on=True)))
     assert "reward:    -20.000" in lines
     assert "reward:    +0.000, -0.500" in as_lines(replace(scene, result=replace(lost, reward=np.array([0.0, -0.5]))))
 

@@ -90,8 +90,14 @@ def test_a_table_that_was_cut_off_goes_on_and_becomes_the_same(tmp_path, monkeyp
     assert done[-1][0] == done[-1][1]
     # The chunk that was cut off is the only one that ran twice; the four before it are told of at once.
     assert len(calls) == len(done) + 4
-    with pytest.raises(FileExistsError, match="holds a table"):
-        sd_gym.tabulate(env_id, cut, resume=True, **asked)
+    with pytest.raises(FileExistsError, match="holds a table; pass --resume"):
+        sd_gym.tabulate(env_id, cut, **asked)
+    with pytest.raises(ValueError, match="holds a table with another chosen"):
+        sd_gym.tabulate(env_id, cut, resume=True, decisions="random:3", pca=4, **keys)
+    ran = len(calls)
+    sd_gym.tabulate(env_id, cut, resume=True, references=True, **asked)  # where only these are missing
+    assert len(calls) == ran
+    assert contents_of(cut).keys() - contents_of(whole).keys() == {"references.json"}
 
 
 def test_another_folder_is_left_alone(tmp_path, table_source):

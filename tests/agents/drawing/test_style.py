@@ -5,7 +5,21 @@ import re
 from xml.etree import ElementTree
 
 import numpy as np
-from sd_gym.agents.drawing.style import as_svg, figure, style
+from sd_gym.agents.drawing.style import agent_styles, as_svg, figure, style
+from sd_gym.agents.report.charts import draw_curves, draw_results
+
+
+def test_more_flops_than_dense_are_within_every_picture():
+    """Going on after the answer can cost more."""
+    histories = [[{"step": step, "quality": 0.9, "quality_ref": 0.9, "flops_ratio": 1.27} for step in (0, 100)]]
+    with style():
+        quality, flops = figure(2).subplots(2, 1)
+        draw_curves(quality, flops, {"ppo": histories}, agent_styles(["ppo"]), 0.01)
+        assert flops.get_ylim()[1] > 127
+        axes = figure(2).subplots()
+        points = [np.array([0.0]), np.array([50.0]), np.array([0.0]), np.array([127.0])]
+        draw_results(axes, {"ppo": points}, agent_styles(["ppo"]), 0.01)
+        assert axes.get_xlim()[1] > 127
 
 
 def test_a_picture_of_a_page_shows_all_that_the_figure_does():

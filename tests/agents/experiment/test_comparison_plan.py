@@ -1,11 +1,30 @@
 """The runs of a comparison, before any of them is trained."""
 
+import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from sd_gym.agents.experiment.comparison_plan import plan_comparison
+from hypothesis import given
+from hypothesis import strategies as st
+from sd_gym.agents.experiment.comparison_plan import PlannedRun, plan_comparison
+
+from sd_gym.cli.terminal import settings_of
 
 CUSTOM = "SD/Classification-Custom-v0"
+WORDS = st.one_of(
+    st.sampled_from(["my reviews #1.jsonl", "Q: {question}", "no", "007", "1e3", "null", "*x", "ü", "", "a\\nb"]),
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=9),
+)
+VALUES = st.one_of(
+    WORDS,
+    st.booleans(),
+    st.none(),
+    st.integers(-9, 9),
+    st.floats(-1e9, 1e9),
+    st.lists(st.integers(0, 3), max_size=2),
+    WORDS.filter(bool).map(Path),
+)
 
 
 def test_the_plan_has_every_agent_and_control_with_the_same_seeds():
@@ -44,3 +63,12 @@ def test_a_blind_agent_begins_with_what_sees_nothing_and_settings_go_to_who_has_
 def test_what_is_wrong_with_a_name_is_told_before_anything_is_trained(arguments, message):
     with pytest.raises(ValueError, match=message):
         plan_comparison(**{"envs": [CUSTOM], "algos": ["ppo"], **arguments})
+
+
+@given(st.dictionaries(st.sampled_from(["dataset", "prompt", "backbone"]), VALUES, min_size=1))
+def test_the_command_of_a_run_gives_its_settings_again(settings):
+    words = shlex.split(PlannedRun("SD/Env-v0", "ppo", Path("runs/a"), 10, 0, settings).command())
+    pairs = [word for option, word in pairwise(words) if option == "--set"]
+    assert settings_of(pairs) == {
+        key: str(value) if isinstance(value, Path) else value for key, value in settings.items()
+    }

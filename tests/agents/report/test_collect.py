@@ -66,6 +66,11 @@ def test_single_instances_are_of_each_level_and_of_what_was_lost(run):
     text = (other / "instances.csv").read_text()
     (other / "instances.csv").write_text(text.replace("11010", "11011"))
     assert [one.dropped for one in example_decisions(finished_runs([other])[0])] == [0.25, 0.0]
+    assert not first.went_on
+    lines = (other / "instances.csv").read_text().splitlines()
+    text = "\n".join([f"{lines[0]},goes_on", f"{lines[1]},True", *(f"{line},False" for line in lines[2:])])
+    (other / "instances.csv").write_text(text)
+    assert [one.went_on for one in example_decisions(finished_runs([other])[0])] == [True, False]
 
 
 def _fields(values, path=()):
