@@ -141,8 +141,9 @@ def run(
 ) -> None:
     """Answer many inputs with a trained policy; rows of similar length, or with the same decision, run together.
 
-    A row's object has its line (in CSV and Parquet: the row's number), answer, skip (0 or 1 per switch), token_level, flops_ratio, unknown_tokens and went_on.
-    A malformed line gets an "error" instead; the exit code is then 1. Blank lines are skipped.
+    A row's object has its line (in CSV and Parquet the row's number), answer, skip (0 or 1 per switch), token_level,
+    flops_ratio, unknown_tokens and went_on. A malformed line gets an "error" instead; the exit code is then 1. Blank
+    lines are skipped.
 
     Until the run is finished, answers are in the folder OUTPUT.part. --resume continues there, and refuses another
     policy, operating point, column or input.
