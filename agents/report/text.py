@@ -171,8 +171,8 @@ def overall_tables(envs: Sequence[EnvRuns]) -> list[Table]:
     shared, rows, pairs = agents_on_all(envs), [], []
     for name, agents in shared.items():
         runs, kept = sum(len(agent.runs) for agent in agents), sum(int(agent.kept.sum()) for agent in agents)
-        mean, *bounds = aggregate(_scores(agents))
-        saved = f"{mean:z.1%}" if min(len(agent.runs) for agent in agents) < 2 else _interval(mean, *bounds, "z.1%")
+        mean, low, high = aggregate(_scores(agents))
+        saved = f"{mean:z.1%}" if min(len(agent.runs) for agent in agents) < 2 else _interval(mean, low, high, "z.1%")
         rows.append([name, str(runs), saved, f"{kept} of {runs}"])
     tables = [Table("FLOPs saved with the quality kept, over all envs", ["agent", "runs", "saved", "kept"], rows)]
     for first, second in combinations(shared, 2):
