@@ -171,20 +171,26 @@ def overall_tables(envs: Sequence[EnvRuns]) -> list[Table]:
     shared, rows, pairs = agents_on_all(envs), [], []
     for name, agents in shared.items():
         runs, kept = sum(len(agent.runs) for agent in agents), sum(int(agent.kept.sum()) for agent in agents)
-        mean, low, high = aggregate(_scores(agents))
-        saved = f"{mean:z.1%}" if min(len(agent.runs) for agent in agents) < 2 else _interval(mean, low, high, "z.1%")
-        rows.append([name, str(runs), saved, f"{kept} of {runs}"])
+        rows.append([name, str(runs), _saved(agents), f"{kept} of {runs}"])
     tables = [Table("FLOPs saved with the quality kept, over all envs", ["agent", "runs", "saved", "kept"], rows)]
     for first, second in combinations(shared, 2):
         scores = _scores(shared[first]), _scores(shared[second])
         better, low, high = probability_of_improvement(*scores)
-        differ = "yes" if low > 0.5 or high < 0.5 else "no"
-        differ = differ if enough_runs(*scores) else f"takes {FEWEST_RUNS} runs each"
-        pairs.append([first, second, _interval(better, low, high), differ])
+        probability, differ = f"{better:.0%}", f"takes {FEWEST_RUNS} runs each"
+        if enough_runs(*scores):
+            probability, differ = _interval(better, low, high), "yes" if low > 0.5 or high < 0.5 else "no"
+        pairs.append([first, second, probability, differ])
     if pairs:
         columns = ["agent", "better than", "probability", "told apart"]
         tables.append(Table("Probability of improvement, a run against a run on the same env", columns, pairs))
     return tables
+
+
+def _saved(agents: list[AgentRuns]) -> str:
+    """Mean savings over all envs, with the interval if there are several runs of each."""
+    mean, low, high = aggregate(_scores(agents))
+    several = min(len(agent.runs) for agent in agents) > 1
+    return _interval(mean, low, high, "z.1%") if several else f"{mean:z.1%}"
 
 
 def overall_sentences(envs: Sequence[EnvRuns]) -> list[str]:
@@ -195,11 +201,10 @@ def overall_sentences(envs: Sequence[EnvRuns]) -> list[str]:
     if len(envs) < 2 or not learned:
         return []
     first, *others = learned
-    mean, low, high = means[first]
     controls = ", ".join(f"{name} {means[name][0]:.1%}" for name in shared if name not in learned)
     against = f"; the controls save: {controls}" if controls else ""
     return [
-        f"{first} saves most with the quality kept: {mean:.1%} of the FLOPs ({low:.1%} to {high:.1%}){against}.",
+        f"{first} saves most with the quality kept: {_saved(shared[first])} of the FLOPs{against}.",
         *(_against(shared[first], shared[other]) for other in others),
     ]
 
