@@ -53,6 +53,7 @@ class _Description(BaseModel):
     data: dict[str, _Data]
     weights: str
     versions: dict[str, str] = {}
+    origins: dict[str, str] = {}
 
 
 class _Level(BaseModel):
