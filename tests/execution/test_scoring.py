@@ -58,6 +58,20 @@ def test_more_than_255_token_levels_are_told_apart():
     assert split.scoring.quality(rows, decisions)[0].mean() < split.scoring.quality(rows, decisions)[1].mean()
 
 
+def test_where_the_reference_becomes_more_likely_the_quality_is_above_one(reviews, tiny_backbone):
+    """So that what is gained makes up for what is lost: the limit is on the mean of both."""
+    files = {"dataset": str(reviews), "backbone": str(tiny_backbone)}
+    core = gym.make("SD/Classification-Custom-v0", **files, quality="likelihood").unwrapped.core
+    split, rows = core.split("train"), np.arange(len(core.split("train")))
+    decisions = random_decisions(core, len(rows), 0.5)
+    quality, likely = split.scoring.quality_and_likelihood(rows, decisions)
+    change = np.log(likely / split.scoring.quality_and_likelihood(rows, 0 * decisions)[1])
+    assert (change > 0.05).any()
+    assert (change < -0.05).any()
+    np.testing.assert_allclose(quality, 1 + np.clip(change, -1, 1), rtol=1e-5)
+    np.testing.assert_allclose(split.scoring.quality(rows, decisions)[0], quality, rtol=1e-5)
+
+
 def test_scores_are_computed_once(monkeypatch):
     env = gym.make_vec(MINI[0], num_envs=4, **SMALL, penalty=9.0).unwrapped
     split = env.core.split("train")
