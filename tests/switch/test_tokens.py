@@ -15,7 +15,7 @@ from sd_gym.switch import (
     position_scores,
     rarity_scores,
 )
-from tests.conftest import DECODER, ENCODER_DECODER, TINY, make_inputs, make_model
+from tests.conftest import DECODER, ENCODER_DECODER, TINY, make_inputs, make_model, row_of
 from tests.switch.conftest import fresh_cache
 
 
@@ -74,6 +74,24 @@ def test_dropping_is_the_model_without_these_tokens_at_their_positions(name):
     if name in DECODER:
         # A causal model's earlier positions do not know what is dropped behind them.
         torch.testing.assert_close(logits[0, :2], model(**inputs).logits[0, :2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODER)
+@torch.inference_mode()
+def test_without_a_mask_rows_that_keep_different_numbers_of_tokens_are_as_alone(name):
+    """The decoder reads no state of a token that a row has dropped and another one has kept."""
+    model, inputs = make_model(name), make_inputs(name, batch=3)
+    del inputs["attention_mask"]
+    board = Switchboard(model)
+    skip, keep = np.zeros((3, len(board)), int), np.ones((3, 7), int)
+    keep[0, [2, 4, 5]] = 0
+    keep[1, 3] = 0
+    with board.decide(skip, keep):
+        together = model(**inputs).logits
+    for row in range(3):
+        with board.decide(skip[row : row + 1], keep[row : row + 1]):
+            alone = model(**row_of(inputs, row)).logits[0]
+        torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bert", "mbart", "llama"])
