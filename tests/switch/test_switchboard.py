@@ -198,6 +198,18 @@ def test_decisions_nest_and_end_with_their_block(name):
         assert torch.equal(model(**inputs).logits, dense)
 
 
+@pytest.mark.parametrize("first", ["with tokens dropped", "without"])
+def test_the_same_switches_with_and_without_tokens_dropped_are_two_decisions(first, kind):
+    """Whichever a board has seen first, as boards remember decisions."""
+    inputs, board = make_inputs(kind), Switchboard(make_model(kind))
+    skip, keep = random_decisions(board, 5, 7, 0)
+    pair = [keep, None] if first == "with tokens dropped" else [None, keep]
+    one_board = [logits(board, skip, inputs, tokens) for tokens in pair]
+    each_its_own = [logits(Switchboard(make_model(kind)), skip, inputs, tokens) for tokens in pair]
+    assert all(map(torch.equal, one_board, each_its_own))
+    assert not torch.equal(*one_board)
+
+
 def test_every_public_function_and_class_has_an_example():
     """What describes an architecture is shown by register_architecture, all others by the switchboard."""
     described = {
