@@ -6,6 +6,7 @@ from sd_gym.agents.registry import make_agent
 from stable_baselines3.common.logger import configure
 
 from sd_gym.envs.protocols import Outcome
+from tests.agents.conftest import learn
 
 
 def test_reinforce_waits_for_its_foresight_but_learns_in_short_runs_too(staged_env, tmp_path):
@@ -51,3 +52,44 @@ def test_gained_answers_make_up_for_lost_ones_in_the_barrier(env, tmp_path, monk
     agent.learn(64, configure(str(tmp_path), []), lambda rollout: None)
     assert {*violated} == {-1 / 8}
     assert agent.foresight.lost.min() < 0
+
+
+def test_the_barrier_gets_gradients_of_different_instances(env, tmp_path, monkeypatch):
+    """Noise has mean zero only in a product of independent estimates: here one half has losses, the other has none."""
+    agent, halves = make_agent("reinforce", env, seed=0, foresight=False, initial_skip_rate=0.5), []
+
+    def score(split, rows, decisions, seen=None):
+        instance = np.arange(len(rows)) % env.num_envs  # each is scored several times
+        lost = np.where(instance < env.num_envs // 2, decisions[:, 0], 0)
+        return Outcome(1.0 - lost, np.ones(len(rows)), 1 - decisions[:, :-1].mean(axis=1))
+
+    def weigh(lost, *gradients):
+        halves.append(gradients)
+        return weighed(lost, *gradients)
+
+    weighed = agent.barrier.weigh
+    monkeypatch.setattr(env.core, "score", score)
+    monkeypatch.setattr(agent.barrier, "weigh", weigh)
+    agent.learn(32, configure(str(tmp_path), []), lambda rollout: None)
+    (of_flops, of_loss) = halves[0]
+    assert of_loss[0].norm() > 0
+    assert of_loss[1].norm() == 0
+    assert all(half.norm() > 0 for half in of_flops)
+    assert not torch.equal(*of_flops)
+
+
+def test_the_entropy_bonus_moves_decisions_towards_even_odds(env, tmp_path, monkeypatch):
+    """All decisions lose and cost the same, so nothing else moves them."""
+
+    def score(split, rows, decisions, seen=None):
+        return Outcome(np.ones(len(rows)), np.ones(len(rows)), np.full(len(rows), 0.5))
+
+    monkeypatch.setattr(env.core, "score", score)
+    settings = {"foresight": False, "initial_skip_rate": 0.2, "entropy": 0.1, "learning_rate": 0.01}
+    agent = make_agent("reinforce", env, seed=0, **settings)
+    learn(agent, 2_000, tmp_path)
+    policy = agent.policy()
+    with torch.no_grad():
+        logits = policy(torch.from_numpy(env.core.observe(env.core.split("train"), np.arange(32))))
+    skip_rates = logits[:, : 2 * env.core.n_switches].view(32, -1, 2).softmax(2)[..., 1].mean(dim=0)
+    np.testing.assert_allclose(skip_rates, 0.5, atol=0.1)
