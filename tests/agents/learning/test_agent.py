@@ -123,3 +123,18 @@ def test_tags_of_a_rollout_are_means_over_all_its_decisions(name, custom):
         for key in ("quality", "quality_ref", "flops_ratio"):
             assert values[f"rollout/{key}"] == pytest.approx(rollout.infos[key].mean())
     assert len({float(values["rollout/success_rate"]) for values in points.values()} | {0.0, 1.0}) > 2
+
+
+@pytest.mark.parametrize("name", ["ppo", "reinforce"])
+def test_a_loss_of_epsilon_is_a_success_and_any_more_is_none(name, make_env, tmp_path, monkeypatch):
+    """Whether the env says so or an agent that scores by itself."""
+    env = make_env(epsilon=0.25)
+
+    def score(split, rows, decisions, seen=None):
+        lost = np.where(rows % 2, 0.25, 0.375)
+        return Outcome(1 - lost, np.ones(len(rows)), np.full(len(rows), 0.5))
+
+    monkeypatch.setattr(env.core, "score", score)
+    infos = learn(make_agent(name, env, seed=0), 64, tmp_path)[0].infos
+    assert 0 < infos["is_success"].mean() < 1
+    np.testing.assert_array_equal(infos["is_success"], infos["quality_ref"] - infos["quality"] == 0.25)
