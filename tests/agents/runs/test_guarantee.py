@@ -32,6 +32,15 @@ def test_what_a_cheaper_point_of_another_policy_beats_is_left_out():
     assert sequence(flops, losses, np.zeros(3)).tolist() == [0, 1, 2]  # versions of one policy are a path already
 
 
+def test_a_point_that_only_by_chance_loses_more_than_a_cheaper_one_is_kept():
+    """Of 500 rows the dearer one loses 6, the cheaper one 5 others; that 60 are more than 5 is no chance."""
+    flops, losses = np.array([0.9, 0.5]), lost(6, 5, rows=500)
+    losses[1] = losses[1, ::-1]
+    assert sequence(flops, losses, np.arange(2)).tolist() == [0, 1]
+    losses[0, :60] = 1
+    assert sequence(flops, losses, np.arange(2)).tolist() == [1]
+
+
 def test_points_that_show_no_loss_are_all_there():
     """On rows that were learned by heart nothing is lost, and elsewhere the boldest may lose much."""
     flops = np.linspace(0.1, 0.99, 10)
