@@ -87,6 +87,20 @@ def test_bolder_versions_of_a_policy_that_loses_too_much_are_not_scored(scripted
     assert {flops for split, flops in asked if split == "train"} == {0.9, 0.8, 0.2}
 
 
+def test_a_version_that_by_chance_loses_more_than_epsilon_on_policy_rows_does_not_end_the_path(scripted_scores):
+    """Of 2,000 rows 22 are lost where 20 may be: no standard error more, so what is bolder is estimated as well."""
+    core, origin = scripted_scores[0], object()
+    path = [Version(Scripted(*of), 0.0, origin) for of in ((0.9, 5, 1), (0.8, 22, 2), (0.7, 23, 3))]
+    assert Selection(core).select(path) is path[2]
+
+
+def test_without_a_test_the_choice_is_dense_where_only_what_saves_nothing_keeps_the_quality(scripted_scores):
+    """Even dense itself, as a version, or what runs more than it."""
+    selection = Selection(scripted_scores[0])
+    selection.select([Version(Scripted(0.5, 60, 60)), Version(Scripted(1.0, 0, 0)), Version(Scripted(1.1, 0, 0))])
+    assert selection.as_searched() is None
+
+
 def test_without_labels_a_point_that_changes_answers_is_still_tested(scripted_scores, monkeypatch):
     core, origin = scripted_scores[0], object()
     data = core.config.data.model_copy(update={"policy_labels": "dense"})
