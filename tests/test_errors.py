@@ -22,6 +22,7 @@ from sd_gym.config import BackboneConfig, DataConfig
 from sd_gym.tasks.data import DataError, load_split
 from sd_gym.tasks.family import LONGEST_TEXT
 from sd_gym.tasks.preparation import prepare_backbone
+from tests.agents.conftest import cut_off
 from tests.conftest import small_disk, write_mirror
 
 runner = CliRunner()
@@ -271,23 +272,17 @@ def test_preparing_on_a_full_disk(minutes, tmp_path, reviews, tiny_backbone):
 
 
 @pytest.fixture
-def cut_off(tmp_path, reviews, tiny_backbone):
+def resumption(tmp_path, reviews, tiny_backbone):
     """The call of a run that was killed behind its first checkpoint."""
     settings = {"dataset": str(reviews), "backbone": str(tiny_backbone), "num_envs": 8, "n_steps": 8}
-
-    def cut(steps, _):
-        if steps >= 512:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(CUSTOM, "ppo", tmp_path / "run", steps=1024, **settings, on_progress=cut)
+    cut_off(CUSTOM, "ppo", tmp_path / "run", steps=1024, **settings, after=500)
     assert (tmp_path / "run" / "checkpoint.pt").exists()
     arguments = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     return ["train", CUSTOM, "--steps", 1024, "--output", "run", "--resume", *arguments]
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "foreign", "pickle"])
-def test_damaged_checkpoints(damage, cut_off, tmp_path):
+def test_damaged_checkpoints(damage, resumption, tmp_path):
     file = tmp_path / "run" / "checkpoint.pt"
     whole = file.read_bytes()
     if damage == "foreign":
@@ -296,7 +291,7 @@ def test_damaged_checkpoints(damage, cut_off, tmp_path):
         torch.save({"agent": Path("x")}, file)
     else:
         file.write_bytes({"cut": whole[: len(whole) // 2], "garbage": b"garbage" * 99, "empty": b""}[damage])
-    said = call(*cut_off)
+    said = call(*resumption)
     assert "weights_only" not in said
     assert "checkpoint.pt is damaged, so it cannot be resumed" in said
     assert "delete it and begin again" in said
@@ -307,13 +302,13 @@ def test_damaged_checkpoints_of_a_preparation(tmp_path, reviews, tiny_backbone):
     prepare += ["--checkpoint-minutes", 0]
     checkpoint = tmp_path / "out" / "checkpoint.pt"
 
-    def cut_off(_):
+    def kill(_):
         if checkpoint.exists():
             raise KeyboardInterrupt
         return {}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sd_gym.tasks.preparation.MeanQuality.by_share", cut_off)
+        patch.setattr("sd_gym.tasks.preparation.MeanQuality.by_share", kill)
         runner.invoke(app, [str(part) for part in prepare])
     checkpoint.write_bytes(b"garbage")
     assert "checkpoint.pt is damaged" in call(*prepare, "--resume")

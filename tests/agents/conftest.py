@@ -44,6 +44,21 @@ def finished(custom, tmp_path_factory):
     return run
 
 
+class CutError(Exception):
+    """Stands for a kill."""
+
+
+def cut_off(*arguments, after, **keywords):
+    """A run that ends as if killed, at the first rollout with more decisions than ``after``."""
+
+    def kill(step, figures):
+        if step > after:
+            raise CutError
+
+    with pytest.raises(CutError):
+        train(*arguments, **keywords, on_progress=kill)
+
+
 def asked(custom):
     """What the finished runs were asked for."""
     return {"steps": 640, "seed": 3, **{**custom, "penalty": 3.0, "num_envs": 16}}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import cache
 
 import gymnasium as gym
 import pytest
@@ -15,6 +16,7 @@ import sd_gym
 from sd_gym.cli import app
 from sd_gym.envs.core import core_of
 from sd_gym.execution.scoring import Scoring
+from tests.agents.conftest import cut_off
 
 CUSTOM = "SD/Classification-Custom-v0"
 
@@ -51,40 +53,46 @@ def test_another_seed_has_other_weights(settings):
     assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize("after", [0, 700])  # at first the dense backbone alone was scored
+@pytest.fixture(scope="module")
+def on_likelihoods(custom):
+    """What runs are asked for whose scores depend, in their last bits, on the rows that they are computed beside."""
+    return {"steps": 1_000, **custom, "quality": "likelihood", "num_envs": 16}
+
+
+@pytest.fixture(scope="module")
+def alone(on_likelihoods, tmp_path_factory):
+    """The folder and the result of the run of an agent in a process of its own: one for all tests."""
+
+    @cache
+    def run(algo):
+        folder = tmp_path_factory.mktemp("alone") / algo
+        forget()
+        return folder, train(CUSTOM, algo, folder, seed=3, **on_likelihoods)
+
+    return run
+
+
+def assert_same(folder, result, expected):
+    assert weights(folder) == weights(expected[0])
+    assert {**result, "time": None} == {**expected[1], "time": None}
+
+
 @pytest.mark.parametrize("algo", ["ppo", "reinforce"])
-def test_a_killed_run_on_likelihoods_ends_as_the_uninterrupted_one(algo, after, settings, tmp_path):
-    """A likelihood depends in its last bits on the rows that it is computed beside, and so on what is known before."""
-
-    class KilledError(Exception):
-        pass
-
-    def kill(step, figures):
-        if step > after:
-            raise KilledError
-
-    settings = {**settings, "quality": "likelihood", "num_envs": 16}
-    arguments = {"steps": 1_000, "seed": 3, **settings}
-    forget()
-    whole = train(CUSTOM, algo, tmp_path / "whole", **arguments)
-    forget()
-    with pytest.raises(KilledError):
-        train(CUSTOM, algo, tmp_path / "cut", **arguments, on_progress=kill)
-    forget()
-    resumed = train(CUSTOM, algo, tmp_path / "cut", **arguments, resume=True)
-    assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
-    assert {**whole, "time": None} == {**resumed, "time": None}
+def test_a_killed_run_on_likelihoods_ends_as_the_uninterrupted_one(algo, alone, on_likelihoods, tmp_path):
+    expected = alone(algo)
+    for after in (0, 700):  # at first the dense backbone alone was scored
+        cut = tmp_path / str(after)
+        forget()
+        cut_off(CUSTOM, algo, cut, seed=3, **on_likelihoods, after=after)
+        forget()
+        assert_same(cut, train(CUSTOM, algo, cut, seed=3, **on_likelihoods, resume=True), expected)
 
 
-def test_a_run_does_not_depend_on_what_ran_before_in_the_process(settings, tmp_path):
-    settings = {**settings, "quality": "likelihood", "num_envs": 16}
+def test_a_run_does_not_depend_on_what_ran_before_in_the_process(alone, on_likelihoods, tmp_path):
+    expected = alone("ppo")
     forget()
-    alone = train(CUSTOM, "ppo", tmp_path / "alone", steps=1_000, **settings)
-    forget()
-    train(CUSTOM, "ppo", tmp_path / "before", steps=1_000, seed=1, **settings)
-    after = train(CUSTOM, "ppo", tmp_path / "after", steps=1_000, **settings)
-    assert weights(tmp_path / "alone") == weights(tmp_path / "after")
-    assert {**alone, "time": None} == {**after, "time": None}
+    train(CUSTOM, "ppo", tmp_path / "before", seed=1, **on_likelihoods)
+    assert_same(tmp_path / "after", train(CUSTOM, "ppo", tmp_path / "after", seed=3, **on_likelihoods), expected)
 
 
 def test_all_runs_of_a_process_share_the_dense_scores(settings, tmp_path, monkeypatch):
@@ -135,16 +143,8 @@ def test_changed_data_are_noticed_with_the_split(row, split, settings, reviews, 
 
 
 def test_changed_data_are_noticed_by_who_resumes(settings, reviews, tmp_path):
-    class KilledError(Exception):
-        pass
-
-    def kill(step, figures):
-        if step > 700:
-            raise KilledError
-
     arguments = {"steps": 1_000, **{**settings, "num_envs": 16}}
-    with pytest.raises(KilledError):
-        train(CUSTOM, "ppo", tmp_path / "run", **arguments, on_progress=kill)
+    cut_off(CUSTOM, "ppo", tmp_path / "run", **arguments, after=700)
     change(reviews, 8)
     with pytest.raises(ValueError, match="the data have changed: validation was"):
         train(CUSTOM, "ppo", tmp_path / "run", **arguments, resume=True)

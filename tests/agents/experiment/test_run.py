@@ -23,7 +23,7 @@ from sd_gym.execution.scoring import Scoring
 from sd_gym.going_on import parted
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy
-from tests.agents.conftest import LEARNING, SB3, STAGED, STAGES, asked, bold, staged_settings, walked
+from tests.agents.conftest import LEARNING, SB3, STAGED, STAGES, asked, bold, cut_off, staged_settings, walked
 
 CUSTOM, TREC = "SD/Classification-Custom-v0", "SD/Classification-TREC-Table-v1"
 TAGS = {
@@ -83,17 +83,9 @@ def test_a_policy_that_is_not_there(tmp_path):
 
 @pytest.mark.parametrize("name", [*LEARNING, "blind-ppo"])
 def test_a_run_that_was_killed_ends_as_the_uninterrupted_one(name, finished, custom, tmp_path):
-    class KilledError(Exception):
-        pass
-
-    def kill(step, figures):
-        if step > 420:
-            raise KilledError
-
     whole_folder, whole, _ = finished(name)
     arguments, cut = asked(custom), tmp_path / "cut"
-    with pytest.raises(KilledError):
-        train(CUSTOM, name, cut, **arguments, on_progress=kill)
+    cut_off(CUSTOM, name, cut, **arguments, after=420)
     with pytest.raises(FileExistsError, match="go on with --resume"):
         train(CUSTOM, name, cut, **arguments)
     with pytest.raises(ValueError, match="its seed is 3, now it is 4"):
@@ -106,32 +98,17 @@ def test_a_run_that_was_killed_ends_as_the_uninterrupted_one(name, finished, cus
     assert {**whole, "time": None} == {**resumed, "time": None}
 
 
-class CutError(Exception):
-    """Stands for a kill."""
-
-
 def cut_run(settings, folder):
-    def kill(step, figures):
-        if step > 700:
-            raise CutError
-
     arguments = {"steps": 1_000, **{**settings, "num_envs": 16}}
-    with pytest.raises(CutError):
-        train(CUSTOM, "ppo", folder, **arguments, on_progress=kill)
+    cut_off(CUSTOM, "ppo", folder, **arguments, after=700)
     return arguments
 
 
 def test_a_limit_that_falls_over_the_run_goes_on_where_it_was(tmp_path):
     """That of ``ppo_lex``; here the mean loss is between the limit after the cut and that of a new run."""
-
-    def kill(step, figures):
-        if step >= 2048:
-            raise KeyboardInterrupt
-
     arguments = {"steps": 8192, "num_envs": 256, "epsilon": 0.1}
     train(TREC, "ppo_lex", tmp_path / "whole", **arguments)
-    with pytest.raises(KeyboardInterrupt):
-        train(TREC, "ppo_lex", tmp_path / "cut", **arguments, on_progress=kill)
+    cut_off(TREC, "ppo_lex", tmp_path / "cut", **arguments, after=2000)
     train(TREC, "ppo_lex", tmp_path / "cut", **arguments, resume=True)
     weights = [(tmp_path / folder / "policy.safetensors").read_bytes() for folder in ("whole", "cut")]
     assert weights[0] == weights[1]

@@ -12,11 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from tests.agents.conftest import CutError, cut_off
+
 CUSTOM = "SD/Classification-Custom-v0"
-
-
-class KilledError(Exception):
-    """Stands for a kill."""
 
 
 def events_of(folder):
@@ -85,14 +83,9 @@ def test_skip_rates_are_a_picture_at_each_validation_and_charts_lay_agents_over_
 
 @pytest.mark.parametrize("name", ["ppo", "a2c", "reinforce"])
 def test_no_point_is_there_twice_after_a_run_was_cut_off_and_went_on(name, custom, tmp_path):
-    def kill(step, figures):
-        if step > 520:
-            raise KilledError
-
     arguments = {"steps": 800, **{**custom, "num_envs": 16}}
     whole = train(CUSTOM, name, tmp_path / "whole", **arguments)
-    with pytest.raises(KilledError):
-        train(CUSTOM, name, tmp_path / "cut", **arguments, on_progress=kill)
+    cut_off(CUSTOM, name, tmp_path / "cut", **arguments, after=520)
     train(CUSTOM, name, tmp_path / "cut", **arguments, resume=True)
     for folder in ("whole", "cut"):
         events = events_of(tmp_path / folder)
@@ -110,11 +103,11 @@ def test_a_run_that_begins_again_hides_what_was_there(custom, tmp_path, monkeypa
     """An agent that searches has no checkpoint: it starts anew in the folder that it was cut off in."""
 
     def kill(agent, folder):
-        raise KilledError
+        raise CutError
 
     with monkeypatch.context() as patch:
         patch.setattr(ImitationAgent, "save_extra", kill)
-        with pytest.raises(KilledError):
+        with pytest.raises(CutError):
             train(CUSTOM, "imitation", tmp_path / "run", steps=100, **custom)
     train(CUSTOM, "imitation", tmp_path / "run", steps=100, **custom, resume=True)
     assert len(list((tmp_path / "run").glob("events.*"))) == 2

@@ -23,6 +23,7 @@ from sd_gym.envs import ConfigError
 from sd_gym.policy import DecisionPolicy
 from sd_gym.registration import import_own
 from sd_gym.registry import Registry, UnknownNameError
+from tests.agents.conftest import cut_off
 from tests.conftest import forget_own
 
 pytestmark = pytest.mark.usefixtures("own_names")
@@ -59,26 +60,12 @@ def test_a_run_with_an_own_objective_is_evaluated_by_anybody_but_resumed_only_wi
     result = train(CUSTOM, "a2c", tmp_path / "done", steps=64, **settings)
     assert result["return"] == pytest.approx(result["quality_difference"] - 20 * result["flops_ratio"])
     assert sd_gym.evaluate(CUSTOM, tmp_path / "done")["return"] == result["return"]
-    half_way(CUSTOM, "a2c", tmp_path / "cut", steps=640, **settings, imports=["my_things"])
+    cut_off(CUSTOM, "a2c", tmp_path / "cut", steps=640, **settings, imports=["my_things"], after=320)
     forget_own()
     evaluated = sd_gym.evaluate(CUSTOM, tmp_path / "done")
     assert (evaluated["instances"], evaluated["return"]) == (4, None)  # nobody here knows what it was
     with pytest.raises(ConfigError, match=r"unknown objective 'stingy'.*cut was made with --import my_things"):
         train(CUSTOM, "a2c", tmp_path / "cut", steps=640, **settings, resume=True)
-
-
-def half_way(*arguments, **keywords):
-    """A run that is cut off after a checkpoint."""
-
-    class KilledError(Exception):
-        pass
-
-    def kill(step, figures):
-        if step > keywords["steps"] / 2:
-            raise KilledError
-
-    with pytest.raises(KilledError):
-        train(*arguments, **keywords, on_progress=kill)
 
 
 # --- networks ---
@@ -286,7 +273,7 @@ def test_a_killed_run_of_ones_own_ends_as_the_uninterrupted_one(name, gradient, 
     own = {} if name == "gradient" else {"network": "convolution"}
     arguments = {"steps": 2_000, "seed": 3, **{**custom, **own, "num_envs": 16}, "imports": ["mine.py"]}
     whole = train(CUSTOM, name, tmp_path / "whole", **arguments)
-    half_way(CUSTOM, name, tmp_path / "cut", **arguments)
+    cut_off(CUSTOM, name, tmp_path / "cut", **arguments, after=1_000)
     forget_own()
     missing = "network 'convolution'" if own else "agent 'gradient'"
     message = rf"unknown {missing}.*cut was made with --import mine\.py; pass that again"

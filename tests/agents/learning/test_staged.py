@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sd_gym
 from sd_gym.policy import DecisionPolicy
-from tests.agents.conftest import STAGES, bold, learned, leaves, staged_settings, walked
+from tests.agents.conftest import STAGES, bold, cut_off, learned, leaves, staged_settings, walked
 
 CUSTOM = "SD/Classification-Custom-Staged-v0"
 LEARNING = ["ppo", "a2c", "ppo_lagrangian", "ppo_lex", "reinforce", "blind-ppo"]
@@ -110,13 +110,7 @@ def test_a_run_is_kept_evaluated_and_resumed(keys, algo, tmp_path, monkeypatch):
     assert {**sd_gym.evaluate(CUSTOM, tmp_path / "run"), "time": None}.items() >= {
         name: result[name] for name in ("quality", "flops_ratio_with_policy", "skip_rate", "verdict")
     }.items()
-
-    def cut(done, figures):
-        if done > 100:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(CUSTOM, algo, tmp_path / "cut", steps=200, **settings, on_progress=cut)
+    cut_off(CUSTOM, algo, tmp_path / "cut", steps=200, **settings, after=100)
     assert (tmp_path / "cut" / "checkpoint.pt").exists()
     resumed = train(CUSTOM, algo, tmp_path / "cut", steps=200, **settings, resume=True)
     assert {**resumed, "time": None} == {**result, "time": None}

@@ -22,7 +22,7 @@ from sd_gym.envs import ConfigError
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.spaces import joined
 from sd_gym.policy import DecisionPolicy
-from tests.agents.conftest import leaves, walked
+from tests.agents.conftest import cut_off, leaves, walked
 from tests.conftest import sign
 from tests.policy.conftest import QUICK, is_negated, orders  # noqa: F401  (a fixture)
 
@@ -113,14 +113,9 @@ def test_a_run_is_kept_leaves_and_decides_the_same_again(keys, algo, tmp_path):
 
 @pytest.mark.parametrize("algo", ["ppo_lex", "reinforce"])
 def test_a_run_that_was_killed_ends_as_the_uninterrupted_one(keys, algo, tmp_path):
-    def kill(step, figures):
-        if step > 600:
-            raise KeyboardInterrupt
-
     arguments = {"steps": 900, **keys, **QUICK[algo]}
     sd_gym.train(CUSTOM, algo, tmp_path / "whole", **arguments)
-    with pytest.raises(KeyboardInterrupt):
-        sd_gym.train(CUSTOM, algo, tmp_path / "cut", **arguments, on_progress=kill)
+    cut_off(CUSTOM, algo, tmp_path / "cut", **arguments, after=600)
     sd_gym.train(CUSTOM, algo, tmp_path / "cut", **arguments, resume=True)
     whole, cut = ((tmp_path / run / "policy.safetensors").read_bytes() for run in ("whole", "cut"))
     assert whole == cut
