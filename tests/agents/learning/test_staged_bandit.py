@@ -71,7 +71,8 @@ def end(name, stages, seed, folder, reviews, backbone, monkeypatch):
         monkeypatch.setattr(core, "observe", lambda split, rows: np.zeros((len(rows), *shape), dtype=np.float32))
     env.reset(seed=seed)
     agent = make_agent(name, env, seed=seed, **SETTINGS.get(name, {}))
-    agent.learn(12_000, configure(str(folder), []), lambda rollout: None)
+    steps = 8_000 if name == "reinforce" else 12_000
+    agent.learn(steps, configure(str(folder), []), lambda rollout: None)
     rows = np.arange(32)
     outcome = score(None, rows, core.rollout(core.split("train"), rows, agent.policy().decide)[0])
     return float(1 - outcome.flops_ratio.mean()), float(1 - outcome.quality.mean())
@@ -83,7 +84,7 @@ SETTINGS = {
     "ppo": {"entropy": 0.05},
     "a2c": {"entropy": 0.05, "learning_rate": 2e-3},
     "reinforce": {"beta": 10},
-    "imitation": {"batch_size": 4, "epochs": 100, "learning_rate": 3e-3},
+    "imitation": {"batch_size": 4, "epochs": 50, "learning_rate": 3e-3},
 }
 
 
