@@ -271,9 +271,10 @@ def test_what_decides_by_more_than_the_observation_is_evaluated_beside_agents(cu
 def test_a_killed_run_of_ones_own_ends_as_the_uninterrupted_one(name, gradient, custom, tmp_path):
     sd_gym.register_network("convolution", Convolution)
     own = {} if name == "gradient" else {"network": "convolution"}
-    arguments = {"steps": 2_000, "seed": 3, **{**custom, **own, "num_envs": 16}, "imports": ["mine.py"]}
+    arguments = {"steps": 1_000, "seed": 3, **{**custom, **own, "num_envs": 16}, "imports": ["mine.py"]}
     whole = train(CUSTOM, name, tmp_path / "whole", **arguments)
-    cut_off(CUSTOM, name, tmp_path / "cut", **arguments, after=1_000)
+    cut_off(CUSTOM, name, tmp_path / "cut", **arguments, after=700)
+    assert (tmp_path / "cut" / "checkpoint.pt").exists()
     forget_own()
     missing = "network 'convolution'" if own else "agent 'gradient'"
     message = rf"unknown {missing}.*cut was made with --import mine\.py; pass that again"
