@@ -16,7 +16,7 @@ from stable_baselines3.common.logger import configure
 from tests.agents.conftest import STAGED, STAGES, learned, leaves
 
 CUSTOM = "SD/Classification-Custom-v0"
-OVER = {"epochs": 100, "batch_size": 8}  # of few instances, imitation needs many passes
+OVER = {"epochs": 25, "batch_size": 8}  # of few instances, imitation needs many passes
 
 
 @pytest.fixture

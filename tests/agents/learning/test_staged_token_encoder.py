@@ -203,7 +203,7 @@ def test_order_is_told(orders, algo, tmp_path, monkeypatch):  # noqa: F811
     env.reset(seed=0)
     steps, settings = {
         "ppo": (5000, {"learning_rate": 1e-2, "n_steps": 2, "batch_size": 64}),
-        "imitation": (0, {"learning_rate": 1e-2, "batch_size": 16}),
+        "imitation": (0, {"learning_rate": 1e-2, "batch_size": 16, "epochs": 20}),
     }[algo]
     agent = make_agent(algo, env, seed=0, channels=16, **settings)
     agent.learn(steps, configure(str(tmp_path), []), lambda rollout: None)
