@@ -42,7 +42,7 @@ def end(name, seed, folder, reviews, backbone, monkeypatch, **settings):
     monkeypatch.setattr(env.core, "score", score)
     env.reset(seed=seed)
     agent = make_agent(name, env, seed=seed, learning_rate=3e-3, initial_skip_rate=0.3, **settings)
-    agent.learn(12_000, configure(str(folder), []), lambda rollout: None)
+    agent.learn(8_000 if name == "reinforce" else 12_000, configure(str(folder), []), lambda rollout: None)
     decisions = agent.policy().decide(env.core.observe(env.core.split("train"), np.arange(32)))[:, :2]
     arms, counts = np.unique(decisions, axis=0, return_counts=True)
     return tuple(arms[counts.argmax()].tolist())
