@@ -34,7 +34,7 @@ from sd_gym.registration import config_of, is_of_table
 from sd_gym.tasks.splits import check_unchanged
 
 Policy = DecisionPolicy | str | Path | Callable[[Observations], Any]
-KEPT = ("steps", "seed", "confidence", "agent_settings", "data")  # keys of a run's config.json that evaluate copies
+KEPT = ("steps", "seed", "confidence", "agent_settings", "origins", "origin_seeds", "data")  # of a run, for evaluate
 
 
 def train_all(

@@ -99,6 +99,9 @@ def test_runs_that_start_from_others_are_seeds_if_those_are(tmp_path, monkeypatc
     assert agents(seeds) == {"ppo from imitation": 3}
     with pytest.warns(UserWarning, match="again/ppo is the run .*ppo-0 again"):
         assert agents([*seeds, again]) == {"ppo from imitation": 3}
+    sd_gym.evaluate("SD/Classification-TREC-Table-v1", seeds[0], output=tmp_path / "evaluated")
+    with pytest.warns(UserWarning, match="evaluated is the run .*ppo-0 again"):
+        assert agents([*seeds, tmp_path / "evaluated"]) == {"ppo from imitation": 3}
     found = agents([*seeds, other])
     assert sorted(found.values()) == [1, 3]
     assert all(name.startswith("ppo from imitation (start imitation, ") for name in found)
