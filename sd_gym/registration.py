@@ -83,12 +83,17 @@ def serving_file(identity: str) -> Path:
 
 def config_of(identity: str) -> Path:
     """The configuration file of an id; raises ``ValueError`` if there is no such id, or if it is a serving env's."""
-    identity = identity.removeprefix("sd_gym:")  # as gym.make takes it
+    identity = plain_id(identity)
     if identity in SERVING:
         raise ValueError(no_decisions(identity))
     if identity not in ENVS.names():
         raise UnknownNameError(unknown("env", identity, all_ids()))
     return ENVS.find(identity)
+
+
+def plain_id(identity: str) -> str:
+    """An id without the module that ``gym.make("sd_gym:ID")`` imports."""
+    return identity.removeprefix("sd_gym:")
 
 
 def no_decisions(identity: str) -> str:

@@ -18,7 +18,7 @@ from sd_gym.agents.serving import run as dials
 
 from sd_gym.envs.config import load_config, parse_yaml
 from sd_gym.envs.serving.config import serving_config
-from sd_gym.registration import SERVING, config_of
+from sd_gym.registration import SERVING, config_of, plain_id
 
 CONTROLS = ("hull", "early-exit", "random", "hash", "dense")  # of every comparison, with a blind agent
 FROM = "-from-"
@@ -106,7 +106,7 @@ def plan_comparison(
     See ``sd_gym.train_all`` for the arguments. An agent without random draws (``Agent.draws``) is trained once. Raises
     ``ValueError`` if a name or a setting is unknown, or an agent cannot start from another.
     """
-    settings, names = settings or {}, {}
+    envs, settings, names = [*map(plain_id, envs)], settings or {}, {}
     shared: dict[str, Any] = {"steps": steps, "settings": settings, "confidence": confidence}
     folders, runs = {env: output / env.removeprefix("SD/").removesuffix("-v0") for env in envs}, list[PlannedRun]()
     for env in filter(SERVING.__contains__, envs):

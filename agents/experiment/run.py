@@ -44,7 +44,7 @@ from sd_gym.files import as_json, damaged_checkpoint, read_checkpoint, write_che
 from sd_gym.folders import contents, foreign, locked
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.card import FILE
-from sd_gym.registration import SERVING, all_ids, no_decisions
+from sd_gym.registration import SERVING, all_ids, no_decisions, plain_id
 from sd_gym.registry import UnknownNameError, naming_imports, unknown
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 from sd_gym.tasks.splits import check_unchanged
@@ -113,7 +113,7 @@ def train(
         ValueError: If a name or setting is unknown, the data of a split are malformed, or the run to resume is another
             one, on other data, or damaged.
     """
-    env_id = env_id.removeprefix("sd_gym:")  # as gym.make takes it
+    env_id = plain_id(env_id)
     folder = default_folder(env_id, algo, seed) if output is None else Path(output)
     with locked(folder):
         unfinished = _unfinished_run(folder, resume)
@@ -348,7 +348,7 @@ def measure(
     if result["quality_ref"] <= result["epsilon"] < 1:
         warnings.warn(
             f"dense quality is {result['quality_ref']:.1%}, no more than epsilon, so nothing can be lost, whatever "
-            "is skipped; choose another quality=, or a backbone that has learned the task",
+            "is skipped; choose another quality=, a smaller epsilon=, or a backbone that has learned the task",
             stacklevel=2,
         )
     result |= {"time": {}, "history": selection.history, "last_policy": last, **selection.report()}

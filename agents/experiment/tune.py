@@ -21,7 +21,7 @@ from sd_gym.agents.runs.verdict import CONFIDENCE
 from sd_gym import cluster
 from sd_gym.files import as_json, write_text
 from sd_gym.folders import contents, foreign, locked
-from sd_gym.registration import config_of
+from sd_gym.registration import config_of, plain_id
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -85,6 +85,7 @@ def tune(
     """
     if find_spec("optuna") is None:
         raise ValueError("to tune, Optuna has to be installed: pip install 'sd-gym[tune]'")
+    env_id = plain_id(env_id)
     config_of(env_id)
     defaults = make_settings(algo, split_settings(algo, settings)[1]).model_dump()  # others with a start
     space = {key: values for key, values in agent_class(algo).Settings.space.items() if key not in settings}

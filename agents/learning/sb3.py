@@ -284,7 +284,7 @@ class SB3Agent(Agent[SB3SettingsT]):
         algorithm = self.algorithm
         algorithm.set_parameters(state["parameters"])
         algorithm.num_timesteps, algorithm._n_updates = state["steps"], state["updates"]
-        algorithm._current_progress_remaining = state["progress_left"]
+        algorithm._current_progress_remaining = state.get("progress_left", 1.0)  # checkpoints of before have none
         assert algorithm.env is not None
         algorithm.env.reset()  # the loaded states undo its random draws
         observations = self.env.load_state(state["env"])

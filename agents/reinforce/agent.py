@@ -57,6 +57,7 @@ class ReinforceSettings(LearnerSettings):
     """
 
     space: ClassVar = LearnerSettings.space | {
+        "learning_rate": (5e-5, 1e-2),  # from that of refining
         "samples": [2, 4],
         "updates": [1, 2, 4, 8],
         "limit": (0.1, 1.0),

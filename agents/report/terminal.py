@@ -54,7 +54,7 @@ def result_tables(title: str, result: dict[str, Any]) -> Iterator[RenderableType
 
 
 def comparison_tables(rows: list[list[str]]) -> Iterator[Table]:
-    """Rows of ``compare.COLUMNS``: a table for each env, with a title, so that 80 characters are wide enough."""
+    """Rows of ``compare.COLUMNS``: a table for each env, with a title, so that it is narrow."""
 
     def broken(cell: str) -> str:  # text in brackets gets its own line
         return cell.replace(" (", "\n(")

@@ -78,7 +78,9 @@ def _by_settings(agent: str, runs: list[Run]) -> list[tuple[str, list[Run]]]:
         shared = run.result["data"]["test"]["also_in"]
         notes += [f"{count} of its {run.result['instances']} test rows in {name}" for name, count in shared.items()]
         group = groups.setdefault(f"{agent} ({', '.join(notes)})" if notes else agent, {})
-        key = str(run.folder) if run.seed is None else json.dumps([run.seed, run.config.get("origin_seeds") or {}])
+        starts = {key: start for key in STARTS if (start := run.config["agent_settings"].get(key)) is not None}
+        origins = run.config.get("origin_seeds", starts)  # runs of before have none
+        key = str(run.folder) if run.seed is None else json.dumps([run.seed, origins])
         if key in group:  # a result of sd_gym.evaluate has no history
             kept, left_out = sorted((group[key], run), key=lambda one: not one.result["history"])
             warnings.warn(f"counted once: {left_out.folder} is the run {kept.folder} again", stacklevel=4)

@@ -121,7 +121,7 @@ def difference_interval(quality: NDArray, quality_ref: NDArray, highest: float =
     worst = _worst(quality_ref, highest)
     values = np.r_[quality - quality_ref, worst, -worst]
     half = norm.ppf(0.975) * values.std() / math.sqrt(len(values))
-    return float(values.mean() - half), float(values.mean() + half)
+    return max(-worst, float(values.mean() - half)), min(worst, float(values.mean() + half))
 
 
 def _worst(quality_ref: NDArray, highest: float) -> float:

@@ -36,10 +36,10 @@ def compare(
     Example: `sd-gym compare SD/Classification-Mini-v0 --algos ppo,a2c --seeds 5 --jobs 2 --report report.html`
     """
     imported = terminal.import_all(imports)
-    from sd_gym.registration import all_ids
+    from sd_gym.registration import all_ids, plain_id
 
     folders, failed = [Path(name) for name in what], []
-    if any(name in all_ids() for name in what):
+    if any(plain_id(name) in all_ids() for name in what):
         with terminal.errors_as_lines():
             from sd_gym.agents.experiment.comparison_plan import plan_comparison
 

@@ -90,7 +90,7 @@ def _results(shown: Shown) -> dict[int, Result]:
             answer=answer,
             kept=infos["is_success"][env],
             reward=shown.rewards[env],
-            went_on=bool(again),
+            went_on=bool(again and infos["decision"][env].any()),
             **{key: infos[key][env] for key in ("decision", "quality", "quality_ref", "flops_ratio")},
         )
         for env, answer, again in zip(envs.tolist(), answers, goes_on, strict=True)

@@ -106,7 +106,8 @@ class Attached:
         self._decisions = Decisions(self._head, self._flops)
         methods = {"forward": self._forward, "generate": self._generate}
         self._replaced = {name: vars(model).get(name) for name in methods if hasattr(model, name)}
-        self._inner = {name: getattr(model, name) for name in self._replaced}
+        compiled = {name: getattr(model, name) for name in self._replaced}  # by model.forward = torch.compile(...)
+        self._inner = {name: getattr(now, "_torchdynamo_orig_callable", now) for name, now in compiled.items()}
         self._wrappers = {name: self._wrapper(inner, methods[name]) for name, inner in self._inner.items()}
         self._of_cache: WeakKeyDictionary[Cache, InForce] = WeakKeyDictionary()
         # What refuses to be pickled comes first, with words that help.

@@ -137,6 +137,20 @@ def test_torch_compile_leaves_the_model_as_it_is(mode, stages):
     assert counter.frame_count == 0
 
 
+def test_a_forward_that_was_compiled_before_is_decided_on_and_put_back():
+    model, inputs, counter = make_model("bert"), make_inputs("bert"), CompileCounter()
+    policy = make_policy(model)
+    attach(model, policy)
+    wanted = logits(model, inputs)
+    detach(model)
+    compiled = model.forward = torch.compile(model.forward, backend=counter)
+    attach(model, policy)
+    assert torch.equal(logits(model, inputs), wanted)
+    assert model.decisions.skip.any()
+    assert counter.frame_count == 0
+    assert detach(model).forward is compiled
+
+
 @pytest.mark.parametrize("name", GENERATING)
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3, "num_return_sequences": 2}])
 @pytest.mark.parametrize(

@@ -42,6 +42,11 @@ def test_the_plan_has_every_agent_and_control_with_the_same_seeds():
     assert warm.settings == {"start": Path("out/Classification-Custom/imitation-1")}
 
 
+def test_an_id_with_the_module_is_the_plain_id():
+    plans = [plan_comparison([env], ["ppo"], seeds=1) for env in (CUSTOM, f"sd_gym:{CUSTOM}")]
+    assert plans[0] == plans[1]
+
+
 def test_a_blind_agent_begins_with_what_sees_nothing_and_settings_go_to_who_has_them():
     runs = plan_comparison([CUSTOM], ["ppo-from-imitation"], seeds=1, settings={"n_steps": 8, "penalty": 3})
     by_name = {run.folder.name: run.settings for run in runs}

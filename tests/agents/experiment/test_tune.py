@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from sd_gym.agents.a2c.agent import A2CSettings
+from sd_gym.agents.a2c.agent import A2CAgent, A2CSettings
 from sd_gym.agents.experiment.tune import BEST, score, tune
 from sd_gym.agents.ppo.agent import PPOAgent
 from sd_gym.agents.registry import AGENTS
@@ -72,14 +72,17 @@ def test_trials_are_scored_with_the_confidence_that_they_are_selected_with(tmp_p
     assert tried[0].score < 1  # with 95% it would not be kept
 
 
-def test_with_a_start_the_defaults_are_those_of_refining(tmp_path):
+@pytest.mark.parametrize(("algo", "agent"), [("ppo", PPOAgent), ("a2c", A2CAgent)])
+def test_with_a_start_the_defaults_are_those_of_refining(algo, agent, tmp_path):
     """``best.yaml`` leaves out what ``sd_gym.train`` does by itself."""
     pytest.importorskip("optuna")
     env_id, start, tried = "SD/Classification-TREC-Table-v1", tmp_path / "start", []
     sd_gym.train(env_id, "imitation", start, steps=64, epochs=1)
     arguments = {"steps": 64, "trials": 1, "start": str(start)}
-    file = tune(env_id, "ppo", tmp_path / "study", on_trial=tried.append, **arguments)
-    assert tried[0].settings["learning_rate"] == PPOAgent.refining_rate
+    file = tune(f"sd_gym:{env_id}", algo, tmp_path / "study", on_trial=tried.append, **arguments)
+    assert tried[0].settings["learning_rate"] == agent.refining_rate
+    low, high = agent.Settings.space["learning_rate"]
+    assert low <= agent.refining_rate <= high
     assert yaml.safe_load(file.read_text()) == {}
 
 

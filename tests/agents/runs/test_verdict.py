@@ -101,6 +101,7 @@ def test_the_interval_of_no_difference_has_a_width():
     low, high = difference_interval(np.ones(299), np.ones(299))
     assert low == -high
     assert 0.005 < high < 0.02
+    assert difference_interval(np.zeros(2), np.ones(2))[0] == -1  # no more can be lost
     weighted = difference_interval(np.ones(299), np.ones(299), highest=5.0)
     assert weighted[1] > 4 * high
 
