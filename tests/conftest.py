@@ -155,7 +155,7 @@ def write_mirror(folder, subset, splits):
 
 
 def write_env(folder, dataset, backbone, **values):
-    """An env of one's own as a YAML file; its id is ``Own/Reviews-v0`` if the values give no other."""
+    """A user's env as a YAML file; its id is ``Own/Reviews-v0`` if the values give no other."""
     values = {"task": "classification", "dataset": str(dataset), "backbone": str(backbone), **values}
     lines = [f"id: {values.pop('id', 'Own/Reviews-v0')}", *(f"{key}: {value}" for key, value in values.items())]
     file = folder / "own.yaml"
@@ -182,7 +182,7 @@ def forget_own():
 
 @pytest.fixture
 def own_names(monkeypatch, tmp_path):
-    """Names that a test registers, and modules that it imports by path, are gone behind it."""
+    """Names that a test registers, and modules that it imports by path, are gone after it."""
     modules = set(sys.modules)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield

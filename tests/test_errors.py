@@ -273,7 +273,7 @@ def test_preparing_on_a_full_disk(minutes, tmp_path, reviews, tiny_backbone):
 
 @pytest.fixture
 def resumption(tmp_path, reviews, tiny_backbone):
-    """The call of a run that was killed behind its first checkpoint."""
+    """The call of a run that was killed after its first checkpoint."""
     settings = {"dataset": str(reviews), "backbone": str(tiny_backbone), "num_envs": 8, "n_steps": 8}
     cut_off(CUSTOM, "ppo", tmp_path / "run", steps=1024, **settings, after=500)
     assert (tmp_path / "run" / "checkpoint.pt").exists()

@@ -42,7 +42,7 @@ LONG = 10  # times as many, with other seeds
 
 @dataclass
 class Place:
-    """Where it is tried: a whole backbone, data, run and env, of which copies are damaged; and what came of it."""
+    """Where it is tried: a whole backbone, data, run and env, of which copies are damaged; and the outcomes."""
 
     backbone: Path
     data: Path
@@ -53,7 +53,7 @@ class Place:
 
     @contextmanager
     def attempt(self, what):
-        """Count what comes of a block; an error that is not ours, or a failed assertion (a wrong result), is noted."""
+        """Count the outcome of a block; an error that is not ours, or a failed assertion (a wrong result), is noted."""
         self.counts["tries"] += 1
         try:
             yield

@@ -1,4 +1,4 @@
-"""Envs of one's own, from YAML files."""
+"""A user's own envs, from YAML files."""
 
 import gymnasium as gym
 import pytest

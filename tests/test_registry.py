@@ -1,4 +1,4 @@
-"""Names of one's own: registered, imported on the command line, missed with words."""
+"""A user's own names: registered, imported on the command line; unknown ones get a helpful error."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_a_registry_knows_what_is_registered_and_guards_what_is_built_in():
 
 @pytest.fixture
 def things(reviews, tiny_backbone, tmp_path):
-    """A module of one's own that imports the one beside it."""
+    """A user's module that imports the one beside it."""
     file = write_env(tmp_path, reviews, tiny_backbone)
     (tmp_path / "beside.py").write_text(f"FILE = {str(file)!r}\n")
     (tmp_path / "my_things.py").write_text(THINGS)
@@ -89,7 +89,7 @@ def run(*arguments):
     return result, " ".join((result.output + result.stderr).split())
 
 
-def test_the_command_line_imports_what_is_ones_own(things, tmp_path):
+def test_the_command_line_imports_a_users_modules(things, tmp_path):
     folder = tmp_path / "run"
     chosen = ["--set", "network=linear", "--set", "objective=stingy", "--set", "num_envs=64"]
     arguments = ["train", "Own/Reviews-v0", "--algo", "my-ppo", "--steps", 64, "--output", folder, *chosen]

@@ -86,12 +86,12 @@ def load_config(file: str | Path, overrides: Mapping[str, Any]) -> EnvConfig:
 
 
 def located_values(file: Path) -> dict[str, Any]:
-    """``read_values``, with paths that are relative to a file of one's own made absolute."""
+    """``read_values``, with paths that are relative to a user's file made absolute."""
     return located(read_values(file), file, ("data.dataset", "backbone.name", "codebook", "table"))
 
 
 def located(values: dict[str, Any], file: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """The values of a file, in which paths under ``keys`` that are relative to a file of one's own are absolute."""
+    """The values of a file, in which paths under ``keys`` that are relative to a user's file are absolute."""
     for key in keys if CONFIG_FOLDER not in file.parents else ():
         if isinstance(value := values.get(key), str) and (value.startswith(".") or (file.parent / value).exists()):
             values[key] = str((file.parent / value).resolve())

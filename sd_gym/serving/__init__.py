@@ -1,1 +1,1 @@
-"""A policy behind HTTP: requests that agree run together."""
+"""A policy as an HTTP service: requests with the same mask run together."""

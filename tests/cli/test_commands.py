@@ -28,7 +28,7 @@ def test_envs_lists_the_ids():
     assert "SD/Summarization-Custom-v0" in output
 
 
-def test_envs_describes_one_of_a_table_and_one_of_ones_own(tmp_path):
+def test_envs_describes_one_of_a_table_and_a_users_own(tmp_path):
     shown = run("envs", "SD/Classification-TREC-Table-v1").output
     assert "kind of answer that a question asks for" in shown
     for fact in ("instances    1,224 train", "epsilon      0.02", "decisions    all", "v1 "):

@@ -4,7 +4,7 @@
     python tests/ecosystem/run.py --only minari skrl
     python tests/ecosystem/run.py --folder venvs        # keep the venvs and logs there, for the next time
 
-The Python that runs this has sd_gym and its ``test`` extra. The venvs see its packages behind their own, so that only
+The Python that runs this has sd_gym and its ``test`` extra. The venvs see its packages after their own, so that only
 what a library needs besides, or in another version, is installed.
 
 A file ``test_NAME.py`` is all that a library needs here. It begins with ``PINS = [...]``, what pip installs, and
@@ -45,7 +45,7 @@ def constants(file: Path) -> dict[str, object]:
 
 
 def make_venv(folder: Path) -> str:
-    """A venv that sees the packages of this Python behind its own; returns its Python."""
+    """A venv that sees the packages of this Python after its own; returns its Python."""
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)

@@ -1,4 +1,4 @@
-"""Every spelling of a decision: numbers, masks, codebooks; and what is none."""
+"""Every spelling of a decision: numbers, masks, codebooks; and what is refused."""
 
 from dataclasses import asdict
 

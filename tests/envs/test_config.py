@@ -30,9 +30,7 @@ def test_the_base_configuration_explains_every_key_and_no_other_file_repeats_it(
     }
 
 
-def test_a_flat_file_of_ones_own_is_read_and_one_may_extend_another_of_the_other_form(
-    reviews, tiny_backbone, own_names
-):
+def test_a_users_flat_file_is_read_and_one_may_extend_another_of_the_other_form(reviews, tiny_backbone, own_names):
     folder = reviews.parent
     (folder / "flat.yaml").write_text(
         f"id: Own/Flat-v0\ntask: classification\ndataset: {reviews.name}\nbackbone: {tiny_backbone}\nepsilon: 0.5\n"

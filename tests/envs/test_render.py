@@ -166,4 +166,4 @@ def test_a_video_can_be_recorded(tmp_path):
     assert len(list(folder.glob("*.mp4"))) == 2
     with VideoFileClip(str(folder / "rl-video-episode-0.mp4")) as video:
         assert video.size == [WIDTH, HEIGHT]
-        assert video.duration == 2  # the text, and what came of the decision, a second each
+        assert video.duration == 2  # the text, and the outcome, a second each

@@ -170,7 +170,7 @@ def test_a_score_that_goes_on_from_the_last_look_is_that_of_a_whole_pass(quality
 @pytest.mark.parametrize("last", ["encoder.3", "decoder", "decoder.1"])
 @pytest.mark.parametrize("beams", [1, 2])
 def test_texts_that_go_on_from_the_last_look_are_those_of_a_whole_generate(last, beams):
-    """Behind the encoder that was looked at no layer of it runs again; elsewhere the text is generated anew."""
+    """After a look at the encoder none of its layers runs again; elsewhere the text is generated anew."""
     settings = {"quality": "metric", "metric": "rouge", "token_shares": [0, 0.5], "num_beams": beams}
     core = mini("Summarization", stages=["first", last], **settings).core
     split, rows = core.split("train"), np.arange(12)

@@ -6,9 +6,15 @@ import pytest
 from sd_gym.envs import ConfigError
 
 
-def test_quality_by_metric_needs_a_metric_of_texts(generator, tmp_path):
+def test_quality_by_metric_needs_a_metric_of_texts(generator):
     with pytest.raises(ConfigError, match=r"config key 'quality.kind': 'metric' scores texts"):
-        gym.make("SD/Summarization-Custom-v0", dataset="x.jsonl", backbone=str(generator), quality="metric")
+        gym.make(
+            "SD/Summarization-Custom-v0",
+            dataset="x.jsonl",
+            backbone=str(generator),
+            quality="metric",
+            metric="exact_match",
+        )
 
 
 def test_a_metric_of_another_task_is_refused(generator):

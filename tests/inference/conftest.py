@@ -88,11 +88,11 @@ def write(file, rows):
     return file
 
 
-def cut_off(model, source, output, *, behind=10, chunk=5):
-    """A run that ends behind so many rows; its part."""
+def cut_off(model, source, output, *, after=10, chunk=5):
+    """A run that ends after so many rows; its part."""
 
     def cut(rows, bulk):
-        if rows >= behind:
+        if rows >= after:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

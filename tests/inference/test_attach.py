@@ -213,7 +213,7 @@ def test_tokens_are_dropped_as_the_policy_says(name, ranking):
 @pytest.mark.parametrize("name", ENCODER_DECODER)
 @pytest.mark.parametrize("ranking", ["position", "attention"])
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3, "num_return_sequences": 2}])
-def test_generation_behind_an_encoder_looks_and_decides_in_its_pass(name, ranking, how):
+def test_generation_after_an_encoder_looks_and_decides_in_its_pass(name, ranking, how):
     model, inputs = make_model(name), make_inputs(name)
     prompts = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     settings, encoded = {"max_new_tokens": 4, "do_sample": False, **how}, []
@@ -252,7 +252,7 @@ def test_padding_at_the_left_is_decided_on_like_padding_at_the_right(name):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("stages", [["first"], ["every_layer"]], ids=["once", "staged"])
-def test_a_decoding_loop_of_ones_own_goes_on_under_what_was_decided_on_the_prompt(name, stages):
+def test_a_users_decoding_loop_goes_on_under_what_was_decided_on_the_prompt(name, stages):
     model, inputs = make_model(name), make_inputs(name, batch=1)
     attach(model, make_policy(model, stages=stages))
     ids = inputs["input_ids"]
@@ -296,7 +296,7 @@ def test_threads_have_their_own_decisions():
     assert not wrong
 
 
-def test_ones_own_decisions_come_first():
+def test_a_users_decisions_come_first():
     model, inputs = make_model("bert"), make_inputs("bert")
     dense = logits(model, inputs)
     attach(model, make_policy(model))
@@ -337,7 +337,7 @@ def _no_place(ids, scores):
 
 
 @torch.inference_mode()
-def test_ones_own_steps_go_on_from_the_cache_of_generate():
+def test_a_users_steps_go_on_from_the_cache_of_generate():
     model, ids = make_model("llama"), torch.tensor([[4, 5, 6]])
     attach(model, make_policy(model))
     settings = {"attention_mask": torch.ones_like(ids), "do_sample": False}

@@ -137,7 +137,7 @@ def test_any_input_gives_its_rows_in_order_or_an_error_and_a_cut_changes_nothing
         assert sum("error" in one for one in came) == len(bulk.malformed) == len(came) - bulk.rows
         if len(came) < 2 * cut:
             return
-        part = cut_off(model, source, output, behind=came[2 * cut - 1]["line"], chunk=2)
+        part = cut_off(model, source, output, after=came[2 * cut - 1]["line"], chunk=2)
         with (part / "answers.jsonl").open("ab") as file:
             file.write(stray)
         resumed = run_file(model, source, output, chunk=3, resume=True)

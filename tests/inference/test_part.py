@@ -10,7 +10,7 @@ from tests.inference.conftest import cut_off, everything, lines_of, write
 ROWS = 24
 
 
-def test_a_run_that_was_cut_off_goes_on_behind_the_last_whole_chunk(model, tmp_path):
+def test_a_run_that_was_cut_off_goes_on_after_the_last_whole_chunk(model, tmp_path):
     model, texts = model
     source, output = write(tmp_path / "in.jsonl", [{"text": text} for text in texts]), tmp_path / "o.jsonl"
     run_file(model, source, tmp_path / "whole.jsonl", chunk=5)

@@ -32,7 +32,7 @@ def test_all_components_are_chosen_at_once_as_one_by_one(nvec, seed):
 
 @settings(max_examples=40, deadline=None)
 @given(nvec=st.lists(st.integers(1, 4), min_size=1, max_size=7), seed=st.integers(0, 1000))
-def test_a_pick_of_ones_own_gets_each_component(nvec, seed):
+def test_a_users_pick_gets_each_component(nvec, seed):
     policy, seen = policy_of(seed, nvec=nvec)
     logits = policy(torch.as_tensor(seen)).detach()
     chosen = policy.choose(logits, lambda choices: choices.argmin(dim=1))

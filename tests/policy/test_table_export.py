@@ -271,7 +271,7 @@ def test_what_is_at_one_stage_of_several_stays(table_source, tmp_path):
     assert result["artefact"] is None
 
 
-def test_an_observation_of_ones_own_stays(table_source, tmp_path):
+def test_a_users_observation_stays(table_source, tmp_path):
     class Length(Standardised):
         def features(self, split, rows):
             return split.encoded.source_length[rows, None]

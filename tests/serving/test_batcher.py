@@ -27,7 +27,7 @@ REQUESTS = st.lists(
 
 
 async def send(batcher, number, request):
-    """Send a request at its time; what became of it, and when."""
+    """Send a request at its time; its outcome, and when."""
     loop = asyncio.get_running_loop()
     await asyncio.sleep(request["at"])
     inputs = [((number, row), *mask_and_length) for row, mask_and_length in enumerate(request["rows"])]

@@ -32,7 +32,7 @@ def test_generate_repeats_a_row_for_its_beams_and_samples_and_nothing_else(name)
 @pytest.mark.parametrize("end", [0, -1])  # of an encoder-decoder, a layer of each
 @torch.inference_mode()
 def test_a_layer_that_no_row_runs_is_passed_by(name, end):
-    """But for norms behind its residual sums; what it shows is what it showed when it was called."""
+    """But for norms after its residual sums; what it shows is what it showed when it was called."""
     model, inputs = make_model(name), make_inputs(name)
     board = Switchboard(model)
     skip = random_decisions(board, 5, 7, 0)[0]

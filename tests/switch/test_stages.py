@@ -180,7 +180,7 @@ def test_a_cache_of_a_staged_pass_is_gone_on_with_under_its_whole_decision(name,
 
 @torch.inference_mode()
 def test_what_is_seen_is_what_enters_the_layer(name):
-    """Without what is dropped; of a decoder behind an encoder, what ``generate()`` has already."""
+    """Without what is dropped; of a decoder after an encoder, what ``generate()`` has already."""
     case = Case(name, seed=1, drop=True, side="left" if name in DECODER else "right")
     entered = {}
 
@@ -213,7 +213,7 @@ def test_what_is_seen_is_what_enters_the_layer(name):
 
 @pytest.mark.parametrize("name", DECODER)
 @torch.inference_mode()
-def test_an_answer_behind_the_prompt_is_not_looked_at(name):
+def test_an_answer_after_the_prompt_is_not_looked_at(name):
     case = Case(name, side="left")
     case.inputs["attention_mask"] = case.inputs["attention_mask"][:, :5]
     seen = []
@@ -380,7 +380,7 @@ def test_rows_of_a_stopped_pass_are_resumed_alone(name):
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODER)
-def test_generating_goes_on_behind_an_encoder_that_has_run(name):
+def test_generating_goes_on_after_an_encoder_that_has_run(name):
     case = Case(name, drop=True)
     with case.board.decide(case.skip, case.keep):
         expected = case.board.model.generate(**case.prompt, max_new_tokens=6, num_beams=2, do_sample=False)

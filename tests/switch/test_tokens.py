@@ -72,7 +72,7 @@ def test_dropping_is_the_model_without_these_tokens_at_their_positions(name):
     assert torch.equal(logits, changed)
     assert not torch.equal(logits, model(**inputs).logits)
     if name in DECODER:
-        # A causal model's earlier positions do not know what is dropped behind them.
+        # A causal model's earlier positions do not know what is dropped after them.
         torch.testing.assert_close(logits[0, :2], model(**inputs).logits[0, :2], rtol=1e-4, atol=1e-5)
 
 

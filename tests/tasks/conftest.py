@@ -1,4 +1,4 @@
-"""A small env of one's own data."""
+"""A small env of a user's own data."""
 
 import gymnasium as gym
 import pytest

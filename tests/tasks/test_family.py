@@ -1,4 +1,4 @@
-"""Envs of a task, a metric or a ranking of one's own, by their names in the configuration."""
+"""Envs of a user's own task, metric or ranking, by their names in the configuration."""
 
 import gymnasium as gym
 import numpy as np

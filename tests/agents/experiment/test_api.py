@@ -102,7 +102,7 @@ def test_what_is_written_stands_beside_runs(custom, tmp_path):
         sd_gym.compare([])
 
 
-def test_policies_of_ones_own_are_selected_as_agents_are(custom, tmp_path):
+def test_a_users_policies_are_selected_as_agents_are(custom, tmp_path):
     """Masks and callables are operating points in any order; a run's policy has versions; one callable is one point."""
     tests = {"epsilon": 0.99, "confidence": 0.5, "select": True, **custom}
     nothing, half, dense = np.ones(7, dtype=int) * [1, 1, 1, 1, 1, 1, 0], [1, 0, 1, 0, 1, 0, 0], [0] * 7

@@ -1,4 +1,4 @@
-"""Agents and networks of one's own without a fork: used by name, saved with a run, missed with words."""
+"""A user's own agents and networks, without a fork: used by name and saved with a run; errors name what is missing."""
 
 import json
 import sys
@@ -268,7 +268,7 @@ def test_what_decides_by_more_than_the_observation_is_evaluated_beside_agents(cu
 
 
 @pytest.mark.parametrize("name", ["gradient", "a2c", "reinforce"])
-def test_a_killed_run_of_ones_own_ends_as_the_uninterrupted_one(name, gradient, custom, tmp_path):
+def test_a_killed_run_of_a_users_agent_ends_as_the_uninterrupted_one(name, gradient, custom, tmp_path):
     sd_gym.register_network("convolution", Convolution)
     own = {} if name == "gradient" else {"network": "convolution"}
     arguments = {"steps": 1_000, "seed": 3, **{**custom, **own, "num_envs": 16}, "imports": ["mine.py"]}

@@ -65,7 +65,7 @@ def test_the_places_of_a_stage_are_those_of_its_switches(reviews, tiny_backbone)
     files = {"dataset": str(reviews), "backbone": str(tiny_backbone)}
     keys = {"stages": ["first", "encoder.1"], "token_shares": [0, 0.5]}
     core = gym.make(CUSTOM, **files, **keys).unwrapped.core
-    certain, never = 14, 15  # behind the logits of six switches and two token levels
+    certain, never = 14, 15  # after the logits of six switches and two token levels
     places, logits = core.steps.of_logits()
     assert logits == certain
     assert places.tolist() == [
