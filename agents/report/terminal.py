@@ -8,6 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 from sd_gym.agents.report.compare import COLUMNS
+from sd_gym.agents.runs.guarantee import in_points
 
 IN_TITLE = "env", "dense quality", "test rows"  # columns of a comparison
 COUNTED = {  # changes to rows of a split
@@ -35,7 +36,7 @@ def result_tables(title: str, result: dict[str, Any]) -> Iterator[RenderableType
     low, high = result["quality_difference_interval"]
     yield Text(
         f"{result['verdict']}: difference {result['quality_difference'] * 100:+.2f} points "
-        f"[{low * 100:+.2f}, {high * 100:+.2f}] at epsilon {result['epsilon'] * 100:g} points; "
+        f"[{low * 100:+.2f}, {high * 100:+.2f}] at epsilon {in_points(result['epsilon'])}; "
         f"different decisions used: {result['decisions_used']}."
     )
     if result["guarantee"]:

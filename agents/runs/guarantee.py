@@ -73,9 +73,9 @@ def guarantee(rows: int, epsilon: float, confidence: float, is_dense: bool) -> s
 
 def on_other_rows(result: dict[str, Any]) -> str:
     """The loss of a result on the rows of its split, with the 95% interval, in words."""
-    low, high = (100 * bound + 0.0 for bound in sorted(-bound for bound in result["quality_difference_interval"]))
-    lost = -100 * result["quality_difference"] + 0.0
-    return f"on {result['instances']:,} {result['split']} rows it lost {lost:.1f} ({low:.1f} to {high:.1f})"
+    low, high = sorted(-100 * bound for bound in result["quality_difference_interval"])
+    lost = -100 * result["quality_difference"]
+    return f"on {result['instances']:,} {result['split']} rows it lost {lost:z.1f} ({low:z.1f} to {high:z.1f})"
 
 
 def in_points(epsilon: float) -> str:

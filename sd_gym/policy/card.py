@@ -151,7 +151,7 @@ On the {result["split"]} split, {result["instances"]:,} instances:
 | FLOPs | 100% | {result["flops_ratio_with_policy"]:.1%} |
 
 Difference in quality: {100 * result["quality_difference"]:+.2f} points (95% interval {low:+.2f} to {high:+.2f}).
-Verdict, where {100 * env["reward"]["epsilon"]:g} points may be lost: {result["verdict"]}.
+Verdict at epsilon {env["reward"]["epsilon"]:g}: {result["verdict"]}.
 {guarantee}
 ```python
 {_usage(backbone)}```

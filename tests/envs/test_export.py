@@ -139,7 +139,7 @@ def test_in_a_fresh_process_without_the_data_it_decides_the_same(tmp_path, tiny_
     np.testing.assert_array_equal(json.loads(done.stdout), decisions)
     card = (run / "README.md").read_text()
     assert "A skipping policy for" in card
-    assert "Verdict, where 100 points may be lost" in card
+    assert "Verdict at epsilon 1: " in card
     assert "base_model" not in card  # a folder of this machine means nothing elsewhere
     policy = sd_gym.SkipPolicy.from_pretrained(run)
     assert policy.operating_points
