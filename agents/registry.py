@@ -80,7 +80,7 @@ def make_settings(name: str, settings: dict[str, Any]) -> AgentSettings:
 
 
 def make_agent(name: str, env: SwitchableVectorEnv, *, seed: int = 0, **settings: Any) -> BaseAgent:
-    """An agent by name (``agent_names``) that learns on an env; ``seed`` is that of all its draws.
+    """An agent by name (``agent_names``) that learns on an env; ``seed`` seeds all its draws.
 
     Raises:
         ValueError: If the name or a setting is unknown.

@@ -13,7 +13,7 @@ from uuid import uuid4
 from sd_gym.errors import quiet
 from sd_gym.registration import import_own
 
-RETRIES = 3  # of a task whose process or machine has died
+RETRIES = 3  # retries of a task whose process or machine has died
 
 
 def connect(address: str) -> Any:
@@ -63,7 +63,7 @@ def in_order(
     *,
     on_gpu: bool = False,
 ) -> Iterator[tuple[Any, Any]]:
-    """Each input with its outcome, in their order; two inputs per core are read ahead.
+    """Each input with its outcome, in input order; two inputs per core are read ahead.
 
     Each process of the cluster calls ``make`` once, for the function that it applies.
 

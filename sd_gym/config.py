@@ -41,7 +41,7 @@ ObjectiveFunction = Callable[..., NDArray[np.float64]]
 
 
 def objective_name(objective: str | ObjectiveFunction) -> str:
-    """The name of an objective; ``module:name`` of a function."""
+    """The name of an objective; for a function, ``module:name``."""
     if isinstance(objective, str):
         return objective
     kind = objective if hasattr(objective, "__qualname__") else type(objective)

@@ -11,8 +11,8 @@ from sd_gym.config import ObjectiveFunction, RewardConfig, objective_name
 from sd_gym.registry import Registry, UnknownNameError
 
 Floats = NDArray[np.float64]
-# Of a multiplier, per decision. At 0.1 it rises to several times its start while the policy is still poor, and is still
-# falling after 20,000 decisions.
+# Of a multiplier, per decision. At 0.1 the multiplier rises to several times its start while the policy is still poor,
+# and is still falling after 20,000 decisions.
 MULTIPLIER_RATE = 0.02
 NO_LAGRANGIAN = (
     "an env's reward is fixed, so it has no learned multiplier: train the agent ppo_lagrangian (with its setting "

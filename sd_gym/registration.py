@@ -107,7 +107,7 @@ def registered_ids() -> list[str]:
 
 
 def all_ids() -> list[str]:
-    """These, and the ids of serving envs."""
+    """The ids of all envs, serving envs included."""
     return [*registered_ids(), *SERVING]
 
 
@@ -183,11 +183,11 @@ def _register(identity: str) -> None:
 
 
 def import_own(name: str) -> str:
-    """Import a user's module, by its name or the path of its file, for what it registers; of an env, its YAML file.
+    """Import a user's module, by name or path, for what it registers; or register the env of a YAML file.
 
     It may import modules in its folder, as if it ran as a script; installed modules have precedence. Returns the name,
     or the absolute path of the file. Raises ``FileNotFoundError`` if there is no such module or file, ``ValueError`` if
-    an installed module has the file's name; of a YAML file as ``register_env``.
+    an installed module has the file's name; for a YAML file, as ``register_env``.
     """
     if name.endswith((".yaml", ".yml")):
         register_env(name)

@@ -10,10 +10,10 @@ from stable_baselines3.common.vec_env import VecEnv
 
 
 class A2CSettings(SB3Settings):
-    """Settings of A2C; a rollout is used once, and large enough for the full weight of a lost instance."""
+    """Settings of A2C. A rollout is used once. It is large: in a small one a rare lost instance weighs too little."""
 
     space: ClassVar = LearnerSettings.space | {
-        "learning_rate": (5e-5, 1e-2),  # from that of refining
+        "learning_rate": (5e-5, 1e-2),  # from the default with a ``start``
         "entropy": [0.0, 0.02, 0.05, 0.1],
         "num_envs": [16, 32, 64, 128],
         "n_steps": [1, 2, 4],

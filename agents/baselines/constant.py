@@ -27,11 +27,11 @@ class _FixedPolicyAgent(Agent[SettingsT]):
     staged = is_control = True
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class DenseAgent(_FixedPolicyAgent[AgentSettings]):
-    """Nothing is skipped."""
+    """A control that skips nothing."""
 
     def policy(self) -> DecisionPolicy:
         """Everything runs."""

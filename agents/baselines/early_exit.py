@@ -19,13 +19,13 @@ ALLOWED = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)  # losses on policy rows, over epsilo
 
 
 class Confidences:
-    """Highest class probabilities of rows under decisions, each computed once; tables have them stored."""
+    """Highest class probabilities of rows under decisions, each computed once; tables store them."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, bytes, bytes], NDArray] = {}
 
     def of(self, split: Split, rows: NDArray, mask: NDArray) -> NDArray:
-        """Those of ``rows [n]`` under one decision ``[components]``, float64 ``[n]``; the core ``sees_confidence``."""
+        """Those of ``rows [n]`` under a decision ``[components]``, float64 ``[n]``, if the core ``sees_confidence``."""
         key = split.name, rows.tobytes(), mask.tobytes()
         if key not in self._known:
             masks = np.tile(mask, (len(rows), 1))
@@ -38,7 +38,7 @@ class Confidences:
 
 
 class EarlyExit(PrivilegedAgent[AgentSettings]):
-    """Skips the layers after an exit; the threshold of confidence is the lowest that keeps the quality.
+    """Skips the layers after an exit; the confidence threshold is the lowest that keeps the quality.
 
     The backbone's own head runs at every exit, and its FLOPs count each time. For backbones that classify.
     """
@@ -54,7 +54,7 @@ class EarlyExit(PrivilegedAgent[AgentSettings]):
         self._confidences = Confidences()
 
     def operating_points(self) -> list[Version]:
-        """One per threshold."""
+        """One point per threshold."""
         exits = len(self._ends)
         return [Version(Exit(self, np.full(exits, threshold))) for threshold in THRESHOLDS if threshold <= 1]
 
@@ -98,8 +98,9 @@ def exits_of(confidence: NDArray, thresholds: NDArray) -> NDArray:
 class Confidence(EarlyExit):
     """Early exit at the stages of an env, with a threshold for each.
 
-    For several losses on policy rows, the search starts from the best single threshold, and lowers that of one stage
-    after the other as far as the loss allows. These and the single thresholds are the operating points.
+    For each of several losses on policy rows, the search starts from the best single threshold, and lowers the
+    threshold of one stage after another as far as that loss allows. These and the single thresholds are the operating
+    points.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

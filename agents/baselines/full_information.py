@@ -62,7 +62,7 @@ def forecast_of(core: TableCore) -> Forecast:
 
 
 def full_information(split: TableSplit) -> Curve:
-    """The front on a split of the policy that has learned from all outcomes of the training split.
+    """The front, on a split, of a policy that learned from all outcomes of the training split.
 
     An input gets the mask with the least FLOPs plus multiplier times predicted loss, for each of ``MULTIPLIERS``; dense
     belongs to the front. The cost of the prediction is not counted.
@@ -112,5 +112,5 @@ class FullInformation(PrivilegedAgent[AgentSettings]):
         forecast_of(self._core)
 
     def operating_points(self) -> list[Version]:
-        """One per price of a lost answer."""
+        """One point per price of a lost answer."""
         return [Version(ForecastPoint(self._core, float(multiplier))) for multiplier in MULTIPLIERS[5::3]]

@@ -57,7 +57,7 @@ class HullAgent(StaticAgent):
         number = int((self._flops > flops).sum())  # of the cheap mask
         costs = self._flops[number - 1 : number + 1]
         dear, cheap = self.masks[number - 1 : number + 1]
-        share = float((flops - costs[1]) / (costs[0] - costs[1]))  # of inputs that get the dear one
+        share = float((flops - costs[1]) / (costs[0] - costs[1]))  # of inputs that get the expensive mask
         if not 0 < share < 1:
             return self._mask_policy(dear if share >= 1 else cheap)
         nvec, differ = self.env.core.nvec, np.flatnonzero(dear != cheap)

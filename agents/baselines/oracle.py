@@ -8,7 +8,7 @@ from sd_gym.agents.learning.decisions import SplitDecisions, Version
 
 from sd_gym.envs.protocols import Split
 
-ORDER_INSTANCES = 200  # of the validation split, to find the order of a beam search
+ORDER_INSTANCES = 200  # validation instances, to find the order of a beam search
 WIDTH = 4  # of the beam
 
 
@@ -21,7 +21,7 @@ class Oracle(PrivilegedAgent[AgentSettings]):
     draws = selects = False
 
     def operating_points(self) -> list[Version]:
-        """Itself."""
+        """The oracle itself."""
         return [Version(self)]
 
     def decide_split(self, split: Split, rows: NDArray) -> SplitDecisions:

@@ -16,8 +16,8 @@ FINALISTS = 3  # moves per round that are scored on all instances
 SMALL_LOSS = 0.004  # smaller losses are noise: among such moves, the one that saves most is the best
 LIKELIHOOD_WEIGHT = 0.2  # the likelihood distinguishes decisions with equal exact matches
 PRICES = (-1.5, 7.0)  # logarithms of the penalties of a learned path: 0.2 to 1,100 per lost instance
-UPDATES = 10  # of the thresholds, for each candidate of the path
-INSTANCES, TRIES = 256, 4  # of an update: drawn instances, at most; decisions for each
+UPDATES = 10  # updates of the thresholds, per candidate of the path
+INSTANCES, TRIES = 256, 4  # per update: instances drawn, at most; decisions for each
 LEARNING_RATE = 0.1  # of the thresholds, which are logarithms; it falls to a tenth
 SOFTNESS = (1.5, 0.4)  # of the thresholds, at the first update and at the last
 EXHAUSTIVE = 500_000  # scores up to which all decisions are tried on all instances
@@ -27,7 +27,7 @@ CODEBOOK_SIZE = 16
 
 Per = Literal["sublayer", "layer"]  # what a step of a search skips
 OnRound = Callable[[int], None]  # called with the decisions scored so far
-IsGood = Callable[[Array, Array], Array]  # of rows [n] and decisions [n, components], bool [n]
+IsGood = Callable[[Array, Array], Array]  # from rows [n] and decisions [n, components] to bool [n]
 
 
 def skip_units(core: Core, per: Per = "sublayer") -> list[Array]:

@@ -34,7 +34,7 @@ from sd_gym.registration import config_of, is_of_table
 from sd_gym.tasks.splits import check_unchanged
 
 Policy = DecisionPolicy | str | Path | Callable[[Observations], Any]
-KEPT = ("steps", "seed", "confidence", "agent_settings", "origins", "origin_seeds", "data")  # of a run, for evaluate
+KEPT = ("steps", "seed", "confidence", "agent_settings", "origins", "origin_seeds", "data")  # kept by evaluate
 
 
 def train_all(
@@ -103,16 +103,16 @@ def evaluate(
     Args:
         env_id: A registered id.
         policy: One of: a callable from observations, float32 ``[n, features]``, to decisions, integers
-            ``[n, switches + 1]`` (with another ``observation`` or ``action``, or several stages: to those actions, of
-            the stage that the observations begin with); a model of Stable-Baselines3, or anything with its
-            ``predict``; a ``DecisionPolicy``; the folder of a run; the folder of an export (``sd_gym.export``), whose
-            graphs then decide and answer. A run's env settings hold where ``settings`` has no others. The folder of a
-            run on a table can also be evaluated on the env that the table was made from. To select: also a list of
+            ``[n, switches + 1]`` (or to the env's actions, if these differ; with several stages, for the stage that an
+            observation begins with); a model of Stable-Baselines3, or anything with its ``predict``; a
+            ``DecisionPolicy``; the folder of a run; the folder of an export (``sd_gym.export``), whose graphs then
+            decide and answer. A run's env settings hold where ``settings`` has no others. The folder of a run on a
+            table can also be evaluated on the env that the table was made from. With ``select``, also a list of
             policies (no folders) and of masks, each one decision for all inputs.
         split: ``train``, ``validation`` or ``test``.
         output: Folder to write ``result.json``, ``instances.csv``, ``result.png`` and ``config.json`` to;
             ``compare`` takes it like a run. ``None``: nothing is written.
-        select: Whether to select an operating point, like ``train``. The result is that of the point, and
+        select: Whether to select an operating point, like ``train``. The result is that of the selected point, and
             ``last_policy`` has the results of the policy as given. Points are the versions of a run's policy or of a
             ``DecisionPolicy``, or the policies of a list; a callable is one point. No point may depend on the
             validation or test split, else the guarantee is void.
@@ -189,7 +189,7 @@ def evaluate(
 def _selected(
     selection: Selection, policy: Any, flops: int | None, split: str
 ) -> tuple[PolicyLike | SplitPolicy, dict[str, Any]]:
-    """The selected policy, and the results of the policy as given (of a list: of the best one on policy rows)."""
+    """The selected policy, and the results of the policy as given (for a list, of the best one on policy rows)."""
     core = selection.core
     given = policy if isinstance(policy, list | tuple) else [policy]
     chosen, dense = selection.select([version for one in given for version in _versions(one, flops, core)]), Dense(core)

@@ -150,8 +150,8 @@ def time_ratio(
         tokens that the policy keeps (``None`` if the env drops none).
     """
     split = core.split(split_name)
-    # A policy with an answer stage runs like an artefact, in one pass and the rest for rows that go on; else as in the
-    # env.
+    # A policy with an answer stage runs like an artefact: one pass, then the rest for rows that go on. Others run as in
+    # the env.
     artefact = None
     if core.has_answer_stage and isinstance(policy, DecisionPolicy):
         artefact = export(core, policy, (), {})

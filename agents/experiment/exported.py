@@ -21,12 +21,12 @@ from sd_gym.switch import PassState
 
 
 def is_exported(policy: object) -> bool:
-    """Whether it is the folder of an exported policy."""
+    """Whether ``policy`` is the folder of an exported policy."""
     return isinstance(policy, str | Path) and Path(policy, MANIFEST).is_file()
 
 
 def exported_config(model: OnnxModel, env_id: str, settings: dict[str, Any]) -> EnvConfig:
-    """An env's config; of the env that the policy is of, the one that it had there."""
+    """An env's config; for the exported policy's own env, the config in its manifest."""
     if model.manifest["env"]["id"] == env_id:
         return make_config({**dotted(model.manifest["env"]), **dotted(settings, env_id)}, env_id)
     return load_config(config_of(env_id), settings)

@@ -27,7 +27,7 @@ class ReplayError(ValueError):
 
 
 class Replay(NamedTuple):
-    """A confirmed run; ``decided``: the folder has the policy, and it made the same decisions again."""
+    """A confirmed run. ``decided``: whether the folder has the policy, which made the same decisions again."""
 
     split: str
     instances: int

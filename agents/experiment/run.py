@@ -202,7 +202,7 @@ def _train(
 
 
 def _selected(agent: BaseAgent, selection: Selection) -> tuple[PolicyLike | SplitPolicy, dict[str, Any] | None]:
-    """The policy to evaluate, and the results of the policy as learned if the first one is selected."""
+    """The policy to evaluate and, if it was selected, the results of the policy as learned."""
     core = agent.env.core
     dense: PolicyLike | SplitPolicy = Dense(core)
     learned = agent.policy() if isinstance(agent, Agent) else dense
@@ -228,7 +228,7 @@ def _score_dense(agent: Agent, steps: int, checkpoint: Path, on_progress: OnProg
 
 
 def _load_checkpoint(checkpoint: Path, agent: Agent, selection: Selection) -> int | None:
-    """Go on from a checkpoint, if there is one; returns the decisions made before it. Raises if it does not fit."""
+    """Continue from a checkpoint, if there is one; returns the decisions made before it. Raises if it does not fit."""
     if not checkpoint.exists():
         agent.env.core.load_scores({})
         return None
@@ -253,7 +253,7 @@ def reduce(run: str | Path, codebook: int, output: str | Path, *, backbone: str 
         run: The run.
         codebook: Different decisions per stage, at most; see ``DecisionPolicy.reduced``.
         output: A run folder, written like that of ``train``; its ``agent_settings`` have ``codebook``.
-        backbone: Where the backbone is; ``None``: where it was.
+        backbone: Where the backbone is; ``None``: where it was in training.
 
     Returns:
         The result, as in ``result.json``.
@@ -338,7 +338,7 @@ def measure(
     folder: Path | None,
     last: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The result of a policy on a split, with times if it is one on a backbone, and the provenance of ``splits``.
+    """The result of a policy on a split, with times if a backbone runs, and the provenance of ``splits``.
 
     ``selection`` may have selected the policy; ``last`` are the results of the policy as learned. ``instances.csv`` is
     written if there is a folder.

@@ -47,7 +47,7 @@ class _Estimate:
 
     @cached_property
     def flops(self) -> float:
-        """Over dense FLOPs; those of deciding are left out if they are the same for all versions."""
+        """FLOPs over dense FLOPs; those of deciding are left out if all versions share them."""
         core, policy = self._core, self.version.policy
         if isinstance(policy, SplitPolicy):
             return float(self._scored["flops_ratio_with_policy"].mean())
@@ -58,7 +58,7 @@ class _Estimate:
 
     @cached_property
     def losses(self) -> NDArray:
-        """Of each row, float32."""
+        """Loss on each row, float32."""
         return (self._scored["quality_ref"] - self._scored["quality"]).astype(np.float32)
 
     def is_hopeless(self, epsilon: float) -> bool:
@@ -82,7 +82,7 @@ class Selection:
     history: list[dict[str, Any]] = field(default_factory=list)  # an entry per validation; see ``validate``
     tested: list[tuple[Version, Tested]] = field(default_factory=list)  # in the order of the tests
     selected: Version | None = None  # None: dense
-    _points: list[_Estimate] | None = None  # those that were estimated; None: nothing was selected
+    _points: list[_Estimate] | None = None  # the estimated points; None: nothing was selected
 
     def __post_init__(self) -> None:
         if not 0.5 <= self.confidence < 1:
@@ -166,7 +166,7 @@ class Selection:
         return points[::-1]
 
     def _cautious(self, own: list[tuple[Version, Tested]]) -> list[tuple[Version, Tested]]:
-        """Versions of the selected policy for stricter limits, from dense to bold, if it is the only one of its own."""
+        """Stricter versions of the selected policy, from dense to bold, if no other version of it was tested."""
         origin = self.origin
         if self.selected is None or len(own) > 1 or not isinstance(origin, DecisionPolicy):
             return []

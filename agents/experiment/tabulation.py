@@ -32,7 +32,7 @@ from sd_gym.registration import config_of
 TABLE = "SD/Table-v0"  # the env that takes any table
 PATH_INSTANCES = 400  # of the training split, for the search of a path
 CHOICES = "all, layers, random:N, path, codebook or codebook:FILE"
-AHEAD = 0.05  # of the FLOPs, by which full information has to beat the hull, or there is nothing to learn
+AHEAD = 0.05  # share of the FLOPs by which full information beats the hull if there is anything to learn
 
 
 def tabulate(
@@ -226,7 +226,7 @@ def write_references(env_id: str, **settings: Any) -> dict[str, Any]:
     """Compute what a learner on a table has to beat and can reach, and write ``references.json`` into its folder.
 
     Args:
-        env_id: Of an env on the table, whose epsilon gives the losses.
+        env_id: Id of an env on the table; its epsilon gives the losses.
         settings: Overrides of its config, such as ``table``.
 
     Returns:

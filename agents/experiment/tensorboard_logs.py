@@ -34,7 +34,7 @@ LAYOUT = {
 def open_logger(folder: Path, description: dict[str, Any], done: int | None = None) -> Logger:
     """A logger into TensorBoard events of a run folder, with the run's settings (``config.json``).
 
-    ``done`` is for a run that goes on from a checkpoint after so many decisions; later events are hidden.
+    ``done``: decisions at the checkpoint that a run continues from; later events are hidden.
     """
     logger = configure(str(folder), ["tensorboard"])
     (output,) = logger.output_formats

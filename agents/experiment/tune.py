@@ -65,10 +65,10 @@ def tune(
         env_id: A registered id.
         algo: An agent whose ``Settings`` have a ``space``.
         output: Folder of the study (``study.db``), its runs and the best settings (``best.yaml``).
-        trials: How many in all, including those in the folder.
+        trials: Trials in all, including those in the folder.
         seeds: Runs of each trial; their scores are averaged.
         steps: Decisions that each run learns from.
-        confidence: Of selection.
+        confidence: Confidence of selection.
         jobs: Processes, of one thread each, for runs of several trials at once.
         ray: Address of a Ray cluster that trains them instead; see ``sd_gym.train_all``.
         imports: Modules and files that register what is needed; import them first.

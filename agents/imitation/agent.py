@@ -37,7 +37,7 @@ from sd_gym.policy import HIDDEN, DecisionPolicy, blinded
 from sd_gym.policy.observations import to_tensors
 
 ORDER_INSTANCES = 1000  # for the search of the path
-PRICES = 2.0 ** (np.arange(-6, 4) / 3)  # of a lost instance over the env's own, with several stages
+PRICES = 2.0 ** (np.arange(-6, 4) / 3)  # prices of a lost instance over the env's own, with several stages
 Loss = Callable[[Tensor | slice], Tensor]  # of some instances
 SURE = 6.0  # highest log-odds of skipping, so that learning can still change decisions in a warm start
 

@@ -1,4 +1,4 @@
-"""Imitation at several stages: the policy of the least expected cost where the outcomes of all decisions are known.
+"""Imitation at several stages: the policy with the least expected cost, given the outcomes of all decisions.
 
 Each stage decides a part of a path of masks, and has a few choices ("ways"), each skipping one more candidate. All
 training instances run under all combinations of ways, or under many of them, so that their FLOPs and losses are known.
@@ -41,9 +41,9 @@ class Stage(NamedTuple):
 
 
 class Outcomes(NamedTuple):
-    """Of instances under all combinations."""
+    """Outcomes of instances under all combinations."""
 
-    seen: list[Tensor]  # at each stage after each of the earlier decisions, without tokens: float32 [n, earlier, size]
+    seen: list[Tensor]  # per stage, after each of the earlier decisions, without tokens: float32 [n, earlier, size]
     lost: Tensor  # quality, float32 [n, combinations]; negative: gained
     flops: Tensor  # ratios, float32 [n, combinations]
     going_on: Tensor  # what going on adds, float32 [n, combinations]; 0 without an answer stage
@@ -117,9 +117,9 @@ class Combinations:
     def costs(self, shares: list[Tensor], chosen: Tensor | slice, price: float) -> Tensor:
         """Expected FLOPs ratio plus price of the predicted loss, a mean over instances, float32 ``[stages]``.
 
-        From each stage on, a policy with these ``shares`` decides; the decisions before are drawn evenly. So the first
-        is the cost of the policy, and by the others a stage learns even where the policy never comes now. Combinations
-        that did not run count as never chosen.
+        From each stage on, a policy with these ``shares`` decides; earlier decisions are drawn evenly. So the first
+        value is the cost of the policy. The others teach a stage in states that the policy never reaches now.
+        Combinations that did not run count as never chosen.
         """
         outcomes, risk, parts = self.outcomes, self.risk[chosen], list[Tensor]()
         answer, skipping = price * risk, list(zip(self.stages, shares, strict=True))
@@ -167,7 +167,7 @@ class Combinations:
     def _walk(
         self, rows: NDArray, seen: list[dict[int, Tensor]], number: int, some: NDArray, state: PassState | None
     ) -> Iterator[tuple[int, Tensor]]:
-        """Run rows under ``some`` combinations, which agree in all stages before the one of this ``number``.
+        """Run rows under ``some`` combinations, which agree at all stages before stage ``number``.
 
         Gives each combination with loss, FLOPs ratio, and what going on adds, float32 ``[n, 3]``. What is observed on
         the way is added to ``seen``. The pass goes on from ``state``.
@@ -194,7 +194,7 @@ class Combinations:
         return torch.from_numpy(np.stack(columns, axis=1).astype(np.float32))
 
     def _risk(self) -> Tensor:
-        """The predicted loss of each instance under each combination; dense loses nothing. With tokens the true one."""
+        """The predicted loss of each instance under each combination; dense loses none. With tokens, the true loss."""
         if self.embedded is not None:  # trees do not read tokens
             return self.outcomes.lost
         from sklearn.ensemble import HistGradientBoostingRegressor  # it takes a second to import

@@ -165,7 +165,7 @@ class PrivilegedAgent(BaseAgent[SettingsT]):
     staged = is_control = searches = True
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
-        """Nothing, unless a subclass learns."""
+        """Do nothing, unless a subclass learns."""
 
 
 class Agent(BaseAgent[SettingsT]):
@@ -198,7 +198,7 @@ class Agent(BaseAgent[SettingsT]):
         return [self.policy(), *([] if self.start is None else [self.start])]
 
     def operating_points(self) -> list[Version]:
-        """Versions of all policies to select from; with an answer stage, each at several thresholds of sureness."""
+        """Versions of all policies to select from; with an answer stage, each with several thresholds for accepting."""
         core, points = self.env.core, list[Version]()
         for policy in self.selectable_policies():
             variants = [policy.with_sureness(margin) for margin in SURENESS] if core.has_answer_stage else [policy]
@@ -206,11 +206,11 @@ class Agent(BaseAgent[SettingsT]):
         return points
 
     def state(self) -> dict[str, Any]:
-        """All that learning depends on, as tensors and plain values; empty for agents that search: they start again."""
+        """What learning depends on, as tensors and plain values; empty for agents that search and so start again."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what ``state`` gave."""
+        """Continue from a ``state``."""
 
     def new_policy(self, *, blind: bool | None = None, noise: Noise = "none") -> DecisionPolicy:
         """An untrained policy for this env; ``blind=None``: blind if the agent is."""

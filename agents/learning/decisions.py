@@ -40,7 +40,7 @@ class SplitDecisions(NamedTuple):
     flops: NDArray
 
     def decide_split(self, split: Split, rows: NDArray) -> SplitDecisions:
-        """Itself; ``rows`` are those that the decisions were made on."""
+        """These decisions; ``rows`` must be those that they were made on."""
         return self
 
 
@@ -66,7 +66,7 @@ class SplitPolicy(Protocol):
 
 
 class Dense(NamedTuple):
-    """Nothing is skipped; deciding costs nothing."""
+    """A policy that skips nothing; deciding costs nothing."""
 
     core: Core
 
@@ -94,7 +94,7 @@ def decide_on(core: Core, policy: PolicyLike, split: Split, rows: NDArray) -> ND
 
 
 class Version(NamedTuple):
-    """A candidate of selection: a policy and, if it is a version of another one, which."""
+    """A candidate of selection: a policy, and the policy that it is a version of, if any."""
 
     policy: PolicyLike | SplitPolicy
     margin: float = 0.0  # in log-odds, from the policy that it is a version of; higher skips less
@@ -117,7 +117,7 @@ def versions(core: Core, policy: DecisionPolicy | TablePolicy) -> list[Version]:
 
 
 def check_fits(policy: PolicyT, core: Core) -> PolicyT:
-    """The policy; raises ``ValueError`` if its observations, stages or decisions are not those of the core."""
+    """Return the policy; raises ``ValueError`` if its observations, stages or decisions are not those of the core."""
     space, size, width = core.observation_space, policy.observation_size, policy.token_width
     if policy.channels is not None and width is None:  # it observes tokens alone
         size, width = 0, size
@@ -201,7 +201,7 @@ def _score(
 def policy_rows(core: Core, most: int = POLICY_ROWS) -> NDArray:
     """Rows of the training split, at most ``most``, evenly spaced: for searches, and for the order of selection.
 
-    All rows of the validation split are so left for the tests of selection.
+    So all rows of the validation split are left for the tests of selection.
     """
     n = len(core.split("train"))
     return np.linspace(0, n - 1, min(n, most)).round().astype(np.int64)

@@ -33,7 +33,7 @@ from sd_gym.policy import HIDDEN, DecisionPolicy, PerStageMLP, blinded, register
 from sd_gym.policy.token_encoder import TokenEncoder
 
 # Of the critic's loss. Actor and critic share no layer, but the library clips their gradients together. At its default
-# of 0.5 the critic's error on a lost instance (a reward of -20) would leave almost no step for the actor.
+# weight, 0.5, the critic's error on a lost instance (a reward of -20) would leave almost no step for the actor.
 VALUE_WEIGHT = 0.02
 NEVER = -1e9  # logit of a choice that a stage does not have
 
@@ -280,11 +280,11 @@ class SB3Agent(Agent[SB3SettingsT]):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a ``state``."""
+        """Continue from a ``state``."""
         algorithm = self.algorithm
         algorithm.set_parameters(state["parameters"])
         algorithm.num_timesteps, algorithm._n_updates = state["steps"], state["updates"]
-        algorithm._current_progress_remaining = state.get("progress_left", 1.0)  # checkpoints of before have none
+        algorithm._current_progress_remaining = state.get("progress_left", 1.0)  # older checkpoints have none
         assert algorithm.env is not None
         algorithm.env.reset()  # the loaded states undo its random draws
         observations = self.env.load_state(state["env"])

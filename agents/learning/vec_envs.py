@@ -17,7 +17,7 @@ OFTEN = 50  # decisions per row; with more of them PPO and A2C overfit to the ro
 class ObservationVecEnv(VecEnvWrapper):
     """Adds Gaussian noise, against overfitting to rows that are decided on often (Bishop 1995); zeros if ``blind``.
 
-    ``deviation`` is that of the noise, float32 ``[features]``; ``None``: no noise. It draws from torch's random state.
+    ``deviation`` is the noise's, float32 ``[features]``; ``None``: no noise. Draws come from torch's random state.
     A blind agent observes only the stage, if there are several ``stages``.
     """
 
@@ -50,7 +50,7 @@ def noise_deviation(core: Core, split_name: str, noise: float | None, decisions:
         core: The env's core. Only flat observations before the first layer have noise.
         split_name: The split to learn on.
         noise: In deviations of each feature; ``None``: 1.0 with ``OFTEN`` decisions per row or more, else 0.
-        decisions: Of the whole run.
+        decisions: Decisions of the whole run.
     """
     split = core.split(split_name)
     if noise is None:

@@ -114,6 +114,6 @@ class PPOLexAgent(PPOAgent[PPOLexSettings]):
         return {**super().state(), "mean_loss": self.algorithm.mean_loss}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a ``state``."""
+        """Continue from a ``state``."""
         super().load_state(state)
         self.algorithm.mean_loss = state["mean_loss"]

@@ -52,6 +52,6 @@ class PPOLagrangianAgent(PPOAgent[PPOLagrangianSettings]):
         return {**super().state(), "multiplier": self.multiplier}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a ``state``."""
+        """Continue from a ``state``."""
         super().load_state(state)
         self._wrapper.lagrangian.multiplier = state["multiplier"]

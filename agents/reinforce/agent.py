@@ -1,4 +1,4 @@
-"""REINFORCE (Williams 1992) under the dynamic barrier; reads from top to bottom.
+"""REINFORCE (Williams 1992) with the dynamic barrier.
 
 For each drawn instance several decisions are sampled. They give two gradients: that of the FLOPs,
 ``E[grad log pi(a|x) * A_flops]``, and that of the quality loss. Both advantages are losses minus a baseline, the mean
@@ -57,7 +57,7 @@ class ReinforceSettings(LearnerSettings):
     """
 
     space: ClassVar = LearnerSettings.space | {
-        "learning_rate": (5e-5, 1e-2),  # from that of refining
+        "learning_rate": (5e-5, 1e-2),  # from the default with a ``start``
         "samples": [2, 4],
         "updates": [1, 2, 4, 8],
         "limit": (0.1, 1.0),

@@ -70,5 +70,5 @@ class DynamicBarrier:
         return {"total": self._total, "means": self._means.clone()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a ``state``."""
+        """Continue from a ``state``."""
         self._total, self._means = state["total"], state["means"].clone()

@@ -43,7 +43,7 @@ class Foresight(nn.Module):
         nn.init.constant_(last.bias, SELDOM)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         self.rows = torch.zeros(0, dtype=torch.int64)  # of the scored instances
-        self.decisions = torch.zeros(0, len(nvec), dtype=torch.int32)  # on them; on a table, numbers of masks
+        self.decisions = torch.zeros(0, len(nvec), dtype=torch.int32)  # scored decisions; on a table, numbers of masks
         self.lost = torch.zeros(0)  # quality lost, negative: gained
 
     def remember(self, rows: NDArray, decisions: Tensor, lost: Tensor, observed: Tensor | None = None) -> None:
@@ -96,7 +96,7 @@ class Foresight(nn.Module):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a ``state``."""
+        """Continue from a ``state``."""
         self.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.rows, self.decisions, self.lost = state["memory"]

@@ -29,10 +29,10 @@ def certain(nvec: NDArray) -> Tensor:
 class StageStates(NamedTuple):
     """States of remembered decisions at a stage."""
 
-    rows: Tensor  # of their instances, int64 [n]
+    rows: Tensor  # rows of the instances, int64 [n]
     stage: Tensor  # number of the stage, int64 [n]
     observations: Tensor | dict[str, Tensor]  # float32 [n, size], or with tokens
-    decisions: Tensor  # those made at earlier stages, int64 [n, components]; 0 from this stage on
+    decisions: Tensor  # made at earlier stages, int64 [n, components]; 0 from this stage on
 
 
 class StagedForesight(Foresight):
@@ -139,6 +139,6 @@ class StagedForesight(Foresight):
         return {**super().state(), "observed": self.observed}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a ``state``."""
+        """Continue from a ``state``."""
         super().load_state(state)
         self.observed = state["observed"]

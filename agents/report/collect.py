@@ -23,7 +23,7 @@ EXAMPLES_PER_LEVEL, MOST_EXAMPLES = 3, 14
 class AgentRuns:
     """The runs of one agent on one env; they differ in their seed only."""
 
-    name: str  # of the agent, and how these runs differ from its others
+    name: str  # the agent's, and how these runs differ from its others
     runs: list[Run]
 
     @property

@@ -79,7 +79,7 @@ def _by_settings(agent: str, runs: list[Run]) -> list[tuple[str, list[Run]]]:
         notes += [f"{count} of its {run.result['instances']} test rows in {name}" for name, count in shared.items()]
         group = groups.setdefault(f"{agent} ({', '.join(notes)})" if notes else agent, {})
         starts = {key: start for key in STARTS if (start := run.config["agent_settings"].get(key)) is not None}
-        origins = run.config.get("origin_seeds", starts)  # runs of before have none
+        origins = run.config.get("origin_seeds", starts)  # older runs have none
         key = str(run.folder) if run.seed is None else json.dumps([run.seed, origins])
         if key in group:  # a result of sd_gym.evaluate has no history
             kept, left_out = sorted((group[key], run), key=lambda one: not one.result["history"])

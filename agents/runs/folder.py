@@ -131,9 +131,9 @@ def run_description(names: dict[str, Any], config: BaseModel, backbone: Any, dat
 
 
 def origins(settings: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Of each run that an agent's ``settings`` name: its agent with a hash of all but its seed and folder; its seed.
+    """For each run that an agent's ``settings`` name: its agent with a hash of all but its seed and folder; its seed.
 
-    Of what is no run: the name of the folder, and its path.
+    For a folder that is no run: its name, and its path.
     """
     found, seeds = dict[str, str](), dict[str, Any]()
     for key in STARTS:
@@ -180,7 +180,7 @@ def _read(folder: Path, name: str, kind: type[BaseModel]) -> dict[str, Any]:
 
 
 def check_backbone(run: Path, before: str, backbone: Any) -> None:
-    """Raise ``ValueError`` if a backbone's weights have another hash than ``before``, of the run's ``config.json``."""
+    """Raise ``ValueError`` if a backbone's weights have another hash than ``before``, that of ``config.json``."""
     if before != backbone.weights:
         raise ValueError(
             f"{run}: the backbone {backbone.name!r} has other weights than in training (hash {before[:12]}, now "

@@ -80,7 +80,7 @@ def curve_interval(curves: NDArray, *, samples: int = SAMPLES) -> tuple[NDArray,
 
 
 def half_interval(values: Sequence[float] | NDArray) -> float:
-    """Half of the 95% interval (Student's t) of the mean; NaN of a single value."""
+    """Half of the 95% interval (Student's t) of the mean; NaN for a single value."""
     return float(t.ppf(0.975, len(values) - 1) * sem(values)) if len(values) > 1 else float("nan")
 
 
@@ -93,7 +93,7 @@ def interval(values: NDArray) -> tuple[float, float]:
 def pareto_front(quality: NDArray, flops_ratio: NDArray) -> NDArray:
     """Indices of the Pareto front of quality ``[n]`` and FLOPs ``[n]``, int64 ``[front]``, the cheapest first.
 
-    Of equal points the front has one.
+    The front has only one of several equal points.
     """
     order = np.lexsort((-quality, flops_ratio))
     best = np.maximum.accumulate(np.concatenate([[-np.inf], quality[order][:-1]])) if len(order) else quality

@@ -88,7 +88,7 @@ def verdict(
     For few instances, the exact binomial probability of so few losses has to be small enough as well: net, and of those
     that lose most, beside what the others gain. ``tests/agents/runs/test_verdict.py`` simulates all of it.
     ``quality [n]`` is at least 0, ``quality_ref [n]`` dense, ``confidence`` one-sided, and ``highest``
-    (``Scores.highest``) what an instance can lose, right or not here.
+    (``Scores.highest``) the most that any instance can lose.
     """
     difference, n, worst = quality - quality_ref, len(quality), _worst(quality_ref, highest)
     if n < max(1, fewest_instances(epsilon, worst, confidence)):
@@ -115,7 +115,7 @@ def highest_loss(quality: NDArray, quality_ref: NDArray, confidence: float = CON
 def difference_interval(quality: NDArray, quality_ref: NDArray, highest: float = 1.0) -> tuple[float, float]:
     """95% interval of the mean of ``quality - quality_ref``; arguments as for ``verdict``.
 
-    Of a normal distribution, with two more instances, one that loses all and one that gains as much. So it has a width
+    It is that of a normal distribution, with two instances added: one loses all, one gains as much. So it has a width
     where few answers differ, or none (after Agresti and Min 2005, Statistics in Medicine 24, who add half an instance).
     """
     worst = _worst(quality_ref, highest)
@@ -136,7 +136,7 @@ def _shown(known: Differences, n: int, epsilon: float, worst: float, confidence:
         return False
     if epsilon >= worst:
         return True
-    share = (mean + epsilon) / (mean + worst)  # of instances that would have to lose all, for epsilon to be lost
+    share = (mean + epsilon) / (mean + worst)  # share of instances that would have to lose all, for epsilon to be lost
     variance = (1 - share) * known.square + share * worst**2 - epsilon**2
     net, beside_gains = epsilon / worst, (epsilon + gain) / (worst + gain)  # how many lose all if epsilon is lost
     by_chance = max(_at_most(max(0.0, -mean) / worst, n, net), _at_most(known.lost, n, beside_gains))
@@ -144,6 +144,6 @@ def _shown(known: Differences, n: int, epsilon: float, worst: float, confidence:
 
 
 def _at_most(share: float, n: int, expected: float) -> float:
-    """The probability that at most this share of ``n`` instances is lost, if ``expected`` is that of each."""
+    """The probability that at most this share of ``n`` instances is lost, if each is lost with that ``expected``."""
     lost = share * n
     return float(betainc(n - lost, lost + 1, max(0.0, 1 - expected))) if lost < n else 1.0

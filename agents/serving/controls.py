@@ -26,7 +26,7 @@ FIRST_SEED = {"train": 1_000_000, "validation": 2_000_000, "test": 3_000_000}
 
 
 def fixed(config: ServingConfig) -> list[Network]:
-    """Each operating point, and coins between neighbours."""
+    """Each operating point, and random mixtures of neighbours."""
     points, networks = len(config.points), []
     for first in range(points):
         networks.append(_linear(np.zeros(points), np.where(np.arange(points) == first, 0.0, NEVER), draws=True))

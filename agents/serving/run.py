@@ -89,9 +89,9 @@ def train(described: dict[str, Any], folder: Path, settings: dict[str, Any], on_
 
 
 def _undominated(config: ServingConfig, networks: Sequence[Network]) -> tuple[list[Network], list[bool]]:
-    """Those that no other one beats in loss and goodput on policy rows and training arrivals, from dense to bold.
+    """The networks that no other beats in loss and goodput on policy rows and training arrivals, from dense to bold.
 
-    Also which of them are on the hull: the others are steps of the selection between them.
+    Also which of them are on the hull; selection uses the others as steps in between.
     """
     played = play(config, networks, "train", SEARCH_EPISODES)
     loss, goodput = played.shares @ expected_loss(config), played.goodput.mean(axis=1)
@@ -119,7 +119,7 @@ def _selected(
     tested, dense = play(config, tried, "test", EPISODES), _play_dense(config, EPISODES)
     result = _measured(config, Played(*(values[[passed - 1]] for values in tested)) if passed else dense)
     result["guarantee"] = f"{guarantee(len(quality), config.epsilon, confidence, passed == 0)}; {on_other_rows(result)}"
-    # Coins between the dials on the hull and dense, which loses nothing.
+    # Random mixtures of the dials on the hull and dense, which loses nothing.
     loss = np.append(tested.shares[on_hull] @ outcomes(config, "test").cost.mean(axis=0), 0.0)
     hull = lower_hull(loss, -np.append(tested.goodput[on_hull].mean(axis=1), dense.goodput.mean()))
     at = -np.interp(np.array(FRONT) * config.epsilon, hull.loss, hull.flops)

@@ -12,7 +12,7 @@ from sd_gym.switch import Switchboard
 NOISE = 3.0  # ranks: how far the layers that ``whole_layers`` draws stray from the least important ones
 FEWEST = 1 / 3  # a row draws at least this share of the highest number of layers
 MEASURED_ROWS = 32  # rows of a batch that importance is measured on, at most
-TRIED = 4  # of which the next layer to skip is chosen
+TRIED = 4  # candidates for the next layer to skip
 BOLDNESS = (-1.0, 2.0)  # range of the shift of a policy's log-odds of skipping
 RARE = 0.02  # the least probability of skipping, and of running, a switch
 RANDOM_SHARE = 0.3  # share of the rows under random decisions, where a policy decides on the others
@@ -31,10 +31,10 @@ def layers_of(board: Switchboard) -> Tensor:
 def layer_importance(board: Switchboard, batch: dict[str, Tensor], max_rate: float, accelerator: Accelerator) -> Tensor:
     """Ranks of the layers in the order in which they are best skipped, int64 ``[layers]`` on the CPU; 0: the first.
 
-    A share ``max_rate`` of them is skipped one by one: of the few that alone raise the distillation loss least, the one
-    that raises it least together with those skipped so far. Layers that hardly matter alone may matter together. The
-    others follow by their losses alone. Losses are those of the first rows of ``batch`` (see ``sandwich_loss``),
-    averaged over the processes.
+    A share ``max_rate`` of them is skipped one by one. The next layer is one of the few that raise the distillation
+    loss least alone: that which raises it least together with those skipped so far. Layers that hardly matter alone may
+    matter together. The rest is ordered by their losses alone. Losses are those of the first rows of ``batch`` (see
+    ``sandwich_loss``), averaged over the processes.
     """
     model, head, layers = board.model, head_of(board.model), layers_of(board)
     names = batch.keys() - {"keep", "skip_logits"}
@@ -89,7 +89,7 @@ def deeper(rows: int, layers: Tensor, max_rate: float, generator: torch.Generato
 
 
 def staged(rows: int, layers: Tensor, max_rate: float, generator: torch.Generator, _: Tensor | None = None) -> Tensor:
-    """As staged policies decide: layers run up to a random one; after it, half of the rows skip all, half ``even``."""
+    """Like staged policies: layers run up to a random one; after it, half of the rows skip all, half draw ``even``."""
     skip = even(rows, layers, max_rate, generator)
     stage = torch.randint(0, int(layers.max()) + 2, (rows, 1), generator=generator)
     exits = torch.rand(rows, 1, generator=generator) < 0.5
@@ -106,7 +106,7 @@ def whole_layers(
     assert importance is not None  # measured before it is drawn
     count = len(importance)
     most = max_rate * count * (FEWEST + (1 - FEWEST) * torch.rand(rows, 1, generator=generator))
-    noise = -torch.empty(rows, count).exponential_(generator=generator).log()  # of a Gumbel distribution
+    noise = -torch.empty(rows, count).exponential_(generator=generator).log()  # from a Gumbel distribution
     order = (importance - NOISE * noise).argsort(dim=1).argsort(dim=1)
     return (order < most.round())[:, layers].long()
 

@@ -202,7 +202,7 @@ def load_own_backbone(name: str, device: str = "cpu") -> Backbone:
 
 
 def load_backbone(name: str, device: str = "cpu") -> Backbone:
-    """Load a backbone that all envs share, so it must not be changed; again if its files have been written again."""
+    """Load a backbone that all envs share: do not change it. If its files were written again, it is reloaded."""
     return _shared_backbone(name, device, written(name))
 
 

@@ -135,7 +135,9 @@ def run(
     resume: Annotated[bool, Option(help="Resume an interrupted run from OUTPUT.part.")] = False,
     device: Annotated[str, Option(help="Device of the backbone: cpu, cuda, cuda:1.")] = "cpu",
     batch_size: Annotated[int | None, Option(min=1, help="Largest number of rows per batch [default: auto].")] = None,
-    ray: Annotated[str | None, Option(metavar="ADDRESS", help="A Ray cluster that answers; it sees POLICY.")] = None,
+    ray: Annotated[
+        str | None, Option(metavar="ADDRESS", help="A Ray cluster that answers and can access POLICY.")
+    ] = None,
     columns: Annotated[list[str], Option("--column", metavar="FIELD=COLUMN", help="Column of a field.")] = [],
     imports: Imports = [],
 ) -> None:
@@ -208,12 +210,14 @@ def serve(
     threads: Annotated[int | None, Option(min=1, help="Threads of the model [default: all cores].")] = None,
     max_loss: Annotated[float | None, Option(help="Default: the point with fewest FLOPs at this loss (0.005).")] = None,
     max_flops: Annotated[
-        float | None, Option(help="Or the most cautious one within this share of FLOPs (0.4), without the policy's.")
+        float | None, Option(help="Or the most cautious point within this share of FLOPs (0.4), without the policy's.")
     ] = None,
     allow_loss: Annotated[
         float | None, Option(help="Highest loss that a request may ask for [default: points that passed].")
     ] = None,
-    allow_flops: Annotated[float, Option(min=0, max=1, help="Largest share of FLOPs that it may ask for.")] = 1.0,
+    allow_flops: Annotated[
+        float, Option(min=0, max=1, help="Largest share of FLOPs that a request may ask for.")
+    ] = 1.0,
     dial: Annotated[
         Path | None,
         Option(metavar="RUN", help="Run on a serving env: its dial chooses the operating point of each group."),
@@ -263,8 +267,8 @@ def serve(
             )
         if not served.engine.groups_masks:
             terminal.say(
-                "this policy has too many masks to group requests by, or decides in the pass: they run together on the "
-                "switchboard; sd-gym reduce makes a policy of few masks",
+                "this policy has too many masks to group requests by, or decides in the pass: requests run together on "
+                "the switchboard; sd-gym reduce makes a policy of few masks",
                 "yellow",
             )
         run_server(served, host, port, lambda address: terminal.print_line(f"Serving {Path(policy).name}: {address}"))

@@ -22,7 +22,7 @@ def train(
         ),
     ] = "ppo",
     steps: Annotated[
-        int, Option(min=1, help="Decisions to learn from; what searches (imitation, static) has a number of its own.")
+        int, Option(min=1, help="Decisions to learn from; agents that search (imitation, static) ignore it.")
     ] = 50_000,
     seed: Annotated[int, Option(help="Seed of the agent and of the drawn instances.")] = 0,
     output: Annotated[Path | None, Option(help="Run folder [default: runs/TASK-ALGO-SEED].")] = None,
@@ -119,9 +119,9 @@ def export(
     output: Annotated[Path, Option(help="Folder to write.")],
     masks: Annotated[int, Option(min=1, help="Masks at most; a run whose policy has more is reduced first.")] = 8,
     int8: Annotated[
-        bool, Option("--int8", help="Matrix products of 8-bit integers; decisions stay as they are.")
+        bool, Option("--int8", help="Use 8-bit integers in matrix products; decisions stay as they are.")
     ] = False,
-    backbone: Annotated[str | None, Option(help="Where the backbone is [default: where it was].")] = None,
+    backbone: Annotated[str | None, Option(help="Where the backbone is [default: where it was in training].")] = None,
     imports: Imports = [],
 ) -> None:
     """Write a policy and its backbone as graphs for ONNX Runtime, which answers without torch.

@@ -47,7 +47,7 @@ Settings = Annotated[
 Confidence = Annotated[
     float, Option(min=0.5, max=0.9999, help="Confidence of the guarantee that less than epsilon is lost.")
 ]
-Ray = Annotated[str | None, Option(metavar="ADDRESS", help="A Ray cluster instead; it sees OUTPUT.")]
+Ray = Annotated[str | None, Option(metavar="ADDRESS", help="A Ray cluster instead, which can access OUTPUT.")]
 
 
 def import_all(names: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 class Targets:
     """The reference answers of a split.
 
-    Of an extracted answer that was cut off there is no label: its likelihood is 0, and training ignores the instance.
+    An extracted answer that was cut off has no label: its likelihood is 0, and training ignores the instance.
     """
 
     labels: Tensor  # ``[n, ...]``, in the form of the backbone's head

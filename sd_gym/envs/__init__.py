@@ -1,4 +1,4 @@
-"""One batched core as ``gymnasium.Env``, ``gymnasium.vector.VectorEnv`` and Stable-Baselines3 ``VecEnv``.
+"""Envs: one batched core as ``gymnasium.Env``, ``gymnasium.vector.VectorEnv`` and Stable-Baselines3 ``VecEnv``.
 
 This module does not import torch, which an env of a table does not need.
 """

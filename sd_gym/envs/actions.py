@@ -26,7 +26,7 @@ class Actions:
         space: The action space.
         nvec: Number of choices of each component of an action, int64.
         meaning: What an action is, in words, for error messages.
-        codebook: The decisions that actions are numbers of, int64 ``[masks, switches + 1]``; ``None``: no codebook.
+        codebook: The decisions that actions choose by number, int64 ``[masks, switches + 1]``; ``None``: no codebook.
         are_decisions: Whether an action is a decision already.
     """
 

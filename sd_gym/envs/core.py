@@ -133,7 +133,7 @@ class BackboneCore(Core[BackboneSplit]):
     def export(self) -> Export | None:
         """What a policy needs outside of this env.
 
-        ``None`` if it cannot leave it: observation or token ranking are a user's own, or tokens are ranked at random.
+        ``None`` if a policy needs the env: the observation or token ranking is a user's own, or tokens rank at random.
         """
         config, backbone, ranking, observation = self.config, self.backbone, self._ranking, self.observation
         if not isinstance(observation, Pooled | Tokens) or (ranking is not None and not ranking.is_exported):

@@ -28,7 +28,7 @@ class Curve(NamedTuple):
     number: Array  # [points], int64: index of each point in the input
 
     def at(self, loss: float) -> float:
-        """The fewest FLOPs at a loss, of a coin between two points; ``ValueError`` if no point loses so little."""
+        """The fewest FLOPs at a loss, by a random mixture of two points; ``ValueError`` if no point loses so little."""
         if loss < self.loss[0]:
             raise ValueError(f"expected a loss of at least {self.loss[0]:.4f}, got {loss:.4f}")
         return float(np.interp(loss, self.loss, self.flops))
@@ -62,7 +62,7 @@ def _batches(split: TableSplit) -> Iterator[tuple[Array, Array, Array]]:
 
 
 def hull(split: TableSplit) -> Curve:
-    """The lower hull of all masks on a split: what one mask for all inputs, or a coin between two, can reach.
+    """The lower hull of all masks on a split: what one mask for all inputs, or a random mixture of two, can reach.
 
     ``number`` is that of the mask. The hull is chosen in hindsight, so only a policy that uses its inputs can beat it.
     """
@@ -71,7 +71,7 @@ def hull(split: TableSplit) -> Curve:
 
 
 def oracle(split: TableSplit) -> Curve:
-    """The best decision of each instance in knowledge of its outcomes, at each of ``MULTIPLIERS``: an upper bound.
+    """The best decision of each instance, given its outcomes, at each of ``MULTIPLIERS``: an upper bound.
 
     Answers that a mask gets right by luck count as right.
     """

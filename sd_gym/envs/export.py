@@ -15,13 +15,13 @@ from sd_gym.projection import Projection
 class Export(NamedTuple):
     """What a policy needs outside of its env; see ``SkipPolicy`` for most fields."""
 
-    env: EnvConfig  # for a table, of the original env
+    env: EnvConfig  # for a table, the original env's
     backbone: dict[str, Any]  # as in the artefact's card
-    mean: Array  # of the observations, as is deviation
+    mean: Array  # mean of the observations; next their deviation
     deviation: Array
     rarity: Array | None
     protection: ProtectedTokens | None
-    masks: Array | None = None  # of a table, as is projection
+    masks: Array | None = None  # for a table, like projection
     projection: Projection | None = None
     of_tokens: tuple[Array, Array] | None = None  # mean and deviation, if several stages show tokens
     ranking_costs_flops: bool = False

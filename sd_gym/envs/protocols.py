@@ -60,13 +60,13 @@ class Scores(Protocol):
 class Costs(Protocol):
     """FLOPs of rows ``[n]`` of a split under decisions ``[n, components]``, int64 ``[n]``, with those of going on."""
 
-    # Over dense FLOPs, float64.
+    # FLOPs over dense FLOPs, float64.
     def flops_ratio(self, rows: Array, decisions: Array) -> Array: ...
     def flops(self, rows: Array, decisions: Array) -> Array: ...
     def dense_flops(self, rows: Array) -> Array: ...
-    # Of the head, which no decision skips.
+    # FLOPs of the head, which no decision skips.
     def head_flops(self, rows: Array) -> Array: ...
-    # Of going on after decisions: what the answer stage adds.
+    # FLOPs of going on after decisions: what the answer stage adds.
     def going_on(self, rows: Array, masks: Array) -> Array: ...
 
 
@@ -127,7 +127,7 @@ class Core(Protocol[S]):
     config: EnvConfig
     nvec: Array  # sizes of a decision's components, int64 [components]
     decision_nvec: Array  # sizes of a mask's components, int64 [switches + 1]
-    stages: list[str]  # of an episode, in execution order
+    stages: list[str]  # stages of an episode, in execution order
     steps: Steps  # which components of a decision each stage makes
     actions: Actions  # from actions to decisions
     observation: Any  # of the first stage; has a space, and the FLOPs of computing it
@@ -138,7 +138,7 @@ class Core(Protocol[S]):
 
     @property
     def observation_space(self) -> gym.Space:
-        """Of one observation."""
+        """The space of one observation."""
         return self.stage_observation.space
 
     def observing_flops(self, split: Any, rows: Array, *, blind: bool) -> Array:
@@ -161,7 +161,7 @@ class Core(Protocol[S]):
         """Which choices of an action each stage has, bool ``[stages, choices]``."""
         if self.actions.are_decisions:
             return self.steps.masks
-        return np.ones((1, self.actions.nvec.sum()), dtype=np.bool_)  # of bits and codebooks there is one stage
+        return np.ones((1, self.actions.nvec.sum()), dtype=np.bool_)  # bits and codebooks have one stage
 
     @cached_property
     def _decision_space(self) -> Actions:

@@ -34,7 +34,7 @@ class Result:
     """The outcome of a decision."""
 
     decision: NDArray  # ``[switches + 1]``
-    answer: str  # of the backbone under the decision
+    answer: str  # the backbone's, under the decision
     quality: float  # of this answer
     quality_ref: float  # of the dense backbone's answer
     kept: bool  # whether at most epsilon was lost

@@ -18,8 +18,8 @@ ROW_PER_ENV = ("action_masks", "render")  # methods of the vector env that retur
 class SwitchableVecEnv(VecEnv):
     """A ``SwitchableVectorEnv`` as Stable-Baselines3 expects it: list infos, copied ``terminal_observation``.
 
-    Gymnasium's vector wrappers may be around it; spaces, observations, rewards and infos are then theirs. Those that
-    refuse ``AutoresetMode.SAME_STEP`` want an env of another mode; this one still resets in the same step, as
+    Gymnasium's vector wrappers may be around it; spaces, observations, rewards and infos are then theirs. Wrappers that
+    refuse ``AutoresetMode.SAME_STEP`` need an env of another mode; this class still resets in the same step, as
     Stable-Baselines3 expects. The info of an episode's last step has ``episode`` (return ``r``, length ``l``, seconds
     ``t``), as ``VecMonitor`` gives it, so it needs no ``VecMonitor`` around it.
 
@@ -104,7 +104,7 @@ class SwitchableVecEnv(VecEnv):
         setattr(holder, attr_name, value)
 
     def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        """Call a method of the vector env or of a wrapper once; its result per index, of ``ROW_PER_ENV`` its row."""
+        """Call a method of the vector env or a wrapper once; its result per index, or its row if in ``ROW_PER_ENV``."""
         result = getattr(self._holder(method_name), method_name)(*args, **kwargs)
         return [result[env] if method_name in ROW_PER_ENV else result for env in self._get_indices(indices)]
 

@@ -26,7 +26,7 @@ class Observation(ABC):
     It is made once per core, as ``Observation(core)``; its statistics come from ``core.split("train")``.
 
     Attributes:
-        space: Of one observation: a ``Box``, or a ``Dict`` of simple spaces.
+        space: The space of one observation: a ``Box``, or a ``Dict`` of simple spaces.
         flops: FLOPs of one observation, beyond what the pass computes anyway.
     """
 
@@ -163,7 +163,7 @@ def token_width(space: gym.Space) -> int | None:
 
 
 def flat_size(space: gym.Space) -> int:
-    """Numbers of an observation, without tokens: all if it is flat; with tokens, those of the stage."""
+    """How many numbers an observation has besides tokens: all if it is flat, else those of the stage."""
     if isinstance(space, gym.spaces.Dict):
         return flat_size(space["stage"]) if "stage" in space.spaces else 0
     return int(np.prod(space.shape or ()))

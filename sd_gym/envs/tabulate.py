@@ -41,7 +41,7 @@ NUMBERS = "biuf"  # kinds of numeric arrays
 class Units(NamedTuple):
     """What a table's env decides on, if not on switches or the number of a mask: such as whole layers."""
 
-    names: list[str]  # of each unit but the last one, the token level
+    names: list[str]  # names of the units, without the last one, the token level
     sizes: list[int]  # choices of each unit
     order: list[int]  # the number of the mask of each combination of choices; the last unit's choice changes first
 
@@ -79,7 +79,7 @@ class TableMaker:
     ways: list[int] | None
     units: Units | None  # what the table's env decides on, if not on switches or the number of a mask
     chosen: str  # how the masks were chosen, in words; empty: all
-    pca: int | None  # to how many numbers observations are reduced; ``None``: not at all
+    pca: int | None  # how many numbers observations are reduced to; ``None``: not reduced
     share: bool  # whether ids, texts and paths are left out
     bf16: bool  # whether the backbone runs in mixed precision
 

@@ -40,7 +40,7 @@ class MaskTree:
         switches = self._board.switches
         self._by_sublayer = keep is None and len({switch.stack for switch in switches}) == 1
         layers = self._board.decided_at([EVERY_LAYER]).items()
-        self._layer_of = [layer for layer in layers for _ in switches[layer[1]]]  # of each switch: stage and switches
+        self._layer_of = [layer for layer in layers for _ in switches[layer[1]]]  # per switch: stage and switches
         self._first_alone: bool | None = None
         self._is_pointwise = np.array([switch.sublayer.kind == "feed_forward" for switch in switches])
 

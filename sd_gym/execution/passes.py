@@ -20,7 +20,7 @@ from sd_gym.switch.stages import BETWEEN
 from sd_gym.tasks.token_dropping import TokenDropping
 
 Array = NDArray
-Value = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of each row's logits and labels
+Value = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # a function of each row's logits and labels
 PASS_TOKENS = 2**15  # padded tokens of a forward pass at most, which bounds its memory
 SHARED_ROWS = 256  # of passes that many masks share
 
@@ -121,7 +121,7 @@ class Passes:
     def _generated_after(
         self, seen: PassState, rows: Array, decisions: Array, picked: Array, *, judges: bool
     ) -> tuple[list[str], Array]:
-        """The same for some of the rows after the encoder has read all of them; they keep the padding of all."""
+        """``generated_batch`` of some rows, after the encoder has read all; they keep the padding of all."""
         some, keep = torch.from_numpy(picked), self._tokens.kept(rows, decisions[:, -1])
         inputs = {name: tensor[some] for name, tensor in self.inputs(rows).items()}
         kept, state = None if keep is None else keep[picked], seen.rows(some.to(seen.hidden.device))

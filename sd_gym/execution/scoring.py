@@ -148,8 +148,8 @@ class Scoring:
     def run(self, rows: Array, decisions: Array, seen: PassState | None = None) -> Array:
         """Run the backbone on rows under decisions and score it: float64 ``[n]``. Nothing is cached.
 
-        Of a likelihood: one plus the logarithm of its ratio to the dense one, between 0 and 2. So dense has 1, a loss
-        of 0.01 is one percent of perplexity, and no instance loses more than 1.
+        A likelihood counts as one plus the logarithm of its ratio to the dense one, between 0 and 2. So dense has 1, a
+        loss of 0.01 is one percent of perplexity, and no instance loses more than 1.
 
         Rows of about the same length, or of the same decision, run together; or they resume from the state ``seen``.
         """

@@ -126,7 +126,7 @@ class BackboneSplit:
 
     @property
     def levels(self) -> Array:
-        """Difficulty for reports, int64 ``[n]``: that of the data, or else the quartile of the dense loss."""
+        """Difficulty for reports, int64 ``[n]``: the data's own, or else the quartile of the dense loss."""
         return self.difficulty if self.difficulty.any() else quartiles(self.dense_loss)
 
     def facts(self) -> dict[str, Array]:

@@ -17,7 +17,7 @@ class Answer(NamedTuple):
 
     answer: str  # the text that was generated or extracted, the name of the class, or the score
     skip: NDArray  # which switches it skipped, bool [switches]
-    token_level: int  # at which it dropped tokens
+    token_level: int  # level at which it dropped tokens
     flops_ratio: float  # FLOPs over those of the dense backbone, the policy's own included
     unknown_tokens: int  # tokens of the input that the tokenizer does not know
     went_on: bool = False  # whether the answer is the dense one, because the policy rejected the first one

@@ -23,7 +23,7 @@ from sd_gym.policy.rollout import Keep, StagedRollout
 from sd_gym.switch import FlopsModel, PassState, Switchboard, first_layer_input
 from sd_gym.switch.model_patches import ending
 
-PASS_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # of a pass that a head judges
+PASS_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # inputs of a pass that a head judges
 CACHES = ("cache", "past_key_values")  # names in different versions of transformers
 COMPUTED = ("encoder_outputs", "inputs_embeds")  # parts of the pass that a caller may have run densely
 InForce = tuple[NDArray, Keep]  # which switches are skipped, bool [n, switches], and which tokens stay
@@ -41,8 +41,8 @@ def attach(
     """Let a policy decide, inside ``model(...)`` and ``model.generate(...)``, which sublayers each input skips.
 
     Nothing else about the model changes: pipelines, streamers and beams work; ``torch.compile`` leaves it as it is. In
-    ``generate()`` it decides once, on the prompt (at several stages, while the prompt is read). Decisions are those of
-    the calling thread or task. A ``with board.decide(...)`` block of your own takes precedence.
+    ``generate()`` the policy decides once, on the prompt (at several stages, while the prompt is read). Decisions are
+    those of the calling thread or task. A ``with board.decide(...)`` block of your own takes precedence.
 
     Args:
         model: The model that the policy was trained on; it is changed in place, until ``detach``. If a policy is
@@ -164,7 +164,7 @@ class Attached:
     def _under_decisions(
         self, run: Callable[[], Any], shown: _PolicyInput, given: dict[str, Any], *, in_pass: bool
     ) -> tuple[Any, InForce]:
-        """The result of a call under the decisions for it, and those; ``in_pass``: the pass itself embeds ``shown``."""
+        """The result of a call under its decisions, and these; ``in_pass``: whether the pass embeds ``shown``."""
         if self.policy.is_staged:
             rollout = self._rollout(shown, given)
             with rollout.deciding(shown.mask):
@@ -316,7 +316,7 @@ def _first_given(given: dict[str, Any], names: tuple[str, ...]) -> Any:
 
 
 class _PolicyInput(NamedTuple):
-    inputs: dict[str, Tensor]  # of the model, padded at the right
+    inputs: dict[str, Tensor]  # the model's inputs, padded at the right
     order: Tensor | None  # position of each token in the given inputs, [n, length]; None: the same
     is_as_given: bool  # whether the model's own pass embeds exactly these inputs
     mask: Tensor  # the given attention mask

@@ -35,13 +35,13 @@ class Bulk:
     """The outcome of a run over a file."""
 
     rows: int = 0  # inputs answered, in this run
-    malformed: list[Line] = field(default_factory=list)  # in the whole output, with what is wrong with each
+    malformed: list[Line] = field(default_factory=list)  # malformed lines of the whole output, each with its error
     before: int = 0  # lines answered before this run, which resumed
-    seconds: float = 0.0  # of answering
+    seconds: float = 0.0  # seconds of answering
     flops_ratio: list[float] = field(default_factory=list)  # of each row, the policy's own FLOPs included
-    dense_seconds: float = 0.0  # of answering densely, where that was asked for
+    dense_seconds: float = 0.0  # seconds of answering densely, if requested
     agree: list[bool] = field(default_factory=list)  # whether each row has the dense answer
-    quality: list[tuple[float, float]] = field(default_factory=list)  # of each row with a reference: its own and dense
+    quality: list[tuple[float, float]] = field(default_factory=list)  # own and dense, of each row with a reference
     unknown: int = 0  # inputs with words that the tokenizer does not know
 
     def __iadd__(self, other: Bulk) -> Bulk:

@@ -15,7 +15,7 @@ def few_masks(policy: SkipPolicy, most: int) -> bool:
 
 
 def decided_masks(policy: SkipPolicy) -> NDArray | None:
-    """Those masks, int64 ``[masks, switches + 1]``; ``None``: it may decide any."""
+    """The masks that it decides among, int64 ``[masks, switches + 1]``; ``None``: any."""
     choices = choices_of(policy)
     return None if choices is None else np.unique(masks_of(policy, choices), axis=0)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 MANIFEST, TOKENIZER, WEIGHTS = "sd_gym_onnx.json", "tokenizer.json", "weights.bin"
-FORMAT = 3  # of a folder: which files and graphs it has
+FORMAT = 3  # which files and graphs a folder has
 DECIDE, MODEL, ANSWER = "decide.onnx", "model.onnx", "answer.onnx"  # before the first layer, the model, on the answer
 DENSE = 0  # number of the mask that skips nothing
 DECIDED = 256  # inputs per run of the graph that decides
@@ -211,7 +211,7 @@ class OnnxModel(TextModel):
         return [self._in_context(values, batch), *hidden]
 
     def run_rest(self, number: int, batch: Batch, hidden: list[NDArray]) -> NDArray:
-        """Dense logits, from the ``hidden`` states of ``run`` under a mask on, or from scratch if there are none."""
+        """Dense logits, continued from the ``hidden`` states of ``run`` under a mask, or from scratch without them."""
         if not hidden:
             return self.run(DENSE, batch)[0]
         graph = rest_file(self._resumed_from[number])
@@ -251,7 +251,7 @@ class OnnxModel(TextModel):
         return session, [value.name for value in session.get_inputs()]
 
     def _encoded(self, texts: list[list[str]]) -> list[Encoding]:
-        """Tokens of the inputs, cut as in the env: of a question and its context only the context."""
+        """Tokens of the inputs, cut as in the env: questions are not cut, only their contexts."""
         cut = self.manifest["cut"]
         if cut["strategy"] == "only_second":
             self._check_questions([fields[0] for fields in texts], cut["length"])
@@ -284,14 +284,14 @@ class OnnxModel(TextModel):
         return batch
 
     def _run(self, graph: str, batch: Batch, outputs: list[str] | None = None) -> list[NDArray]:
-        """Outputs of a graph, or all, on those of the inputs that it reads; token types are zeros if there are none."""
+        """The named outputs of a graph, or all, on the inputs that it reads; missing token types are zeros."""
         session, names = self._session(graph)
         if "token_type_ids" in names and "token_type_ids" not in batch:
             batch = batch | {"token_type_ids": np.zeros_like(batch["input_ids"])}
         return session.run(outputs, {name: batch[name] for name in names})
 
     def _in_context(self, values: NDArray, batch: Batch) -> NDArray:
-        """Logits, of which those of spans are in the context alone."""
+        """Logits; those of spans only inside the context."""
         inside = batch.get("context_mask")
         return values if inside is None else np.where(inside[:, None], values, NOWHERE)
 
@@ -328,7 +328,7 @@ def _log_softmax(values: NDArray) -> NDArray:
 def _judged_choice(log_prob: NDArray) -> NDArray:
     """Log-odds of the best choice, its margin over the next, entropy: ``[n, 3]``, of log-probabilities."""
     probability, best = np.exp(log_prob), log_prob.max(axis=1)
-    two = np.zeros((len(best), 2), dtype=best.dtype)  # of a single choice, the next has none
+    two = np.zeros((len(best), 2), dtype=best.dtype)  # a single choice has no next one
     two[:, -probability.shape[1] :] = np.sort(probability, axis=1)[:, -2:]
     odds = np.clip(best - np.log(np.maximum(-np.expm1(best), LEAST)), -MOST, MOST)
     return np.stack([odds, two[:, 1] - two[:, 0], -(probability * log_prob).sum(axis=1)], axis=1)
@@ -337,7 +337,7 @@ def _judged_choice(log_prob: NDArray) -> NDArray:
 def best_spans(logits: NDArray, max_length: int) -> NDArray:
     """First and last token of the most probable span, int64 ``[n, 2]``, as the span head finds it.
 
-    Logits are ``[n, 2, length]``; the first token stands for "no answer" and is a span of its own only.
+    Logits are ``[n, 2, length]``; the first token stands for "no answer" and is a span only by itself.
     """
     start, end = logits[:, 0], logits[:, 1]
     longest = min(max_length, end.shape[1])

@@ -35,7 +35,7 @@ from sd_gym.tasks.metrics import METRICS
 
 BATCH = 256  # inputs that are decided on at once
 DTYPES = "float32", "bfloat16", "float16"
-NOT_NEEDED = ("data", "reward", "action", "codebook")  # of the config, to answer inputs
+NOT_NEEDED = ("data", "reward", "action", "codebook")  # parts of the config that answering does not need
 
 
 class SkippingModel(TextModel):
@@ -207,12 +207,12 @@ def load(
         compile: Whether ``torch.compile`` compiles the model of each mask, when it is first run (tens of seconds): once
             for single inputs, once for batches, of any length. For a policy of few masks that generates no texts.
         dtype: What the backbone computes in: ``float32``, ``bfloat16`` or ``float16``; ``None``: what it is stored in.
-            Before the first layer the policy decides in float32, on a copy of the embeddings. To judge the answers,
-            save the backbone in ``dtype``, and pass that folder as ``backbone=`` to ``sd_gym.evaluate``.
+            Before the first layer the policy decides in float32, on a copy of the embeddings. To measure quality in
+            ``dtype``, save the backbone in it, and pass that folder as ``backbone=`` to ``sd_gym.evaluate``.
 
     Raises:
         FileNotFoundError, ValueError: See ``SkipPolicy.from_pretrained`` and ``attach``; or the backbone cannot be
-            loaded, or the policy shall be compiled and cannot be.
+            loaded, or ``compile`` is asked for and impossible.
 
     Example:
         >>> model = sd_gym.load("runs/reviews")  # doctest: +SKIP

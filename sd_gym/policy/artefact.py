@@ -86,7 +86,7 @@ class SkipPolicy:
 
     @property
     def longest(self) -> int:
-        """Most tokens of a text in its env; a policy that observes tokens observes no more of them."""
+        """Most tokens of a text in its env; a policy that observes tokens reads no more."""
         return self.card["env"]["backbone"]["max_source_length"]
 
     @property
@@ -122,7 +122,7 @@ class SkipPolicy:
 
         Args:
             hidden: The first layer's input, ``[n, length, width]``, padded at the right.
-            mask: Of its tokens, ``[n, length]``.
+            mask: Mask of its tokens, ``[n, length]``.
             whole: Whether there is no padding, which is faster.
 
         Raises:
@@ -262,7 +262,7 @@ class SkipPolicy:
 
         Args:
             name: A folder, or the id of a model repository on the Hugging Face hub.
-            revision: Of the repository.
+            revision: Revision of the repository.
 
         Raises:
             FileNotFoundError: If it does not exist.

@@ -13,7 +13,7 @@ class Group(NamedTuple):
     """Consecutive components with the same number of choices, for one tensor operation."""
 
     components: slice
-    columns: slice  # of their logits
+    columns: slice  # columns of their logits
     size: int  # choices of each
 
     def of(self, logits: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class DecisionPolicy(nn.Module):
         stages: Names of its stages. With several, an observation begins with the stage, one-hot, and only the stage's
             own components of a decision count.
         per_stage: Whether each of several stages has its own hidden layers.
-        channels: Of the ``TokenEncoder``; ``None``: observations are flat.
+        channels: Channels of the ``TokenEncoder``; ``None``: observations are flat.
         token_width: Width of a token, with tokens and several stages; else ``None``.
 
     Attributes:
@@ -59,7 +59,7 @@ class DecisionPolicy(nn.Module):
         ValueError: If the network is unknown or its shapes are wrong, or if arguments contradict each other.
     """
 
-    body: Any  # of three types; see above
+    body: Any  # one of three types; see above
     head: nn.Linear | Bias
     token_encoder: TokenEncoder | nn.Identity
     codebook: Tensor | None

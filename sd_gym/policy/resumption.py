@@ -18,7 +18,7 @@ class Resumption:
     """The hidden states of a pass from which its rows can go on (``sd_gym.going_on``).
 
     Args:
-        board: Of the model.
+        board: The model's switchboard.
         points: Numbers of the switches before which a pass can be resumed (``Head.resume_points``).
         decided: The first switch that is decided on; all earlier ones run.
 

@@ -26,8 +26,8 @@ class StagedRollout:
     ``going_on`` runs these again from their first skipped sublayer.
 
     Args:
-        policy: With several stages.
-        board, head, flops: Of the model.
+        policy: A policy with several stages.
+        board, head, flops: Those of the model.
         length: Tokens of each input, int ``[n]``.
         keeps: From token levels ``[n]`` to the tokens that the pass keeps, and their number for each input.
         judge: Runs the pass again for its logits ``[n, classes]``, where the head judges the output of a layer.
@@ -59,7 +59,7 @@ class StagedRollout:
         self.keep: Keep = None  # which tokens stay
         self.went_on = np.zeros(len(length), dtype=np.bool_)  # which rows go on
         self._kept = length
-        self._features = np.zeros((0, 0), dtype=np.float32)  # of the last stage
+        self._features = np.zeros((0, 0), dtype=np.float32)  # features at the last stage
         self._tokens: dict[str, NDArray] = {}  # if the policy observes them
 
     def deciding(self, mask: Tensor) -> Block:

@@ -18,8 +18,8 @@ class TokenEncoder(nn.Module):
 
     Args:
         width: Numbers per token.
-        channels: Of the convolution.
-        stage_size: With several stages, numbers of the stage's own observation, with which the features begin.
+        channels: Channels of the convolution.
+        stage_size: With several stages, size of the stage's own observation, which begins the features.
     """
 
     mean: Tensor

@@ -45,7 +45,7 @@ class Settings:
     timeout: float = 30.0  # seconds for an answer; also for the body to arrive
     body: int = 2**20  # bytes
     inputs: int = 64
-    characters: int = 50_000  # of an input: all of them are tokenised, also those that are then cut
+    characters: int = 50_000  # most of an input: all are tokenised, also those that are then cut
 
 
 class GoneError(Exception):

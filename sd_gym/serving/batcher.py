@@ -56,7 +56,7 @@ class Group(NamedTuple):
     rows: list[Row]
     answers: list[Any]
     waits: list[float]  # seconds of each row from its arrival to its start
-    seconds: float  # of running
+    seconds: float  # seconds of running
     point: int  # the operating point
 
 
@@ -64,8 +64,8 @@ class Group(NamedTuple):
 class Limits:
     """Limits of the queue and of a group."""
 
-    rows: int = 32  # of a group
-    tokens: int = 8192  # of a group, padded; a longer row runs alone
+    rows: int = 32  # most rows of a group
+    tokens: int = 8192  # most padded tokens of a group; a longer row runs alone
     queued_rows: int = 1024
     queued_tokens: int = 131_072
     max_wait: float = 0.05  # seconds for which larger groups may overtake a row; then the earliest deadline is first
@@ -76,7 +76,7 @@ class PassCost(NamedTuple):
 
     one_mask: float  # if its rows share a mask, finite; a row joins a group if it adds less padding than this
     mixed: float = math.inf  # if they do not; infinite if they cannot run together
-    mixed_row: float = 0.0  # of each row of a mixed pass
+    mixed_row: float = 0.0  # overhead of each row of a mixed pass
 
 
 @dataclass

@@ -43,7 +43,7 @@ class Served(NamedTuple):
     scores: dict[str, float] | None  # probability of each class in descending order; None: not a classification
     length: int  # tokens of the input
     promised: float  # FLOPs of this row alone, the policy's own included
-    executed: float  # its share of those of its group, padding included
+    executed: float  # its share of its group's FLOPs, padding included
     dense: float  # FLOPs of the dense backbone on this row alone
     generated: int = 0  # tokens of the text, with its end
     finished: bool = True  # whether the text ended by itself, not at the limit
@@ -52,7 +52,7 @@ class Served(NamedTuple):
 class Described(NamedTuple):
     """A description of the model."""
 
-    name: str  # of the backbone
+    name: str  # the backbone's name
     fields: tuple[str, ...]  # names of an input's texts
     gives: str  # label, score, span or text
     switches: list[str]

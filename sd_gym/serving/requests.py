@@ -29,7 +29,7 @@ class Body(BaseModel):
 
     max_loss: Limit = None  # the highest loss of quality, in the task's unit; see ``SkipPolicy.at``
     max_flops: Limit = None  # the largest share of the dense FLOPs
-    point: Annotated[int | None, Field(ge=0)] = None  # of ``/info``, by its index, in place of these two limits
+    point: Annotated[int | None, Field(ge=0)] = None  # index of a point of ``/info``, in place of these two limits
     timeout: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None  # seconds, at most the server's limit
 
 

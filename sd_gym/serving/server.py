@@ -45,8 +45,8 @@ def service(
 
     ``policy`` (which may also be a folder of ``sd-gym export``), ``backbone``, ``device`` and the limits of the default
     operating point are as in ``sd_gym.load``. For ``allow_loss`` and ``allow_flops`` see ``OperatingPoints``.
-    ``threads``: of the model; ``None``: the default of PyTorch or ONNX Runtime. ``dial``: run folder of a serving env,
-    whose dial chooses the operating point of each group.
+    ``threads``: the model's threads; ``None``: the default of PyTorch or ONNX Runtime. ``dial``: run folder of a
+    serving env, whose dial chooses the operating point of each group.
 
     Raises:
         FileNotFoundError, ValueError: See ``sd_gym.load`` and ``sd_gym.serving.dial.Trained``.

@@ -155,7 +155,7 @@ class Scope:
     """The decisions of one board, by context."""
 
     def __init__(self, original: Scope | None = None) -> None:
-        self.patches: Sequence[MethodPatch] = []  # of the model's methods
+        self.patches: Sequence[MethodPatch] = []  # patches of the model's methods
         self.original = original  # the scope that this one is a copy of (copy.deepcopy)
         self.family = _Family() if original is None else original.family
         self.in_generators: list[_Entry] = []

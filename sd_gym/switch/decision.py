@@ -36,7 +36,7 @@ class Pass(local):
     tokens: TokenPass  # set before the first layer, where tokens are dropped
 
     def __init__(self) -> None:
-        self.calls: dict[int, Call] = {}  # of sublayers that are running, by number of the switch
+        self.calls: dict[int, Call] = {}  # calls of running sublayers, by number of the switch
         # The encoder's output, row indices and the rows selected, by number of the switch.
         self.sources: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.encoded: Tensor | None = None  # the encoder's output, in a decoder that has a stage

@@ -2,8 +2,8 @@
 
 Each sublayer has a switch. For each batch the switch selects the rows that run the sublayer, calls it on only those
 rows, and scatters the result back. If no row runs it, the sublayer is not called. The model's modules, parameter names
-and outputs do not change: only ``forward`` of the switched modules is patched, on the instance, while a decision is in
-force by which a row skips them.
+and outputs do not change: only ``forward`` of the switched modules is patched, on the instance, while a decision in
+force makes a row skip them.
 """
 
 from collections.abc import Callable, Sequence

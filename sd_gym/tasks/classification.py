@@ -30,7 +30,7 @@ class Classification(Task):
     def instance(
         self, row: Mapping[str, Any], identity: str, origin: str, *, difficulty: int = 0, unanswerable: bool = True
     ) -> Instance:
-        """With the label as its target."""
+        """The instance, with the label as its target."""
         label = _label(row["label"], origin)
         return Instance(identity, row["text"], label, difficulty, row.get("text_pair"), origin=origin)
 
@@ -43,7 +43,7 @@ class Classification(Task):
         return [names[value] if isinstance(value, int) and value in names else str(value)]
 
     def head_to_prepare(self, stored: type[Head] | None, answers: str | None, train: Sequence[Instance]) -> NewHead:
-        """A new one with as many classes as the data."""
+        """A new head with as many classes as the data."""
         from sd_gym.backbones.heads import LabelHead
 
         return LabelHead, classes(train)

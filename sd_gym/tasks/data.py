@@ -28,7 +28,7 @@ class Instances(list[Instance]):
         super().__init__(instances)
         self.file, self.part = file, part
         self.rows: list[int] = list(range(len(self)))  # their row numbers in the file, from 0
-        self.left_out = 0  # rows left out because a text that they need is empty
+        self.left_out = 0  # rows left out because a needed text is empty
         self.dropped = 0  # rows left out because they are also in another split (overlap: drop)
         self.of_backbone = 0  # rows left out because the backbone was prepared on them
         self.also_in: dict[str, int] = {}  # rows also in another split (overlap: allow) or the backbone's, by its name
@@ -83,7 +83,7 @@ def load_split(
 ) -> Instances:
     """The instances of one split, in the data set's order; ``Splits`` also compares the splits with each other.
 
-    A row with an empty text that it needs is left out and counted. A single file is divided by row: every tenth row is
+    A row is left out and counted if a needed text is empty. A single file is divided by row: every tenth row is
     validation, every tenth test, the rest train. If the config has ``splits``, the whole file is ``train``. ``data``
     can be its ``dataset`` alone. ``known`` caches the data set's own splits between calls. If not ``labelled``, rows
     need no references.
@@ -140,7 +140,7 @@ def _named_rows(data: DataConfig, base: str, count: int) -> set[int]:
 
 
 def _described(base: str, rows: list[int], count: int) -> str:
-    """Rows as slices, ``train[0:30]``; of many slices, their number."""
+    """Rows as slices, ``train[0:30]``; for many slices, their number."""
     breaks = [number for number, (row, following) in enumerate(pairwise(rows), start=1) if following != row + 1]
     if len(breaks) > 2:
         return f"{len(rows)} of the {count} rows of {base}, from {rows[0]} to {rows[-1]}"

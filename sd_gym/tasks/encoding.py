@@ -19,7 +19,7 @@ from sd_gym.errors import DataError
 def encode(
     instances: Sequence[Instance], tokenizer: Tokenizer, head: Head, backbone: BackboneConfig, unanswerable: bool = True
 ) -> Encoded:
-    """Tokenise instances. Texts longer than the limits are cut; of a question and its context, only the context.
+    """Tokenise instances. Texts longer than the limits are cut; questions are not, only their contexts.
 
     ``backbone`` (from ``Head.prompting``) has lengths, prompt and stop. ``unanswerable``: whether "no answer" may be
     extracted.

@@ -92,7 +92,7 @@ def register_task(name: str, task: Task) -> None:
             ``sd_gym.tasks.summarization.TextToText("field", "field", metrics)``.
 
     Raises:
-        TypeError: If it is another object.
+        TypeError: If ``task`` is no such instance.
         ValueError: If the name is one of the project's.
     """
     if not isinstance(task, Task):

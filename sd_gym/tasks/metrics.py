@@ -119,10 +119,10 @@ def _of_sklearn(name: str) -> CorpusMetric:
 
 
 def _correlation(predictions: NDArray, labels: NDArray) -> float:
-    """The mean of Pearson's and Spearman's, of scores."""
+    """The mean of Pearson's and Spearman's correlations of scores."""
     from scipy.stats import pearsonr, spearmanr
 
-    if np.ptp(predictions) == 0:  # of a constant it is not defined
+    if np.ptp(predictions) == 0:  # not defined for a constant
         return 0.0
     results: list[Any] = [pearsonr(labels, predictions), spearmanr(labels, predictions)]
     return sum(result.statistic for result in results) / 2

@@ -162,7 +162,7 @@ def prepare_backbone(
             )
         if first:
             new = row_hashes(encoded["backbone"].instances)
-            write_backbone_rows(output, np.concatenate([new, backbone_rows(backbone.name)]))  # of both preparations
+            write_backbone_rows(output, np.concatenate([new, backbone_rows(backbone.name)]))  # both preparations'
             save_backbone(model, tokenizer, output)
         begin("evaluating")
         importance = _importance(board, encoded["held out"], recipe, accelerator)  # with the weights that were kept

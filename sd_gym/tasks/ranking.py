@@ -43,7 +43,7 @@ class TokenRanking(ABC):
 
 
 class ByAttention(TokenRanking):
-    """By the attention that each token receives in the first layer, which is run densely first."""
+    """Ranks by the attention that each token receives in the first layer, which is run densely first."""
 
     is_exported = True
     costs_flops = True
@@ -59,7 +59,7 @@ class ByAttention(TokenRanking):
 
 
 class ByRarity(TokenRanking):
-    """By inverse document frequency in the training split."""
+    """Ranks by inverse document frequency in the training split."""
 
     is_exported = True
     needs_rarity = True
@@ -71,7 +71,7 @@ class ByRarity(TokenRanking):
 
 
 class FunctionRanking(TokenRanking):
-    """By a function that costs no FLOPs; see ``register_ranking``."""
+    """Ranks by a function that costs no FLOPs; see ``register_ranking``."""
 
     def __init__(self, function: ScoreTokens, *, is_exported: bool = False) -> None:
         self._function, self.is_exported = function, is_exported

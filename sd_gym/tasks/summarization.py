@@ -25,7 +25,7 @@ class TextToText(Task):
     def instance(
         self, row: Mapping[str, Any], identity: str, origin: str, *, difficulty: int = 0, unanswerable: bool = True
     ) -> Instance:
-        """With the two texts as source and target."""
+        """The instance, with the two texts as source and target."""
         return Instance(identity, row[self.texts[0]], row[self.reference], difficulty, origin=origin)
 
 

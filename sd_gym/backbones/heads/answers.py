@@ -25,10 +25,10 @@ class QualityMeasure(NamedTuple):
     score: Callable[[Tensor, Tensor, float], Tensor] | None
     is_relative: bool = False  # whether it counts relative to the dense backbone's
     is_balanced: bool = False  # whether it is weighed by class
-    name: str = ""  # its name in the reports of ``sd-gym prepare``
+    name: str = ""  # name in the reports of ``sd-gym prepare``
 
     def loss(self, values: NDArray, label_range: float) -> NDArray:
-        """The loss of values ``[n]``: of likelihoods the negative logarithm, of other scores the distance from 1."""
+        """The loss of values ``[n]``: the negative logarithm of likelihoods, the distance of other scores from 1."""
         if self.is_relative:
             return -np.log(np.maximum(values, LEAST_LIKELIHOOD))
         return label_range * (1 - values)
@@ -83,7 +83,7 @@ class Answers(ABC):
 
         ValueError if it cannot tell.
         """
-        raise ValueError(f"the backbone gives a {self.gives}, and nothing says how sure it is of it")
+        raise ValueError(f"the backbone gives a {self.gives}, whose confidence is not known")
 
     def best(self, logits: Tensor, longest: int) -> Tensor:
         """The answers of one pass, of ``longest`` tokens at most, as numbers: ``[batch]`` or ``[batch, values]``."""
@@ -94,7 +94,7 @@ class Answers(ABC):
         raise ValueError("a text is generated, not read from one pass")
 
     def reference(self, instance: Instance, labels: Tensor) -> str:
-        """The text of the right answer; of several the first, empty if there is no answer."""
+        """The text of the (first) right answer; empty if there is none."""
         return str(instance.target)
 
     def classes(self, instances: Sequence[Instance]) -> NDArray:
@@ -107,7 +107,7 @@ class Answers(ABC):
 
 
 def judged_choice(logits: Tensor) -> Tensor:
-    """Log-odds of the best class, its margin over the next, entropy in nats: ``[batch, 3]`` of ``[batch, classes]``."""
+    """For logits ``[batch, classes]``: log-odds of the best, its margin over the next, entropy in nats; ``[batch, 3]``."""
     log_prob = logits.float().log_softmax(dim=-1)
     probability = log_prob.exp()
     two = probability.topk(min(2, logits.shape[-1]), dim=-1).values
@@ -123,5 +123,5 @@ def log_odds_of(log_prob: Tensor) -> Tensor:
 
 
 def log_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability of each label, ``[batch, length]``, of logits ``[batch, length, classes]``."""
+    """Log-probability of each label, ``[batch, length]``, from logits ``[batch, length, classes]``."""
     return logits.float().log_softmax(dim=-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]

@@ -34,7 +34,7 @@ class PromptedHead(Seq2SeqHead):
 
     @classmethod
     def _of(cls, model: PreTrainedModel) -> Self | None:
-        """Any model without an encoder that generates."""
+        """Any generating model without an encoder."""
         return super()._of(model) if model.can_generate() and architecture_of(model.config.model_type).causal else None
 
     @classmethod
@@ -43,7 +43,7 @@ class PromptedHead(Seq2SeqHead):
         return super()._is_stored(config, architectures) and not config.is_encoder_decoder
 
     def prompting(self, backbone: BackboneConfig) -> BackboneConfig:
-        """With both; ValueError without a prompt, or if braces hold anything but the names of texts, once each."""
+        """With prompt and stop; ValueError without a prompt, or if braces hold anything but text names, once each."""
         if backbone.prompt is None:
             raise ValueError("the backbone is decoder-only, so it needs a 'prompt', such as '{source}\\nLabel:'")
         expected = "expected {source} and {source_pair}, each once at most; write other braces twice: {{ and }}"
@@ -91,7 +91,7 @@ class PromptedHead(Seq2SeqHead):
         ).logits
 
     def kept(self, batch: dict[str, Tensor], keep: NDArray | Tensor) -> NDArray | Tensor:
-        """With all of the answer."""
+        """The kept tokens, and all of the answer."""
         return F.pad(torch.as_tensor(keep), (0, batch["labels"].shape[1] - 1), value=1)
 
     def lengths(self, source: NDArray, target: NDArray, kept: NDArray) -> tuple[NDArray, NDArray, NDArray]:

@@ -101,9 +101,9 @@ class Seq2SeqHead(Head):
 
 
 def judged_text(model: Any, output: Any, ends: int | Sequence[int] | None) -> Tensor:
-    """The ``judgement`` of the texts of ``generate()``, up to and with the end of each, float64 ``[n, values]``.
+    """The ``judgement`` of the texts of ``generate()``, each up to and including its end, float64 ``[n, values]``.
 
-    ``output`` is that with ``return_dict_in_generate`` and ``output_scores``. ``ends``: tokens that end a text;
+    ``output`` is made with ``return_dict_in_generate`` and ``output_scores``. ``ends``: tokens that end a text;
     ``None``: those of the model.
     """
     beams = getattr(output, "beam_indices", None)

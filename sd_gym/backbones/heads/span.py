@@ -146,7 +146,7 @@ def best_spans(logits: Tensor, max_length: int) -> Tensor:
     """First and last token of the most probable span of at most ``max_length`` tokens, int64 ``[batch, 2]``.
 
     Logits are ``[batch, 2, length]``, ``NOWHERE`` where no answer may begin or end. The first token of the input stands
-    for "no answer" (Devlin et al. 2019, section 4.3) and is a span of its own only.
+    for "no answer" (Devlin et al. 2019, section 4.3) and is a span only by itself.
     """
     start, end = logits.unbind(dim=1)
     longest = min(max_length, end.shape[1])
@@ -180,7 +180,7 @@ def _spans(instances: Sequence[Instance], context_mask: NDArray, offsets: NDArra
 
 
 def _context(instance: Instance) -> str:
-    assert instance.source_pair is not None  # that of a question is its context
+    assert instance.source_pair is not None  # the context of a question
     return instance.source_pair
 
 

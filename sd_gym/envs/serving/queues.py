@@ -89,8 +89,8 @@ def expected_loss(config: ServingConfig) -> Array:
 def features(config: ServingConfig, queue: Array, wait: Array, rate: Array, loss: Array) -> Array:
     """Observations of queues, float32 ``[n, 4]``, in units that do not depend on the server.
 
-    Of each queue ``[n]``: the number of waiting requests, the seconds that the oldest has waited, the requests per
-    second within the last ``deadline`` seconds, and the mean expected loss of recent answers.
+    The arguments, per queue ``[n]``: the number of waiting requests, the seconds that the oldest has waited, the
+    requests per second within the last ``deadline`` seconds, and the mean expected loss of recent answers.
     """
     load = queue / (config.capacity * config.deadline), wait / config.deadline, rate / config.capacity
     units = *load, loss / config.epsilon

@@ -52,8 +52,8 @@ class ServingEnv(gym.Env[Array, Any]):
         truncates.
 
     Info:
-        Of the group: ``answers``; ``refused``, requests since the last step; ``quality``, ``quality_ref`` and ``cost``,
-        sums over the answers; ``flops_ratio``, their mean, or 0; ``seconds`` of simulated time; ``point``;
+        For the group: ``answers``; ``refused``, requests since the last step; ``quality``, ``quality_ref`` and
+        ``cost``, sums over the answers; ``flops_ratio``, their mean, or 0; ``seconds`` of simulated time; ``point``;
         ``vector_reward`` = [answers, -cost]. After a reset all are 0.
 
     Arguments:
