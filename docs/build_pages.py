@@ -207,7 +207,7 @@ episode. With a horizon of 1 an env is a contextual bandit.
 HEADROOM = """
 ## Headroom
 
-FLOPs of three references on the test rows, at the env's epsilon: the best coin between masks
+FLOPs of three references on the test rows, at the env's epsilon: the best mixture of masks
 ([hull](../concepts.md)), the learner that knows all outcomes of the policy rows, and the oracle. Between hull and
 oracle is what a policy can gain. The other envs take their backbone from elsewhere.
 """

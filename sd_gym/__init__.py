@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sd_gym.tasks.metrics import register_metric
     from sd_gym.tasks.ranking import register_ranking
 
-_MODULES = {  # of names that need torch, or are slow to import
+_MODULES = {  # modules of names that need torch, or are slow to import
     "agents.experiment.api": ["evaluate", "train_all"],
     "agents.experiment.run": ["reduce", "train"],
     "agents.experiment.tabulation": ["tabulate"],

@@ -68,7 +68,7 @@ def in_order(
     Each process of the cluster calls ``make`` once, for the function that it applies.
 
     Raises:
-        ValueError: If it is to run on GPUs and the cluster has none, for which tasks would wait for ever.
+        ValueError: If it is to run on GPUs and the cluster has none: tasks would wait forever.
     """
     if on_gpu and not ray.cluster_resources().get("GPU"):
         raise ValueError("the Ray cluster has no GPU; leave out --device, or add a machine with GPUs")

@@ -124,7 +124,7 @@ def damaged_checkpoint(file: Path, error: Exception) -> str:
 
 
 def written(path: str | Path) -> tuple[tuple[str, int, int], ...]:
-    """Name, time and size of a file, or of each file of a folder: another value once one of them is written again.
+    """Name, time and size of a file, or of each file in a folder; the value changes when one of them is written again.
 
     Folders in the folder do not count. Empty if there is none, as for an id of the Hugging Face hub.
     """

@@ -13,7 +13,7 @@ from sd_gym.envs.actions import all_decisions, number_of_decisions
 from sd_gym.envs.report import SCORES
 from sd_gym.envs.single import SwitchableEnv
 
-EPISODES = 32  # of each constant or random decision
+EPISODES = 32  # episodes of each constant or random decision
 SEEDS = 8  # that are compared with each other
 EXHAUSTIVE, TRIED_ON = 4096, 2  # decisions that are all tried, at most, and on how many instances
 SLACK = 1e-6

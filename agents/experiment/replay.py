@@ -144,7 +144,7 @@ def _check_scores(file: Path, recorded: RecordedInstances, name: str, scored: ND
     if len(differ := np.flatnonzero(~(np.abs(was - scored) <= tolerance))):
         row = differ[0]
         raise ReplayError(
-            f"{file}: {name} of {len(differ)} of {len(was)} instances is not what their decisions give; of "
+            f"{file}: {name} of {len(differ)} of {len(was)} instances is not what their decisions give; for "
             f"{recorded.ids[row]!r} it is {was[row]:.6g} there, and {scored[row]:.6g} replayed"
         )
 

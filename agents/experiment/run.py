@@ -61,7 +61,7 @@ def split_settings(algo: str, settings: dict[str, Any]) -> tuple[dict[str, Any],
     agent = {key: value for key, value in settings.items() if key not in env}
     if unknown_key := next((key for key in agent if key not in agent_keys), None):
         known = ", ".join(filter(is_setting, KEYS))
-        raise ValueError(f"unknown setting {unknown_key!r}. Of the env: {known}. Of {algo}: {', '.join(agent_keys)}.")
+        raise ValueError(f"unknown setting {unknown_key!r}. The env has {known}; {algo} has {', '.join(agent_keys)}.")
     return env, agent
 
 

@@ -18,7 +18,7 @@ def step_logits(risk: Tensor, flops: Tensor) -> Tensor:
     savings. So the rates fall along the path, and a bound on them ends it at the best mask.
 
     Args:
-        risk: Of each mask, float32 ``[n, masks]``; 0 for the first one, which is dense.
+        risk: Risk of each mask, float32 ``[n, masks]``; 0 for the first one, which is dense.
         flops: FLOPs ratios ``[masks]``.
 
     Returns:

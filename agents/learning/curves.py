@@ -4,7 +4,7 @@ from typing import Any
 
 from stable_baselines3.common.logger import Logger
 
-POINTS = 100  # of a curve, at most
+POINTS = 100  # most points of a curve
 
 
 class CurveLogger(Logger):

@@ -21,7 +21,7 @@ from sd_gym.switch import PassState
 PolicyT = TypeVar("PolicyT", bound=DecisionPolicy | TablePolicy)
 BATCH = 256
 POINTS = 40  # versions of a policy, at most
-# In log-odds, for policies whose preferences cannot be computed without a pass.
+# Margins in log-odds, for policies whose preferences take a pass to compute.
 MARGINS = (
     *(-20.0, -12.0, -8.0, -6.0, -4.5, -3.0),
     *np.arange(-1.5, 6, 0.75).tolist(),

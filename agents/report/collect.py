@@ -84,7 +84,7 @@ class AgentRuns:
 class EnvRuns:
     """All runs on the same test instances with the same backbone and epsilon."""
 
-    name: str  # the env's id, and how these runs differ from others of that id
+    name: str  # the env's id, and how these runs differ from others of this id
     agents: list[AgentRuns]  # agents, then controls, each by falling score
 
     @property

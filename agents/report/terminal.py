@@ -127,7 +127,7 @@ def _data(data: dict[str, dict[str, Any]]) -> Iterator[Text]:
         rows = f"{counts['instances']} instances, {counts['part']} of {counts['file']}, hash {counts['hash']}"
         yield _dim(f"{split}: {', '.join([rows, *changes])}")
         for other, count in counts["also_in"].items():
-            line = f"{split} overlaps {other}: {count} of its {counts['instances']} instances stand there too."
+            line = f"{split} overlaps {other}: {count} of its {counts['instances']} instances are in both."
             yield Text(line, style="bold yellow")
 
 

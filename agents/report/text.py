@@ -80,7 +80,7 @@ def _controls(env: EnvRuns) -> str:
 
 
 def _against(agents: list[AgentRuns], others: list[AgentRuns]) -> str:
-    """How an agent compares with another, by the probability that a run of it is better; with its runs on each env."""
+    """How an agent compares with another: the probability that a run of it is better. Arguments: runs on each env."""
     first, second = agents[0].name, others[0].name
     scores = _scores(agents), _scores(others)
     if not enough_runs(*scores):
@@ -106,7 +106,7 @@ def _against_controls(env: EnvRuns, best: AgentRuns) -> list[str]:
             sentences.append(_against([best], [hull]))
         else:
             sentences.append(
-                f"{'Every' if every else 'Not every'} run of it saves more than the best coin between masks (hull), "
+                f"{'Every' if every else 'Not every'} run of it saves more than the best mixture of masks (hull), "
                 f"{hull.flops.mean():.1f}% of the FLOPs; no interval, as it takes {FEWEST_RUNS} runs each."
             )
         if not every and "is ahead of" not in sentences[-1]:

@@ -18,7 +18,7 @@ from sd_gym.files import read_json
 from sd_gym.folders import MARKER
 from sd_gym.version import __version__
 
-BLIND = "blind-"  # prefix of an agent's name: it observes zeros
+BLIND = "blind-"  # prefix of the name of an agent that observes zeros
 LIBRARIES = ("gymnasium", "numpy", "sd-gym", "stable-baselines3", "torch", "transformers")
 STARTS = ("start", "path")  # settings that name the run that another one starts from
 Finite = Annotated[float, Field(allow_inf_nan=False)]

@@ -70,7 +70,7 @@ def changes_allowed(n: int, epsilon: float, highest: float = 1.0) -> int | None:
 
 
 def _most(n: int, epsilon: float, highest: float, of: Callable[[int], Differences]) -> int | None:
-    """The largest count, at most ``n``, whose differences, if an answer counts 1, still show that quality is kept."""
+    """The largest count, at most ``n``, for which the differences ``of(count)`` still show that quality is kept."""
     if n < max(1, fewest_instances(epsilon, highest)):
         return None
     limit = epsilon / highest

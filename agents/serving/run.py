@@ -69,7 +69,7 @@ def train(described: dict[str, Any], folder: Path, settings: dict[str, Any], on_
     of_env, of_agent = split_settings(algo, settings)
     config = serving_config(env_id, of_env)
     core = core_of(config)
-    for events in folder.glob("events.out.tfevents.*"):  # of a run that was cut off: it starts again
+    for events in folder.glob("events.out.tfevents.*"):  # an interrupted run starts again
         events.unlink()
     write_json(folder / "config.json", run_description(described, config, core.backbone, core.data.identity()))
     if algo == "foresight":

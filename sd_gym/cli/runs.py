@@ -117,7 +117,7 @@ def reduce(
 def export(
     run: Annotated[Path, Argument(help="Run folder, or saved policy.")],
     output: Annotated[Path, Option(help="Folder to write.")],
-    masks: Annotated[int, Option(min=1, help="Masks at most; a run whose policy has more is reduced first.")] = 8,
+    masks: Annotated[int, Option(min=1, help="Largest number of masks; a policy with more is reduced first.")] = 8,
     int8: Annotated[
         bool, Option("--int8", help="Use 8-bit integers in matrix products; decisions stay as they are.")
     ] = False,

@@ -143,7 +143,7 @@ def progress_bar(visible: bool = True) -> Iterator[Progress]:
     progress = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=13)),  # on a narrow terminal figures are cut
+        MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=13)),  # a narrow terminal cuts figures
         TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
         TextColumn("{task.fields[figures]}", markup=False),
         console=errors,

@@ -19,7 +19,7 @@ class Targets:
 
     labels: Tensor  # ``[n, ...]``, in the form of the backbone's head
     target_length: NDArray  # int64 ``[n]``, tokens of each target; 1 where nothing is generated
-    target_cut: NDArray  # bool ``[n]``, whether the target was truncated, or all extracted answers were cut off
+    target_cut: NDArray  # bool ``[n]``, whether the target, or all extracted answers, were cut off
     context_mask: Tensor | None = None  # bool ``[n, longest source]``: tokens that extracted answers may contain
     offsets: Tensor | None = None  # int32 ``[n, longest source, 2]``: characters of each token, for extracted answers
 

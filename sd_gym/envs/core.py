@@ -194,7 +194,7 @@ class BackboneCore(Core[BackboneSplit]):
 def backbone_core(config: EnvConfig) -> BackboneCore:
     """The core of a configuration without a ``table``.
 
-    A new one if another class has its observation's name, or a file that it reads has been written again.
+    It is made anew if another class has its observation's name, or a file that it reads was written again.
     """
     read = config.data.dataset, config.backbone.name, *([config.codebook] if config.codebook else [])
     return core_of(config, OBSERVATIONS.find(config.observation), tuple(map(written, read)))

@@ -31,8 +31,8 @@ class Episodes:
         self.rows, self.stage = np.zeros((2, n), dtype=np.int64)  # after its last stage an episode is over
         self.decisions = np.zeros((n, len(core.nvec)), dtype=np.int64)  # 0, to run, where nothing is decided yet
         self.paid = np.zeros(n)  # the rewards given so far for savings
-        self._state: PassState | None = None  # of the pass of all, where all are at the same stage
-        self._known = np.zeros(n, dtype=np.bool_)  # whose observation is up to date
+        self._state: PassState | None = None  # state of the common pass, if all are at the same stage
+        self._known = np.zeros(n, dtype=np.bool_)  # episodes whose observation is up to date
         self._observed: Any = create_empty_array(core.observation_space, n)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from sd_gym.envs.protocols import Core
 
 
 def shared_core(config: EnvConfig) -> Core:
-    """The core of a configuration: made once per process, as only its caches ever change."""
+    """The core of a configuration, made once per process: only its caches ever change."""
     if config.table is not None:
         from sd_gym.envs.table import table_core
 

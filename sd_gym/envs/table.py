@@ -41,7 +41,7 @@ LENGTHS = "source_length", "source_cut", "target_cut"  # in the file of a split
 
 
 class TableData(dict[str, SimpleNamespace]):
-    """Of each split of a table, the ``identity`` of its data set and rows."""
+    """For each split of a table, the ``identity`` of its data set and rows."""
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """The identity of each split."""
@@ -223,7 +223,7 @@ class TableCore(Core[TableSplit]):
         projection = read_projection(self.folder / PROJECTION) if reduced else None
         self.observation = TableObservation(described["observation"], projection, len(self.stages))
         shape, before = self.observation.shape, np.cumprod([1, *(ways or [1])[:-1]]).tolist()
-        self.shapes = [(count, *shape) if stage else shape for stage, count in enumerate(before)]  # of each stage
+        self.shapes = [(count, *shape) if stage else shape for stage, count in enumerate(before)]  # by stage
         self._ways, self._splits = ways, dict[str, TableSplit]()
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -64,7 +64,7 @@ class TextModel:
         return answers
 
     def answers(self, inputs: Sequence[Input], *, dense: bool = False, batch_size: int | None = None) -> list[Answer]:
-        """The same as a call, without its warning."""
+        """Answer like a call, without its warning."""
         if isinstance(inputs, str | Mapping):
             raise ValueError(f"expected a list of inputs, got one {type(inputs).__name__}; put it in a list")
         texts = []

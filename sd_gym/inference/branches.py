@@ -75,7 +75,7 @@ def _once(nodes: Iterable[Any], outside: set[str]) -> list[Any]:
 
 
 def _inside(nodes: list[Any], ends: Sides, outside: set[str]) -> list[int]:
-    """Positions of the nodes between what enters and leaves a branch whose values nothing else reads.
+    """Positions of the nodes between the ends of a branch whose values nothing else reads.
 
     What does not depend on what enters, such as a mask of attention, stays outside: it is computed once for all layers.
     """

@@ -85,7 +85,7 @@ def export(
         if contents(folder):
             raise FileExistsError(f"{folder} is not empty; choose another --output")
         temporary = folder / "export.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
+        shutil.rmtree(temporary, ignore_errors=True)  # left by an export that was killed
         temporary.mkdir()
         try:
             manifest = _Writer(temporary, policy, model, int8).written()

@@ -39,8 +39,8 @@ class Graph(nn.Module):
 class Switched(Graph):
     """The dense logits, and the states from which ``branched`` makes branches.
 
-    ``branches`` are the numbers of switches that are skipped together, ``resumed`` those from whose layers rows go on,
-    ``given`` inputs of the model.
+    ``branches`` are the numbers of switches that are skipped together, ``resumed`` those at whose layers rows go on,
+    ``given`` the model's inputs.
 
     Attributes:
         sides: What enters and leaves each branch, by number of its first switch.

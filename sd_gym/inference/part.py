@@ -21,7 +21,7 @@ BLOCK = 2**20  # bytes
 class Line(NamedTuple):
     """One row of the input."""
 
-    number: int  # of its line, from 1
+    number: int  # number of its line, from 1
     row: dict[str, Any] | None  # its fields; None where it is malformed
     error: str = ""  # what is wrong with it
 

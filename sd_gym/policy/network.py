@@ -239,7 +239,7 @@ class DecisionPolicy(nn.Module):
 
         Args:
             size: Most decisions per stage.
-            observations: Of typical inputs (a thousand are enough), at all stages.
+            observations: Observations of typical inputs (a thousand are enough), at all stages.
             components: With several stages, the components that each decides, int64.
 
         Raises:

@@ -37,7 +37,7 @@ class Trained:
 
     Args:
         folder: Run folder.
-        margins: Of the operating points that the server allows.
+        margins: Margins of the operating points that the server allows.
 
     Raises:
         FileNotFoundError: If the folder has no dial.

@@ -1,7 +1,7 @@
 """Analytic FLOPs of a switched backbone, vectorised over instances and decisions.
 
-They are counted as by ``torch.utils.flop_counter.FlopCounterMode``: 2 per multiply-add of every matrix product, that
-is of linear layers, the two products of an attention, and the heads. Embeddings, norms and activations count 0.
+They are counted like ``torch.utils.flop_counter.FlopCounterMode``: 2 per multiply-add of every matrix product, in
+linear layers, in the two products of an attention, and in the heads. Embeddings, norms and activations count 0.
 """
 
 from math import prod

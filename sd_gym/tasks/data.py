@@ -37,7 +37,7 @@ class Instances(list[Instance]):
         """Leave out, in place, all but the instances at some positions."""
         self.rows = [self.rows[position] for position in positions]
         self[:] = [self[position] for position in positions]
-        vars(self).pop("hash", None)  # it has changed
+        vars(self).pop("hash", None)  # it is out of date
 
     @cached_property
     def hash(self) -> str:

@@ -22,8 +22,8 @@ class Splits:
 
     An error in a split is raised on access to that split, as learning needs no test split. Generated splits are
     disjoint, and each is generated on access. Policies learn on the rows of ``train`` that ``backbone`` (its name) was
-    not prepared on, unless ``data.policy_rows`` is ``all``; ``None``: all rows. References of the splits
-    ``unlabelled`` are unknown. Raises: see ``check_splits`` and ``backbone_rows``.
+    not prepared on, unless ``data.policy_rows`` is ``all``; ``None``: all rows. The splits ``unlabelled`` have no known
+    references. Raises: see ``check_splits`` and ``backbone_rows``.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ def answered_densely(config: EnvConfig) -> Collection[str]:
 def check_unchanged(run: Path, before: Mapping[str, Mapping[str, Any]], data: Splits) -> None:
     """Raise ``DataError`` if splits have changed since a run (or preparation) began.
 
-    ``before``: ``Splits.identity`` of some splits then; empty: not known.
+    ``before``: the earlier ``Splits.identity`` of some splits; empty: not known.
     """
     now = {name: data[name].identity for name in before}
     differ = [name for name, was in before.items() if was["hash"] != now[name]["hash"]]

@@ -13,6 +13,6 @@ def test_names_and_settings_are_checked(env):
         make_agent("ppo", env, learning_rat=1)
     with pytest.raises(ValueError, match="greater than 0"):
         make_agent("ppo", env, learning_rate=-1)
-    with pytest.raises(ValueError, match=r"unknown setting 'foo'. Of the env: task.*Of ppo: num_envs"):
+    with pytest.raises(ValueError, match=r"unknown setting 'foo'. The env has task.*; ppo has num_envs"):
         split_settings("ppo", {"foo": 1})
     assert split_settings("ppo", {"penalty": 1, "n_steps": 2}) == ({"penalty": 1}, {"n_steps": 2})

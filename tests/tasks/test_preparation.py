@@ -177,7 +177,7 @@ def test_what_was_left_out_and_cut_is_reported(tmp_path, tiny_backbone):
     assert result.exit_code == 0, result.output
     shown = " ".join(result.output.split())
     assert "4 rows left out (an empty text), 4 inputs cut" in shown
-    assert "backbone overlaps validation: 8 of its 8 instances stand there too" in shown
+    assert "backbone overlaps validation: 8 of its 8 instances are in both" in shown
     report = json.loads((tmp_path / "out" / "preparation.json").read_text())
     counted = {"instances": 8, "cut_inputs": 4, "cut_targets": 0, "left_out": 4, "dropped": 0}
     assert counted.items() <= report["rows"]["held out"].items()

@@ -37,7 +37,7 @@ def head_of(model: PreTrainedModel) -> Head:
 def stored_head(config: PretrainedConfig, architectures: list[str], *, generates: bool = False) -> type[Head] | None:
     """The head of a stored model, by the names of its classes (``architectures``); ``None``: no head.
 
-    ``generates``: whether a model whose class names tell nothing generates texts, as in GGUF files.
+    ``generates``: whether a model generates texts if its class names do not tell, as in GGUF files.
     """
     candidates = (architectures, ["ForCausalLM"] if generates else [])
     return next((head for names in candidates for head in HEADS if head._is_stored(config, names)), None)

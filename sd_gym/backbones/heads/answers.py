@@ -107,7 +107,7 @@ class Answers(ABC):
 
 
 def judged_choice(logits: Tensor) -> Tensor:
-    """For logits ``[batch, classes]``: log-odds of the best, its margin over the next, entropy in nats; ``[batch, 3]``."""
+    """Log-odds of the best of ``[batch, classes]``, its margin over the next, entropy in nats: ``[batch, 3]``."""
     log_prob = logits.float().log_softmax(dim=-1)
     probability = log_prob.exp()
     two = probability.topk(min(2, logits.shape[-1]), dim=-1).values

@@ -43,7 +43,7 @@ class LabelHead(Head):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """With the names of the classes."""
+        """The settings, with the names of the classes."""
         return {**super().settings, "label2id": self.label2id}
 
     def targets(

@@ -99,7 +99,7 @@ class PromptedHead(Seq2SeqHead):
         return source + target - 1, target, kept + target - 1
 
     def positions(self, source: int, target: int) -> dict[str, int]:
-        """Those of prompt and answer together; the answer's last token is not read."""
+        """Positions of prompt and answer together; the answer's last token is not read."""
         return {"max_source_length + max_target_length - 1": source + target - 1}
 
     def prompt_length(self, inputs: Tensor) -> int:

@@ -75,7 +75,7 @@ class Seq2SeqHead(Head):
         return source, target, kept
 
     def positions(self, source: int, target: int) -> dict[str, int]:
-        """Those of the encoder and of the decoder."""
+        """Positions of the encoder and of the decoder."""
         return {"max_source_length": source, "max_target_length": target}
 
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:

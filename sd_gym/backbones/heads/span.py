@@ -46,7 +46,7 @@ class SpanHead(Head):
 
     @classmethod
     def loading(cls, config: PretrainedConfig) -> tuple[str, dict[str, Any]]:
-        """With two outputs, for starts and ends, whatever the stored head has."""
+        """A class with two outputs, for starts and ends, whatever the stored head has."""
         if type(config) not in MODEL_FOR_QUESTION_ANSWERING_MAPPING:
             raise BackboneError(f"the architecture {config.model_type!r} has no head that extracts answers")
         return cls._auto_class, {"num_labels": 2}
@@ -73,7 +73,7 @@ class SpanHead(Head):
         return logits.masked_fill(~batch["context_mask"][:, None], NOWHERE)
 
     def kept(self, batch: dict[str, Tensor], keep: NDArray | Tensor) -> NDArray | Tensor:
-        """The same tokens; an answer neither begins nor ends at a dropped one."""
+        """The tokens that the input keeps; no answer begins or ends at a dropped token."""
         batch["context_mask"] = batch["context_mask"] & torch.as_tensor(keep).to(batch["context_mask"].device)
         return keep
 

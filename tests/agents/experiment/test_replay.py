@@ -101,7 +101,7 @@ def test_a_changed_score_of_an_instance_is_caught(run, name):
     rows = rows_of(run)
     rows[3][name] = 1 - float(rows[3][name]) or 0.5
     write_rows(run, rows)
-    with pytest.raises(ReplayError, match=f"{name} of 1 of .* of '{rows[3]['id']}' it is .* there, and"):
+    with pytest.raises(ReplayError, match=f"{name} of 1 of .* for '{rows[3]['id']}' it is .* there, and"):
         replay(run)
 
 

@@ -80,7 +80,7 @@ def test_an_agent_that_does_not_beat_the_hull_is_said_to_have_learned_nothing_of
     assert "It is ahead of hull" in words([*folders, *seeds(run, "hull", [0.6] * 5, steps=7)])
     assert "no run of hull" in words(folders)
     alone = words([*seeds(run, "a2c", [0.4, 0.42]), run("hull", 7, flops=0.6)])
-    assert "Every run of it saves more than the best coin between masks (hull), 60.0%" in alone
+    assert "Every run of it saves more than the best mixture of masks (hull), 60.0%" in alone
     assert nothing not in alone
 
 
