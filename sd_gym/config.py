@@ -60,12 +60,12 @@ class ConfigError(ValueError):
 class UnknownKeyError(ConfigError, TypeError):
     """An unknown key.
 
-    It is also a ``TypeError``, as for any unknown keyword in Python: libraries try their keywords and catch that.
+    It is also a ``TypeError``, like any unknown keyword in Python, because libraries try keywords and catch that error.
     """
 
 
 class StrictModel(BaseModel):
-    """Keys and values that a user writes; it refuses unknown keys, and true, nan or 1e400 as a number."""
+    """Base class of user-written settings; it refuses unknown keys, and true, nan or 1e400 as a number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -77,7 +77,7 @@ class StrictModel(BaseModel):
         if any(isinstance(item, bool | np.bool_) for item in values):
             kinds = _kinds_of(cls.model_fields[info.field_name or ""].annotation)
             if bool not in kinds and kinds & {int, float}:
-                raise ValueError("expected a number, which true and false are not")
+                raise ValueError("expected a number, not true or false")
         return value
 
 

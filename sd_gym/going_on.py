@@ -1,4 +1,4 @@
-"""Going on: the dense answer after a cheap answer, computed from the first sublayer that the cheap pass skipped.
+"""Going on: after a cheap answer, compute the dense one from the first sublayer that the cheap pass skipped.
 
 Everything before that sublayer equals the dense pass, so it is not run again. Early exit is a mask that skips the last
 layers, plus going on; a cascade is any mask, plus going on.

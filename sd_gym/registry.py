@@ -70,7 +70,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 @contextmanager
 def naming_imports(run: Path) -> Iterator[None]:
-    """If a name of a run is unknown, add the run's ``--import`` options to the error; nothing is imported here."""
+    """If a name in a run is unknown, add the run's ``--import`` options to the error; this imports nothing."""
     try:
         yield
     except ValueError as error:

@@ -28,7 +28,7 @@ class CascadePoint:
     confidences: Confidences
 
     def decide_split(self, split: Split, rows: NDArray) -> SplitDecisions:
-        """The mask, or dense decisions; FLOPs beyond those of a dense pass are the cost of deciding."""
+        """The mask, or dense decisions; FLOPs beyond those of a dense pass count as deciding."""
         decisions = np.tile(self.mask, (len(rows), 1))
         unsure = self.confidences.of(split, rows, self.mask) < self.threshold
         costs = split.costs

@@ -28,7 +28,7 @@ FROM = "-from-"
 class PlannedRun:
     """A run to be trained, with settings of the env and the agent.
 
-    If ``start`` or ``path`` is the folder of another planned run, that one is trained first.
+    If ``start`` or ``path`` is the folder of another planned run, that run is trained first.
     """
 
     env: str
@@ -170,7 +170,7 @@ def _start_key(algo: str) -> str:
 
 
 def _blind(algos: Sequence[str]) -> list[str]:
-    """The first learning agent, blind; if it starts from a run, then from one of static masks."""
+    """The first learning agent, blind; if it starts from a run, that is a run of static masks."""
     for algo, start in map(_parts, algos):
         if not is_control(algo):
             return [f"{BLIND}{algo}{FROM}static" if start else f"{BLIND}{algo}"]

@@ -44,8 +44,8 @@ def train_many(
     A run that fails does not stop the others, and no run depends on those trained before it. With several ``jobs`` each
     has one thread, which changes the last bits of sums.
 
-    ``runs`` come after those that they start from; see ``sd_gym.train_all`` for the other arguments and errors.
-    Returns the last status of each run, in the same order.
+    Each of ``runs`` comes after the run that it starts from; see ``sd_gym.train_all`` for the other arguments and
+    errors. Returns the last status of each run, in the same order.
     """
     if ray is not None and jobs > 1:
         raise ValueError(f"a Ray cluster has processes of its own; leave out jobs (got {jobs}) or ray (got {ray!r})")

@@ -1,4 +1,4 @@
-"""A run's log-odds of skipping, to prepare a backbone under its decisions."""
+"""A run's log-odds of skipping, for preparing a backbone under its decisions."""
 
 from pathlib import Path
 from typing import Any

@@ -66,8 +66,8 @@ class LearnerSettings(AgentSettings):
         initial_skip_rate: How often each switch is skipped at first. Decisions at even odds tell most about all
             switches; near the dense backbone learning takes several times as long.
         start: Folder of the run to start from (a warm start), such as one of ``static`` or ``imitation``. It replaces
-            ``initial_skip_rate``. The default ``learning_rate`` is then 2e-4 for PPO, 5e-5 for A2C and REINFORCE, and
-            1e-3 for blind agents.
+            ``initial_skip_rate``, and the default ``learning_rate`` is then 2e-4 for PPO, 5e-5 for A2C and REINFORCE,
+            and 1e-3 for blind agents.
         network: Name of a policy network of your own (``sd_gym.register_network``); ``None``: two hidden layers.
         channels: Channels of the token encoder. ``None``: those of the ``start``, or else 48, or as many as cost 1% of
             the dense FLOPs.
@@ -157,7 +157,7 @@ class BaseAgent(ABC, Generic[SettingsT]):
 
 
 class PrivilegedAgent(BaseAgent[SettingsT]):
-    """A control that decides by more than the observation: by the answers, or by what the layers compute.
+    """A control that uses more than the observation: the answers, or what the layers compute.
 
     It is selected and evaluated like policies, but cannot be timed, exported or learned from.
     """
@@ -169,7 +169,7 @@ class PrivilegedAgent(BaseAgent[SettingsT]):
 
 
 class Agent(BaseAgent[SettingsT]):
-    """An agent whose policy decides by the observation alone."""
+    """An agent whose policy uses the observation alone."""
 
     per_stage: bool = False  # whether each of several stages has hidden layers of its own
     validates: ClassVar[bool] = True  # whether the policy is validated during learning, as it changes with each rollout
@@ -358,7 +358,10 @@ def learning_bias(core: Core, skip_rate: float) -> torch.Tensor:
 
 
 def decision_logits(nvec: NDArray, decision: NDArray, confidence: float | NDArray) -> torch.Tensor:
-    """Logits, float32 ``[sum(nvec)]``, of a decision ``[components]``; of two choices it has the ``confidence``."""
+    """Logits, float32 ``[sum(nvec)]``, of a decision ``[components]``.
+
+    ``confidence`` is the probability of each component's choice if it has two.
+    """
     halves = np.broadcast_to(0.5 * np.log(confidence / (1 - confidence)), len(nvec)).tolist()
     parts = zip(nvec, decision, halves, strict=True)
     return torch.cat([torch.where(torch.arange(int(size)) == int(choice), half, -half) for size, choice, half in parts])

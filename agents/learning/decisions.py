@@ -28,7 +28,7 @@ MARGINS = (
     *np.arange(6, 15, 1.5).tolist(),
     *(17.0, 20.0, 25.0, 32.0, 40.0),
 )
-DENSE_MARGIN = 1000.0  # nothing is skipped
+DENSE_MARGIN = 1000.0  # skips nothing
 POLICY_ROWS = 2000  # rows for searches and for the order of operating points, at most
 FEW_ROWS = 500  # the same where each point takes a pass of its own, and to find the end of a path
 
@@ -58,7 +58,7 @@ class PolicyLike(Protocol):
 
 @runtime_checkable
 class SplitPolicy(Protocol):
-    """A policy that decides by more than the observation, such as a cascade."""
+    """A policy that uses more than the observation, such as a cascade."""
 
     def decide_split(self, split: Split, rows: NDArray) -> SplitDecisions:
         """Its decisions on ``rows [n]`` of a split, the same at every call, and their FLOPs."""

@@ -61,7 +61,7 @@ def _layers_of_stages(staged: DecisionPolicy) -> list[nn.Module]:
 
 @torch.no_grad()
 def _copy_layers(start: DecisionPolicy, layers: nn.Module, columns: slice) -> None:
-    """Give a stage the hidden layers of ``start``, whose observation is these columns of the stage's."""
+    """Give a stage the hidden layers of ``start``, which observes these ``columns`` of the stage's observation."""
     weight = layers.get_parameter("0.weight")
     layers.load_state_dict({**start.body.state_dict(), "0.weight": weight})
     weight.zero_()

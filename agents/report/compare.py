@@ -21,8 +21,8 @@ def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
         folders: Run folders, and folders that ``sd_gym.evaluate`` wrote.
 
     Returns:
-        A dictionary per env and agent, over its runs. Runs of one agent differ only in their seed; other runs have a
-        dictionary of their own, whose ``agent`` says in brackets what differs. Its keys:
+        A dictionary per env and agent, over its runs. Runs of one agent differ only in their seed; others have a
+        dictionary of their own, with the difference in brackets in ``agent``. Its keys:
 
         - ``env``, ``agent``, ``seeds`` (how many), ``test_rows`` (how many, and their hash);
         - means, or ``None`` if unknown: ``quality_ref``, ``quality_difference``, ``flops_ratio`` (the policy's own

@@ -65,7 +65,7 @@ def probability_of_improvement(scores: Scores, others: Scores, *, samples: int =
 
 
 def enough_runs(scores: Scores, others: Scores) -> bool:
-    """Whether both algorithms have enough runs on each env to be compared."""
+    """Whether both algorithms have enough runs on each env for a comparison."""
     return min(map(len, [*scores, *others])) >= FEWEST_RUNS
 
 

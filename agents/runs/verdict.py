@@ -15,7 +15,7 @@ CONFIDENCE = 0.95  # one-sided
 
 
 class Differences(NamedTuple):
-    """What the verdict needs to know of differences in quality."""
+    """What the verdict needs to know about differences in quality."""
 
     mean: float
     square: float  # mean square
@@ -130,7 +130,7 @@ def _worst(quality_ref: NDArray, highest: float) -> float:
 
 
 def _shown(known: Differences, n: int, epsilon: float, worst: float, confidence: float) -> bool:
-    """Whether ``n`` differences, of which this is known, show that less than epsilon is lost."""
+    """Whether ``n`` differences, summarised in ``known``, show that less than epsilon is lost."""
     mean, gain = known.mean, max(0.0, known.others)
     if mean <= -epsilon:
         return False

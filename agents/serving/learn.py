@@ -1,4 +1,4 @@
-"""PPO and A2C of Stable-Baselines3 learn a dial: one network for all prices of quality."""
+"""Learning a dial by Stable-Baselines3's PPO and A2C: one network for all prices of quality."""
 
 from collections.abc import Callable
 from typing import Any

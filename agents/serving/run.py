@@ -1,4 +1,4 @@
-"""A run on a serving env learns or searches dials, selects one, and plays it on test rows and arrivals."""
+"""Runs on serving envs: learn or search dials, select one, and play it on test rows and arrivals."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -77,9 +77,9 @@ def resolve(name: str) -> str:
 def load_model(
     name: str, *, head: type[Head] | None = None, num_labels: int | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model of a supported architecture and its tokenizer, from safetensors or GGUF; no remote code is run.
+    """Load a model of a supported architecture, and its tokenizer, from safetensors or GGUF; no remote code runs.
 
-    All weights come from the files. Only a head that the files lack is new. Its weights are random: call
+    All weights come from the files, except those of a head that the files lack. These are random: call
     ``torch.manual_seed`` first.
 
     Args:

@@ -28,7 +28,7 @@ RISEN = 0.6  # share of the steps after which the number of whole layers is high
 
 
 def freeze_observation(board: Switchboard) -> None:
-    """Freeze all parameters that a policy's observation depends on, in place: all but those of layers and heads.
+    """Freeze in place what a policy's observation depends on: all parameters but those of layers and heads.
 
     Parameters that a head shares with the embeddings are frozen, too.
     """

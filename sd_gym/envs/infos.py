@@ -12,9 +12,9 @@ from sd_gym.envs.render import Shown, as_lines, scenes
 
 
 def check_shown(render_mode: str | None, modes: Sequence[str]) -> None:
-    """Raise ``ValueError`` for an unknown render mode, or for any where there are no modes.
+    """Raise ``ValueError`` for an unknown render mode, or for any if there are no modes.
 
-    The latter is a ``TypeError`` too: then ``make_vec_env`` of Stable-Baselines3 tries again without ``rgb_array``.
+    The latter is a ``TypeError`` too, so that ``make_vec_env`` of Stable-Baselines3 tries again without ``rgb_array``.
     """
     if not modes and render_mode is not None:
         raise UnknownKeyError(
@@ -95,7 +95,7 @@ def infos_of_all(n: int, *parts: tuple[NDArray, dict[str, NDArray]]) -> dict[str
 
 
 def final_infos(ended: NDArray, observations: Sequence[Any], infos: dict[str, NDArray]) -> dict[str, Any]:
-    """What a step that also resets says of the ``ended [num_envs]``: their last observations, and ``infos`` of each."""
+    """What a step that also resets returns about the ``ended [num_envs]``: last observations, and ``infos``."""
     last = np.full(len(ended), None, dtype=object)
     last[:] = observations
     infos = infos_of_all(len(ended), (np.flatnonzero(ended), infos))

@@ -1,4 +1,4 @@
-"""What an env is about, and its instances, without running anything."""
+"""Descriptions of envs, and their instances, without running anything."""
 
 import re
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ _FACTS = {
 class Page:
     """The head of an env's page."""
 
-    about: str  # what the comment at the top of its YAML file says
-    versions: list[str]  # the lines of that comment that say what a version changed, such as ``v1: new rows``
+    about: str  # the comment at the top of its YAML file
+    versions: list[str]  # lines of that comment about what a version changed, such as ``v1: new rows``
     facts: dict[str, str]  # by name: task, data set, backbone, stages, metric, epsilon and so on
 
 

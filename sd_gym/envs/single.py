@@ -89,9 +89,9 @@ class SwitchableEnv(gym.Env):
     Arguments:
         config_file: Name of a file in ``envs_configs/``, or the path of any such file.
         render_mode: ``ansi`` (lines of text), ``rgb_array`` (a picture, 960 by 720), ``human`` (the picture in a
-            window of pygame), or ``None``. Each shows the text, its dropped tokens, the sublayers that ran, the
-            answer and the right one, FLOPs, quality and reward of the last step; after a reset only the text. Nothing
-            is generated or drawn before it is asked for.
+            window of pygame), or ``None``. Each shows the last step: the text, its dropped tokens, the sublayers that
+            ran, the given and the right answer, FLOPs, quality and reward; after a reset only the text. Nothing is
+            generated or drawn before it is asked for.
         overrides: Any key of the config, such as ``epsilon``, ``action``, ``codebook`` or ``observation``.
             ``reset(options={"split": ..., "instance": id})`` chooses the instance.
 

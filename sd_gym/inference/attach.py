@@ -40,7 +40,7 @@ def attach(
 ) -> PreTrainedModel:
     """Let a policy decide, inside ``model(...)`` and ``model.generate(...)``, which sublayers each input skips.
 
-    Nothing else about the model changes: pipelines, streamers and beams work; ``torch.compile`` leaves it as it is. In
+    Nothing else about the model changes: pipelines, streamers and beams work; ``torch.compile`` has no effect on it. In
     ``generate()`` the policy decides once, on the prompt (at several stages, while the prompt is read). Decisions are
     those of the calling thread or task. A ``with board.decide(...)`` block of your own takes precedence.
 
@@ -52,7 +52,7 @@ def attach(
         max_loss: How much quality may be lost at most, in the task's unit: see ``SkipPolicy.at``.
         max_flops: The share of the dense FLOPs to run at most, without the policy's own.
         check_weights: Whether the weights have to be those that the policy was trained on; with others of the same
-            layout (quantised, in half precision, fine-tuned) its quality is not known.
+            layout (quantised, in half precision, fine-tuned) the quality is not known.
 
     Returns:
         The model, with the ``Decisions`` of its last call in this thread as ``model.decisions``.
@@ -95,7 +95,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class Attached:
-    """Replaces ``forward`` and ``generate`` of one model; ``policy`` may be replaced by another one of the model."""
+    """Replaces ``forward`` and ``generate`` of one model; ``policy`` may be replaced by another policy for it."""
 
     def __init__(self, model: PreTrainedModel, policy: SkipPolicy) -> None:
         self.model, self.policy = model, policy

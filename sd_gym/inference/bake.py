@@ -32,8 +32,8 @@ def bake(model: PreTrainedModel, mask: ArrayLike) -> PreTrainedModel:
         mask: A decision, 1 = skip, ``[switches]`` or, with token level 0 after it, ``[switches + 1]``.
 
     Raises:
-        ValueError: If the mask has another shape, drops tokens, or skips a part of a layer or all of a stack. If layers
-            of this model cannot be removed, because something always runs in them, or they depend on their number.
+        ValueError: If the mask has another shape, drops tokens, or skips a part of a layer or all of a stack. Also if
+            layers of this model cannot be removed: something in them always runs, or depends on their number.
 
     Example:
         >>> import sd_gym

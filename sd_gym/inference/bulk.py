@@ -1,4 +1,4 @@
-"""Answers to many inputs from a file, written to another one: in chunks, in order, and resumable."""
+"""Answer many inputs from a file into another file: in chunks, in order, and resumable."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def run_file(
         output: The file to write.
         resume: Whether to go on after the last whole chunk of a run that was cut off.
         compare: Whether everything runs densely as well.
-        columns: The column of each field that is called differently.
+        columns: The column of each field whose column has another name.
         batch_size: See ``TextModel``.
         chunk: Rows that are grouped into passes together.
         on_cluster: A Ray cluster that answers the chunks instead.

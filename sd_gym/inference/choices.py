@@ -1,4 +1,4 @@
-"""The few masks among which a policy decides before the first layer, if they are few."""
+"""The masks among which a policy decides before the first layer, if they are few."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""A policy as ONNX graphs: one that decides, and one that answers under any of its masks, on one file of weights."""
+"""Export a policy as ONNX graphs: one decides, one answers under any of its masks; they share a file of weights."""
 
 import hashlib
 import json

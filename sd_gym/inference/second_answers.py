@@ -1,4 +1,4 @@
-"""Calls of an attached model with an answer stage: their arguments, and outputs in which rows that go on are dense."""
+"""Calls of an attached model with an answer stage: their arguments, and outputs where rows that go on are dense."""
 
 from collections.abc import Callable
 from typing import Any

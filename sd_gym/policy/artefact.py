@@ -1,4 +1,4 @@
-"""A learned policy with all that deciding needs, as files: it needs no env, no data set and no own code."""
+"""A learned policy as files, complete: deciding needs no env, no data set and no code of your own."""
 
 from __future__ import annotations
 

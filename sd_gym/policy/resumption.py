@@ -1,4 +1,4 @@
-"""Going on in a model: after an answer, rows run densely from their first skipped sublayer."""
+"""Going on after an answer: rows run densely from their first skipped sublayer."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -92,7 +92,7 @@ class Pace:
         self.mean += (pace - self.mean) / 8
 
     def forget(self) -> None:
-        """Expect a percent less. Refused groups are not measured, so one long pause could refuse all later ones."""
+        """Expect a percent less: refused groups are not measured, so one long pause could refuse all later ones."""
         self.mean, self.deviation = 0.99 * self.mean, 0.99 * self.deviation
 
     @property

@@ -52,4 +52,4 @@ def app(arguments: Arguments) -> Any:
 
 
 class _Replica:
-    """All that it does is in the ASGI app."""
+    """The ASGI app does all its work."""

@@ -1,4 +1,4 @@
-"""A service from files, and the process that runs it."""
+"""Make a service from files, and run it in a process."""
 
 import gc
 import socket

@@ -20,7 +20,7 @@ from sd_gym.switch.tokens import DroppedTokens, TokenPass
 
 @dataclass(eq=False)
 class LayerPatch:
-    """A layer: tokens are dropped before it, and it is skipped as a whole where no row runs any sublayer.
+    """Patches a layer: tokens are dropped before it, and it is skipped as a whole if no row runs any sublayer.
 
     A stage right before the layer is decided here, and a pass that is resumed here gets its hidden states.
     """

@@ -1,4 +1,4 @@
-"""Encoded data on disk: tokenising a large data set takes a minute, reading its tensors takes no time.
+"""Encoded data on disk: tokenising a large data set takes a minute, reading its tensors almost none.
 
 There is one safetensors file per split, in the folder that the environment variable ``SD_GYM_CACHE`` names, or in
 ``~/.cache/sd_gym``. Its name is a hash of the texts, the tokenizer and the lengths. The file also holds a hash of its

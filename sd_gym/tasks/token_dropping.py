@@ -1,4 +1,4 @@
-"""The tokens of a split's inputs that are dropped at a token level."""
+"""Which tokens of a split's inputs each token level drops."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property

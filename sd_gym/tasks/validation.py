@@ -27,7 +27,7 @@ class EncodedSplit:
     """A split as the model reads it."""
 
     instances: Instances
-    encoded: Encoded  # their tensors
+    encoded: Encoded  # the instances as tensors
     head: Head
     tokens: TokenDropping  # which of their tokens a level drops
     skip_logits: NDArray | None = None  # a policy's log-odds of skipping each switch, float32 ``[n, switches]``

@@ -20,7 +20,7 @@ class Head(Encoding, Losses, Answers):
     """One kind of output: how such a model is loaded, and how its passes run.
 
     ``Encoding`` has the inputs and targets of a pass, ``Losses`` the losses, ``Answers`` the answers and their quality.
-    A head has no weights and keeps no model; its ``settings`` have all that it depends on.
+    A head has no weights and keeps no model; it depends only on its ``settings``.
     """
 
     _auto_class: ClassVar[str]  # the class of ``transformers`` that loads such a model
