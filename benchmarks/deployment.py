@@ -80,7 +80,7 @@ def way(name: str, model: Any, over: str, **how: Any) -> Way:
 
     def tokenise(texts: Texts) -> None:
         given = [model.checked(text) for text in texts]
-        model._encoded(given) if isinstance(model, OnnxModel) else model.split(given)
+        model.encoded(given) if isinstance(model, OnnxModel) else model.split(given)
 
     return Way(name, lambda texts, size: model.answers(texts, batch_size=size, **how), over, tokenise)
 
@@ -209,7 +209,7 @@ def equality(policy: SkipPolicy, folder: Path, texts: Texts) -> str:
     for number, plain in enumerate(sd_gym.bank(model.model, graphs.masks)):
         own = np.flatnonzero((masks == graphs.masks[number]).all(axis=1))
         for rows in np.split(own, range(32, len(own), 32)) if len(own) else ():
-            batch = graphs._batch(graphs._encoded([graphs.checked(texts[row]) for row in rows]))
+            batch = graphs.batch(graphs.encoded([graphs.checked(texts[row]) for row in rows]))
             batch = {name: batch[name] for name in model.tokenizer.model_input_names}
             with torch.inference_mode():
                 output = plain(**{name: torch.from_numpy(values) for name, values in batch.items()})

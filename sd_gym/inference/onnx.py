@@ -103,6 +103,7 @@ class OnnxModel(TextModel):
     Attributes:
         manifest: The content of the manifest: ``env``, ``masks``, ``operating_points`` and more.
         masks: The masks that it decides among, bool ``[masks, switches]``; the first one is dense.
+        margin: That of its operating point, float32; another one may be set between two calls.
         looks_at_answer: Whether it judges the answers.
         fingerprints: SHA-256 of the policy at its operating point, and of the backbone.
     """
@@ -120,7 +121,7 @@ class OnnxModel(TextModel):
         self.manifest = manifest = read_manifest(folder)
         self._providers, self._options = list(providers), session_options
         points = [OperatingPoint(**point) for point in manifest["operating_points"]]
-        self._margin = np.float32(margin_for(points, max_loss=max_loss, max_flops=max_flops))
+        self.margin = np.float32(margin_for(points, max_loss=max_loss, max_flops=max_flops))
         self.masks, choices = np.array(manifest["masks"], dtype=bool), manifest["choices"]
         self._mask_of_choice, self._cautious = np.array(choices["mask"]), np.array(choices["cautious"], np.float32)
         self._resumed_from, switches = np.array(manifest["resumed_from"]), len(manifest["switches"])
@@ -134,7 +135,7 @@ class OnnxModel(TextModel):
         self.task, self.metric, self.reference = (manifest[key] for key in ("task", "metric", "reference"))
         self.fields, self.names = tuple(manifest["fields"]), dict(enumerate(manifest["names"]))
         self.optional, hashes = manifest["optional"], manifest["files"]
-        self.fingerprints = {"policy": f"{hashes[MANIFEST]}, margin {self._margin}", "backbone": hashes[WEIGHTS]}
+        self.fingerprints = {"policy": f"{hashes[MANIFEST]}, margin {self.margin}", "backbone": hashes[WEIGHTS]}
         self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
         self._tokenizer.no_padding()
         cut = manifest["cut"]
@@ -144,26 +145,32 @@ class OnnxModel(TextModel):
     def _answers(self, texts: list[list[str]], dense: bool, batch_size: int | None) -> list[Answer]:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
-        rows = self._encoded(texts)
+        rows = self.encoded(texts)
         length = np.array([len(row) for row in rows])
         number, own, went_on = np.full(len(rows), DENSE), np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
         seen: NDArray | None = None
         if not dense:
             for part in _parts(np.arange(len(rows)), length, DECIDED):
-                number[part], shown = self.decide(self._batch([rows[row] for row in part]))
+                number[part], shown = self.decide(self.batch([rows[row] for row in part]))
                 seen = np.zeros((len(rows), shown.shape[1]), np.float32) if seen is None else seen
                 seen[part] = shown
             own = self.own_flops(length)
         answers = np.empty(len(rows), dtype=object)
         for mask in np.unique(number):
             for part in _parts(np.flatnonzero(number == mask), length, batch_size or BATCH):
-                batch = self._batch([rows[row] for row in part])
+                batch = self.batch([rows[row] for row in part])
                 values, went_on[part] = self.run_policy(mask, batch, None if seen is None else seen[part])
-                answers[part] = self._in_words([rows[row] for row in part], [texts[row] for row in part], values)
-        ratio = self._flops_ratio(number, length, went_on) + own / self._dense[length]
-        unknown = self.manifest["unknown_token"]
+                answers[part] = self.in_words([rows[row] for row in part], [texts[row] for row in part], values)
+        return self.answers_of(rows, answers.tolist(), number, went_on, own)
+
+    def answers_of(
+        self, rows: list[Encoding], words: list[str], number: NDArray, went_on: NDArray, own: NDArray
+    ) -> list[Answer]:
+        """The answers, in ``words``, of rows that ran under masks; ``own`` are the FLOPs of deciding, ``[n]``."""
+        length, unknown = np.array([len(row) for row in rows]), self.manifest["unknown_token"]
+        ratio = self.flops_ratio(number, length, went_on) + own / self.dense_flops(length)
         unknowns = [0 if unknown is None else row.ids.count(unknown) for row in rows]
-        columns = answers, self.masks[number], [0] * len(rows), ratio.tolist(), unknowns, went_on.tolist()
+        columns = words, self.masks[number], [0] * len(rows), ratio.tolist(), unknowns, went_on.tolist()
         return [Answer(*values) for values in zip(*columns, strict=True)]
 
     def decide(self, batch: Batch) -> tuple[NDArray, NDArray]:
@@ -173,7 +180,7 @@ class OnnxModel(TextModel):
             The number of each row's mask, int64 ``[n]``; and what the policy needs to judge the answer, float32
             ``[n, features]``: no features if it does not.
         """
-        numbers, seen = self.decide_at(np.array([self._margin]), batch)
+        numbers, seen = self.decide_at(np.array([self.margin]), batch)
         return numbers[:, 0], seen
 
     def decide_at(self, margins: NDArray, batch: Batch) -> tuple[NDArray, NDArray]:
@@ -194,9 +201,9 @@ class OnnxModel(TextModel):
         values, *hidden = self.run(number, batch)
         went_on = np.zeros(len(values), dtype=bool)
         if seen is not None and self.looks_at_answer:
-            share = self._flops_ratio(np.full(len(values), number), batch["attention_mask"].sum(axis=1))
+            share = self.flops_ratio(np.full(len(values), number), batch["attention_mask"].sum(axis=1))
             shown = {"seen": seen, "judged": self._judged(values), "share": share.astype(np.float32)}
-            went_on = self._run(ANSWER, shown)[0] + self._margin > 0
+            went_on = self._run(ANSWER, shown)[0] + self.margin > 0
             if went_on.any() and number != DENSE:
                 part = {name: value[went_on] for name, value in batch.items()}
                 values[went_on] = self.run_rest(number, part, [state[went_on] for state in hidden])
@@ -221,9 +228,13 @@ class OnnxModel(TextModel):
         """FLOPs of deciding on rows of so many tokens, ``[n]``."""
         return self._own[length]
 
-    def _flops_ratio(self, number: NDArray, length: NDArray, went_on: NDArray | bool = False) -> NDArray:
+    def dense_flops(self, length: NDArray) -> NDArray:
+        """FLOPs of the dense backbone on rows of so many tokens, int64 ``[n]``."""
+        return self._dense[length]
+
+    def flops_ratio(self, number: NDArray, length: NDArray, went_on: NDArray | bool = False) -> NDArray:
         """FLOPs under masks of rows of so many tokens ``[n]`` over dense ones, without the policy's own."""
-        return (self._ran[number, length] + went_on * self._again[number, length]) / self._dense[length]
+        return (self._ran[number, length] + went_on * self._again[number, length]) / self.dense_flops(length)
 
     def _count_flops(self, length: NDArray) -> None:
         """FLOPs by length ``[lengths]``: of the policy, and dense; by mask, too: run once, and going on."""
@@ -250,7 +261,7 @@ class OnnxModel(TextModel):
         session = onnxruntime.InferenceSession(self.folder / name, options, providers=self._providers)
         return session, [value.name for value in session.get_inputs()]
 
-    def _encoded(self, texts: list[list[str]]) -> list[Encoding]:
+    def encoded(self, texts: list[list[str]]) -> list[Encoding]:
         """Tokens of the inputs, cut as in the env: questions are not cut, only their contexts."""
         cut = self.manifest["cut"]
         if cut["strategy"] == "only_second":
@@ -267,7 +278,7 @@ class OnnxModel(TextModel):
             if len(row) >= limit:
                 raise DataError(f"input {number}: the question alone has {len(row)} of {limit} tokens; shorten it")
 
-    def _batch(self, rows: list[Encoding]) -> Batch:
+    def batch(self, rows: list[Encoding]) -> Batch:
         """The model's inputs, padded at the right, and for spans where an answer may begin and end."""
         shape = len(rows), max(len(row) for row in rows)
         batch = {"input_ids": np.full(shape, self.manifest["padding_token"], dtype=np.int64)}
@@ -305,7 +316,7 @@ class OnnxModel(TextModel):
         answered = np.minimum(best - log_prob[:, 0, 0] - log_prob[:, 1, 0], MOST)
         return np.concatenate([*(_judged_choice(log_prob[:, place]) for place in (0, 1)), answered[:, None]], axis=1)
 
-    def _in_words(self, rows: list[Encoding], texts: list[list[str]], values: NDArray) -> list[str]:
+    def in_words(self, rows: list[Encoding], texts: list[list[str]], values: NDArray) -> list[str]:
         """The answers of one pass in words."""
         kind = self.manifest["head"]
         if kind == "label":

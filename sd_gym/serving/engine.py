@@ -242,8 +242,8 @@ class GraphEngine(BlockingEngine):
 
     def prepare(self, inputs: list[Asked]) -> list[Row]:
         """See ``BlockingEngine``."""
-        encoded = self.model._encoded([asked.texts for asked in inputs])
-        batch, masks = self.model._batch(encoded), np.zeros((len(inputs), len(self._points)), dtype=np.int64)
+        encoded = self.model.encoded([asked.texts for asked in inputs])
+        batch, masks = self.model.batch(encoded), np.zeros((len(inputs), len(self._points)), dtype=np.int64)
         needed = self._needed(inputs)
         margins = np.array([self._points[point].margin for point in needed], dtype=np.float32)
         masks[:, needed], observed = self.model.decide_at(margins, batch)
@@ -256,31 +256,23 @@ class GraphEngine(BlockingEngine):
 
     def run(self, rows: list[Row], point: int) -> list[Served]:
         """Answer rows that share a mask at an operating point."""
-        asked: list[Asked] = [row.content[0] for row in rows]
-        encoded = [row.content[1] for row in rows]
-        number: Any = rows[0].masks[point]
-        self.model._margin = np.float32(self._points[point if asked[0].point is None else asked[0].point].margin)
-        observed = np.stack([row.content[2] for row in rows])
-        values, went_on = self.model.run_policy(number, self.model._batch(encoded), observed)
-        answers = self.model._in_words(encoded, [one.texts for one in asked], values)
+        model, asked, encoded = self.model, [row.content[0] for row in rows], [row.content[1] for row in rows]
+        number, observed = np.full(len(rows), rows[0].masks[point]), np.stack([row.content[2] for row in rows])
+        model.margin = np.float32(self._points[point if asked[0].point is None else asked[0].point].margin)
+        values, went_on = model.run_policy(number[0], model.batch(encoded), observed)
         lengths = np.array([row.length for row in rows])
         padded = np.full_like(lengths, lengths.max())
-        dense, own, mask = self.model._dense[lengths], self.model.own_flops(lengths), self.model.masks[number]
-        numbers = np.full_like(lengths, number)
-        ratio = self.model._flops_ratio(numbers, lengths, went_on) + own / dense
-        executed = self.model._flops_ratio(numbers, padded, went_on) * self.model._dense[padded] + own
-        unknown = self.model.manifest["unknown_token"]
-        shares = np.exp(values - values.max(axis=-1, keepdims=True))
-        served = []
-        for at, (text, length) in enumerate(zip(answers, lengths.tolist(), strict=True)):
-            unknowns = 0 if unknown is None else encoded[at].ids.count(unknown)
-            answer = Answer(text, mask, 0, float(ratio[at]), unknowns, bool(went_on[at]))
-            scores = None
-            if self.served.gives == "label":
-                scores = _ranked((shares[at] / shares[at].sum()).tolist(), self.model.names)
-            promised = float(ratio[at] * dense[at])
-            served.append(Served(answer, scores, length, promised, float(executed[at]), float(dense[at])))
-        return served
+        dense, own = model.dense_flops(lengths), model.own_flops(lengths)
+        words = model.in_words(encoded, [one.texts for one in asked], values)
+        answers = model.answers_of(encoded, words, number, went_on, own)
+        scores: list[dict[str, float] | None] = [None] * len(rows)
+        if self.served.gives == "label":
+            shares = np.exp(values - values.max(axis=-1, keepdims=True))
+            scores = [_ranked((of_row / of_row.sum()).tolist(), model.names) for of_row in shares]
+        promised = dense * [answer.flops_ratio for answer in answers]
+        executed = model.flops_ratio(number, padded, went_on) * model.dense_flops(padded) + own
+        columns = answers, scores, lengths.tolist(), promised.tolist(), executed.tolist(), dense.tolist()
+        return [Served(*values) for values in zip(*columns, strict=True)]
 
     def warm_up(self) -> PassCost:
         """Open all graphs, and measure the overhead of their passes."""

@@ -57,7 +57,7 @@ def service(
         options = _session_options(threads)
         exported = OnnxModel(Path(policy), max_loss=max_loss, max_flops=max_flops, session_options=options)
         tested = [OperatingPoint(**point) for point in exported.manifest["operating_points"]]
-        points = OperatingPoints(tested, float(exported._margin), allow_loss, allow_flops)
+        points = OperatingPoints(tested, float(exported.margin), allow_loss, allow_flops)
         engine_of: Any = partial(GraphEngine, exported)
     else:
         if threads is not None:
