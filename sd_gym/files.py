@@ -139,6 +139,11 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+def hash_of(value: Any) -> str:
+    """The SHA-256 hash of plain values, in hexadecimal digits; the order of keys does not count."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def as_json(value: Any) -> str:
     """JSON of plain values, numpy's numbers and arrays, and paths."""
     return json.dumps(value, indent=2, default=_plain)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +12,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from sd_gym.errors import DataError
-from sd_gym.files import read_json, sha256
+from sd_gym.files import hash_of, read_json, sha256
 from sd_gym.going_on import going_on_flops
 from sd_gym.inference.answer import Answer, TextModel
 from sd_gym.inference.branches import hidden_output, skip_input
@@ -74,7 +72,7 @@ def rest_file(first: int) -> str:
 def own_hash(manifest: dict[str, Any]) -> str:
     """The hash of a manifest without the entry for this hash."""
     files = {name: hashed for name, hashed in manifest["files"].items() if name != MANIFEST}
-    return hashlib.sha256(json.dumps({**manifest, "files": files}, sort_keys=True).encode()).hexdigest()
+    return hash_of({**manifest, "files": files})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

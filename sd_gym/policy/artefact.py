@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.load import BUNDLED, can_exit, weights_hash
 from sd_gym.errors import one_line
-from sd_gym.files import read_tensors, write_arrays, write_text
+from sd_gym.files import hash_of, read_tensors, write_arrays, write_text
 from sd_gym.going_on import ANSWER, stages_of_pass
 from sd_gym.operating_points import OperatingPoint, margin_for
 from sd_gym.policy.card import FILE, FILES, TENSORS, model_card, read_card, write_card
@@ -336,8 +334,7 @@ def _downloaded(name: str, revision: str | None) -> Path:
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of a tokenizer's vocabulary and special tokens."""
-    content = [sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.all_special_tokens))]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return hash_of([sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.all_special_tokens))])
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """The card of a policy: what it was trained on, how well, and which files belong to it; as JSON and as Markdown."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from sd_gym.config import EnvConfig
-from sd_gym.files import as_json, sha256, write_json
+from sd_gym.files import as_json, hash_of, sha256, write_json
 from sd_gym.operating_points import OperatingPoint
 from sd_gym.policy.network_files import FORMAT, Strict, read_model
 from sd_gym.policy.protected_tokens import ProtectedTokens
@@ -88,7 +87,7 @@ class _Card(Strict):
 def write_card(folder: Path, values: dict[str, Any]) -> None:
     """Write ``skip_policy.json`` beside a policy's other files: values, format, and the hashes of all files."""
     values = {"format": FORMAT, **json.loads(as_json(values))}
-    hashes = {name: sha256(folder / name) for name in HASHED} | {FILE: _own_hash(values)}
+    hashes = {name: sha256(folder / name) for name in HASHED} | {FILE: hash_of(values)}
     write_json(folder / FILE, {**values, "files": hashes})
 
 
@@ -105,7 +104,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     for name in FILES[:-1]:
         if name != FILE and not (folder / name).is_file():
             raise FileNotFoundError(f"no {name} in {folder}; copy the policy's folder again, with all its files")
-        if hashes.get(name) != (_own_hash(values) if name == FILE else sha256(folder / name)):
+        if hashes.get(name) != (hash_of(values) if name == FILE else sha256(folder / name)):
             raise ValueError(
                 f"{folder / name} is not the file that was saved with this policy: it was changed, damaged or comes "
                 f"from another policy (its SHA-256 is not the one in {FILE}); copy the policy's folder again, with all "
@@ -114,10 +113,6 @@ def read_card(folder: Path) -> dict[str, Any]:
     del values["format"]
     values["env"] = card.env.model_dump(mode="json", exclude={"reward": {"objective"}})  # with the defaults
     return {**values, **{key: getattr(card, key) for key in ("protection", "context", "operating_points")}}
-
-
-def _own_hash(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def model_card(card: dict[str, Any], operating_points: Sequence[OperatingPoint]) -> str:
