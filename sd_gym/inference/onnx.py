@@ -64,6 +64,15 @@ def load(
     )
 
 
+def runtime() -> Any:
+    """The module ``onnxruntime``; raises ``ModuleNotFoundError`` if it is not installed."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("ONNX Runtime is not installed: pip install 'sd-gym[onnx]'") from error
+    return onnxruntime
+
+
 def rest_file(first: int) -> str:
     """The graph that goes on densely in front of the layer that has switch ``first``."""
     return f"rest-{first}.onnx"
@@ -248,15 +257,11 @@ class OnnxModel(TextModel):
 
     def _opened(self, name: str) -> tuple[Any, list[str]]:
         """The session of a graph, and the names of its inputs."""
-        try:
-            import onnxruntime
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("ONNX Runtime is not installed: pip install 'sd-gym[onnx]'") from error
         options = self._options
         if name in (DECIDE, ANSWER):  # too small for threads, which would wait actively beside those of the model
-            options = onnxruntime.SessionOptions()
+            options = runtime().SessionOptions()
             options.intra_op_num_threads = 1
-        session = onnxruntime.InferenceSession(self.folder / name, options, providers=self._providers)
+        session = runtime().InferenceSession(self.folder / name, options, providers=self._providers)
         return session, [value.name for value in session.get_inputs()]
 
     def encoded(self, texts: list[list[str]]) -> list[Encoding]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import uvicorn
 
-from sd_gym.inference.onnx import MANIFEST, OnnxModel
+from sd_gym.inference.onnx import MANIFEST, OnnxModel, runtime
 from sd_gym.inference.texts import load
 from sd_gym.operating_points import OperatingPoint
 from sd_gym.policy.artefact import SkipPolicy
@@ -73,11 +73,7 @@ def service(
 
 def _session_options(threads: int | None) -> Any:
     """Options of ONNX Runtime: each graph has its own threads, and idle threads do not spin."""
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("ONNX Runtime is not installed: pip install 'sd-gym[onnx]'") from error
-    options = onnxruntime.SessionOptions()
+    options = runtime().SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
