@@ -4,13 +4,13 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from numpy.typing import ArrayLike
 from numpy.typing import NDArray as Array
 
 from sd_gym.config import ConfigError, EnvConfig
@@ -19,28 +19,15 @@ from sd_gym.files import write_text
 from sd_gym.registration import CONFIG_FOLDER
 
 
+@dataclass(frozen=True, eq=False)
 class Actions:
-    """An action space, and how its actions become decisions.
+    """An action space, and how its actions become decisions."""
 
-    Attributes:
-        space: The action space.
-        nvec: Number of choices of each component of an action, int64.
-        meaning: What an action is, in words, for error messages.
-        codebook: The decisions that actions choose by number, int64 ``[masks, switches + 1]``; ``None``: no codebook.
-        are_decisions: Whether an action is a decision already.
-    """
-
-    def __init__(
-        self,
-        space: gym.Space,
-        nvec: ArrayLike,
-        meaning: str,
-        *,
-        codebook: Array | None = None,
-        are_decisions: bool = True,
-    ) -> None:
-        self.space, self.meaning, self.codebook, self.are_decisions = space, meaning, codebook, are_decisions
-        self.nvec = np.array(nvec, dtype=np.int64)
+    space: gym.Space
+    nvec: Array  # number of choices of each component of an action, int64
+    meaning: str  # what an action is, in words, for error messages
+    codebook: Array | None = None  # the decisions that actions choose by number, int64 ``[masks, switches + 1]``
+    are_decisions: bool = True  # whether an action is a decision already
 
     def decisions(self, actions: Any, n: int) -> Array:
         """The decisions, int64 ``[n, switches + 1]``, of ``n`` actions, which are whole numbers of any type.
@@ -81,7 +68,7 @@ def numbers_as_actions(masks: int, codebook: Array | None = None) -> Actions:
     """``Discrete``: the number of a mask of a codebook, or without one of a table."""
     meaning = f"the number of one of {masks} masks"
     space = gym.spaces.Discrete(masks)
-    return Actions(space, [masks], meaning, codebook=codebook, are_decisions=codebook is None)
+    return Actions(space, np.array([masks]), meaning, codebook=codebook, are_decisions=codebook is None)
 
 
 def actions_of(config: EnvConfig, nvec: Array) -> Actions:

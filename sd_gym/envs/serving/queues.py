@@ -111,7 +111,7 @@ class Queues:
 
     def __init__(self, config: ServingConfig, n: int) -> None:
         self.config, self.n, points = config, n, len(config.points)
-        self.actions = Actions(gym.spaces.Discrete(points), [points], f"one of {points} operating points")
+        self.actions = Actions(gym.spaces.Discrete(points), np.array([points]), f"one of {points} operating points")
         self.observation_space = gym.spaces.Box(-BOUND, BOUND, (len(FEATURES),), np.float32)
         self._a, self._b = (
             np.array([getattr(point, key) for point in config.points]) for key in ("per_request", "per_group")
