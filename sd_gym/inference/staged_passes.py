@@ -24,8 +24,10 @@ class StagedPasses(Passes):
     """
 
     def __init__(self, split: BackboneSplit, policy: SkipPolicy, first_input: nn.Module | None = None) -> None:
-        vars(self).update(vars(split.passes))
-        self.bank = None  # these passes run on the switchboard, so calls cost what they cost there
+        passes = split.passes  # without its bank: these run on the switchboard, so calls cost what they cost there
+        super().__init__(split.backbone, split.instances, split.encoded, split.tokens, split.reading)
+        self.most, self.longest, self.watch = passes.most, passes.longest, passes.watch
+        self.generated, self.finished = passes.generated, passes.finished  # shared, as the split's costs count them
         self._policy, self._first_input = policy, first_input
         self.masks = np.zeros((len(split), len(self.backbone.board) + 1), dtype=np.int64)  # the policy's decisions
         self.went_on = np.zeros(len(split), dtype=np.bool_)  # which rows went on after their answer
