@@ -114,7 +114,7 @@ def _check_policy(policy: SkipPolicy) -> None:
 
 def _check_model(model: SkippingModel) -> None:
     """Raise ValueError if a policy's backbone, tokenizer or task has no export."""
-    architecture, head = model._backbone.board.architecture, model._backbone.head
+    architecture, head = model.backbone.board.architecture, model.backbone.head
     if head.gives == "text" or len(architecture.stacks) > 1 or architecture.causal:
         kind = model.model.config.model_type
         raise _refused(f"its backbone, a {kind}, is no encoder that classifies, scores or extracts", INSTEAD)
@@ -122,13 +122,13 @@ def _check_model(model: SkippingModel) -> None:
         raise _refused(f"{type(model.tokenizer).__name__} is no fast tokenizer", INSTEAD)
     texts, instance = _probe(model)
     if [text for text in (instance.source, instance.source_pair) if text is not None] != texts:
-        raise _refused(f"the task {model._config.task} changes its texts before they are read", INSTEAD)
+        raise _refused(f"the task {model.config.task} changes its texts before they are read", INSTEAD)
 
 
 def _probe(model: SkippingModel) -> tuple[list[str], Instance]:
     """A text for each field of a task, which a task may change in many ways, and the instance that it makes of them."""
     texts = [f"  Text\u00a0\uff10 \u00c9\n{number}! " for number in range(len(model.fields))]
-    return texts, model._instance(0, texts)
+    return texts, model.instance(0, texts)
 
 
 class _Writer:
@@ -136,7 +136,7 @@ class _Writer:
 
     def __init__(self, folder: Path, policy: SkipPolicy, model: SkippingModel, int8: bool) -> None:
         self._folder, self._policy, self._model, self._int8 = folder, policy, model, int8
-        self._board, self._head = model._backbone.board, model._backbone.head
+        self._board, self._head = model.backbone.board, model.backbone.head
         self._choices: Any = choices_of(policy)
         masks = masks_of(policy, self._choices)[:, :-1].astype(bool)
         with_dense = np.concatenate([np.zeros_like(masks[:1]), masks])
@@ -214,11 +214,10 @@ class _Writer:
 
     def _described(self) -> dict[str, Any]:
         policy, model = self._policy, self._model
-        config, tokenizer, card = model._config, model.tokenizer, policy.card
+        config, tokenizer, card = model.config, model.tokenizer, policy.card
         _, instance = _probe(model)
-        always, switched = model._backbone.flops.costs(np.arange(3))  # a parabola in the number of tokens
+        always, switched = model.backbone.flops.costs(np.arange(3))  # a parabola in the number of tokens
         bend = (switched[2] - 2 * switched[1] + switched[0]) // 2
-        special = (None, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
         values = {
             "format": FORMAT,
             "sd_gym": __version__,
@@ -228,7 +227,7 @@ class _Writer:
             "unanswerable": config.data.unanswerable,
             "longest_answer": config.backbone.max_target_length,
             "padding_token": tokenizer.pad_token_id,
-            "unknown_token": None if tokenizer.unk_token_id in special else tokenizer.unk_token_id,
+            "unknown_token": model.unknown_token,
             "cut": {
                 "length": min(config.backbone.max_source_length, tokenizer.model_max_length),
                 "strategy": "only_second" if instance.source_pair and instance.protected else "longest_first",
@@ -260,7 +259,7 @@ class _Writer:
     def _compare(self) -> None:
         """Raise RuntimeError if a graph and its model disagree, on shapes that it was not traced with."""
         model, random = OnnxModel(self._folder), np.random.default_rng(0)
-        longest = self._model._config.backbone.max_source_length
+        longest = self._model.config.backbone.max_source_length
         plain = [without_skipped(self._board, mask) for mask in self._masks]
         for rows, length in ((1, 1), (3, min(11, longest)), (1, min(24, longest))):
             ids = random.integers(self._model.model.config.vocab_size, size=(rows, length))

@@ -43,6 +43,8 @@ class SkippingModel(TextModel):
 
     Attributes:
         policy: The policy.
+        config: The config of its env, without what answering does not need.
+        backbone: The backbone.
         model: The Hugging Face model, with the policy attached.
         tokenizer: Its tokenizer.
         board: The switchboard of the model.
@@ -69,21 +71,21 @@ class SkippingModel(TextModel):
             values["quality.kind"] = "exact_match"
         values |= {"backbone.name": backbone} if backbone else {}
         self.policy = policy
-        self._config = checked_config(values, "the policy")
-        self._backbone = load_own_backbone(self._config.backbone.name, device)
-        self._float32_input = None if dtype is None else deepcopy(FirstLayerInput(self._backbone.board)).float()
+        self.config = checked_config(values, "the policy")
+        self.backbone = load_own_backbone(self.config.backbone.name, device)
+        self._float32_input = None if dtype is None else deepcopy(FirstLayerInput(self.backbone.board)).float()
         if compile:
-            _check_compiles(policy, self._backbone.head)
-        self._bank = Bank(self._backbone.board, compiles=compile)
-        self.tokenizer = self._backbone.tokenizer
-        self.model = attach(self._backbone.model, policy, self.tokenizer, check_weights=check_weights)
+            _check_compiles(policy, self.backbone.head)
+        self._bank = Bank(self.backbone.board, compiles=compile)
+        self.tokenizer = self.backbone.tokenizer
+        self.model = attach(self.backbone.model, policy, self.tokenizer, check_weights=check_weights)
         if dtype is not None:  # transformers hides the signature
             self.model.to(_checked_dtype(dtype))  # pyright: ignore[reportArgumentType]
-        self.board, self.gives = self._backbone.board, self._backbone.head.gives
-        self.longest = self._config.backbone.max_target_length
-        self.task, self._task = self._config.task, TASKS.find(self._config.task)
+        self.board, self.gives = self.backbone.board, self.backbone.head.gives
+        self.longest = self.config.backbone.max_target_length
+        self.task, self._task = self.config.task, TASKS.find(self.config.task)
         self.fields, self.reference = self._task.inputs, self._task.reference
-        self.optional, metric = self._task.optional is not None, self._config.quality.metric
+        self.optional, metric = self._task.optional is not None, self.config.quality.metric
         self.metric = metric if METRICS.find(metric).of_texts else "exact_match"
         self.names = {int(number): str(name) for number, name in (self.model.config.id2label or {}).items()}
 
@@ -94,7 +96,7 @@ class SkippingModel(TextModel):
 
     def split(self, texts: list[list[str]]) -> BackboneSplit:
         """At least one input that is ``checked``, tokenised; DataError if one cannot be."""
-        split = self._split([self._instance(number, own) for number, own in enumerate(texts)])
+        split = self._split([self.instance(number, own) for number, own in enumerate(texts)])
         split.passes.bank = self._bank
         return split
 
@@ -127,7 +129,8 @@ class SkippingModel(TextModel):
         flops = first_costs.flops(rows, decisions) + went_on * costs.going_on(rows, decisions)
         if decided is not None:
             flops = flops + self.own_flops(split)
-        ratio, unknown = flops / costs.dense_flops(rows), self._unknown_tokens(split)
+        ratio, unknown_id = flops / costs.dense_flops(rows), -1 if self.unknown_token is None else self.unknown_token
+        unknown = (split.encoded.input_ids.numpy() == unknown_id).sum(axis=1)
         return [
             Answer(answer, row[:-1].astype(bool), int(row[-1]), float(share), int(count), bool(again))
             for answer, row, share, count, again in zip(answers, decisions, ratio, unknown, went_on, strict=True)
@@ -144,7 +147,7 @@ class SkippingModel(TextModel):
         if split.head.judges_passes:
             return split.costs
         lengths = split.passes.generated if generated is None else generated
-        return Costs(self._backbone, replace(split.encoded, target_length=lengths), split.tokens)
+        return Costs(self.backbone, replace(split.encoded, target_length=lengths), split.tokens)
 
     def own_flops(self, split: BackboneSplit) -> NDArray:
         """FLOPs of the policy itself on each input, ``[n]``."""
@@ -153,12 +156,12 @@ class SkippingModel(TextModel):
         network = self.policy.network
         return network.flops + network.flops_per_token * tokens + judged * split.costs.head_flops(np.arange(len(split)))
 
-    def _unknown_tokens(self, split: BackboneSplit) -> NDArray:
-        """How many tokens of each input the tokenizer does not know, ``[n]``; 0 for tokenizers of bytes."""
-        tokenizer, unknown = self.tokenizer, self.tokenizer.unk_token_id
-        if unknown in (None, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
-            return np.zeros(len(split), dtype=np.int64)
-        return np.equal(split.encoded.input_ids.numpy(), unknown).sum(axis=1)
+    @property
+    def unknown_token(self) -> int | None:
+        """The id of the token for what the tokenizer does not know; ``None`` if it knows all, as those of bytes do."""
+        tokenizer: Any = self.tokenizer  # transformers annotates ids as lists and texts, too
+        unknown = tokenizer.unk_token_id
+        return None if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id) else unknown
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -168,16 +171,17 @@ class SkippingModel(TextModel):
             self.policy.save_pretrained(name)
             for file in sorted(Path(name).iterdir()):
                 digest.update(file.read_bytes())
-        return {"policy": digest.hexdigest(), "backbone": self._backbone.weights}
+        return {"policy": digest.hexdigest(), "backbone": self.backbone.weights}
 
     def _split(self, instances: Sequence[Instance]) -> BackboneSplit:
         data: Any = {"inputs": Instances(instances)}  # in place of Splits, of which only this one is read
-        split = BackboneSplit(self._config, "inputs", data, self._backbone)
+        split = BackboneSplit(self.config, "inputs", data, self.backbone)
         if self.policy.rarity is not None:
             split.rarity = self.policy.rarity
         return split
 
-    def _instance(self, number: int, texts: list[str]) -> Instance:
+    def instance(self, number: int, texts: list[str]) -> Instance:
+        """The instance that the task makes of an input's texts."""
         row = dict(zip(self.fields, texts, strict=False)) | {self._task.reference: self._task.unknown}
         return self._task.instance(row, str(number), f"input {number}")
 
