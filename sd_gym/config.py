@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,6 +79,9 @@ class StrictModel(BaseModel):
             if bool not in kinds and kinds & {int, float}:
                 raise ValueError("expected a number, not true or false")
         return value
+
+
+Config = TypeVar("Config", bound=StrictModel)
 
 
 def _kinds_of(annotation: Any) -> set[Any]:
@@ -221,8 +224,13 @@ def stored_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
     """
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in dotted(values, origin).items()}
     needed = {name: {} for name, part in PARTS.items() if any(key.is_required() for key in part.model_fields.values())}
+    return validated(EnvConfig, {**needed, **nested(plain)}, origin)
+
+
+def validated(kind: type[Config], values: Mapping[str, Any], origin: str) -> Config:
+    """A configuration of values; ``ConfigError`` with the key and the problem if they do not fit."""
     try:
-        return EnvConfig(**{**needed, **nested(plain)})
+        return kind(**values)
     except ValidationError as error:
         key, problem = first_problem(error)
         raise ConfigError(f"{origin}: config key {key!r}: {problem}") from error

@@ -7,12 +7,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from sd_gym.config import ConfigError, SplitName, StrictModel, UnknownKeyError
+from sd_gym.config import SplitName, StrictModel, UnknownKeyError, validated
 from sd_gym.envs.config import located, read_yaml
 from sd_gym.envs.serving.arrivals import Arrivals
-from sd_gym.errors import first_problem
 from sd_gym.registration import CONFIG_FOLDER, serving_file
 
 
@@ -79,16 +78,7 @@ def make_serving_config(file: str | Path, overrides: Mapping[str, Any]) -> Servi
     if unknown:
         known = ", ".join(key for key in ServingConfig.model_fields if key != "id")
         raise UnknownKeyError(f"{origin}: unknown key {unknown[0]!r}; expected one of {known}")
-    return checked_serving_config({**values, **overrides}, origin)
-
-
-def checked_serving_config(values: Mapping[str, Any], origin: str) -> ServingConfig:
-    """The configuration of values; raises ``ConfigError``."""
-    try:
-        return ServingConfig(**values)
-    except ValidationError as error:
-        key, problem = first_problem(error)
-        raise ConfigError(f"{origin}: config key {key!r}: {problem}") from error
+    return validated(ServingConfig, {**values, **overrides}, origin)
 
 
 def serving_config(identity: str, overrides: Mapping[str, Any]) -> ServingConfig:

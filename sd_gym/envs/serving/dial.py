@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_gym.envs.serving.config import ServingConfig, checked_serving_config
+from sd_gym.config import validated
+from sd_gym.envs.serving.config import ServingConfig
 from sd_gym.envs.serving.queues import FEATURES, features, remembered
 from sd_gym.files import map_arrays, read_json, write_arrays, write_json
 from sd_gym.folders import MARKER
@@ -79,7 +80,7 @@ class Dial:
             raise FileNotFoundError(f"no {DIAL} in {folder}; expected a run of sd-gym train on a serving env")
         described, arrays = read_json(file), map_arrays(Path(folder) / WEIGHTS)
         try:
-            config = checked_serving_config(described["env"], str(file))
+            config = validated(ServingConfig, described["env"], str(file))
             pairs = range(len(arrays) // 2)
             layers = [(np.array(arrays[f"{n}.weight"]), np.array(arrays[f"{n}.bias"])) for n in pairs]
             expected = np.array(described["expected_loss"], dtype=np.float64)
