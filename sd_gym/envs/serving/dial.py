@@ -94,7 +94,7 @@ class Dial:
         write_json(folder / DIAL, described | {"expected_loss": self.expected_loss.tolist()})
         arrays = {}
         for n, (weight, bias) in enumerate(self.network.layers):
-            arrays |= {f"{n}.weight": np.ascontiguousarray(weight), f"{n}.bias": np.ascontiguousarray(bias)}
+            arrays |= {f"{n}.weight": weight, f"{n}.bias": bias}
         write_arrays(folder / WEIGHTS, arrays)
 
     def choose(self, queue_length: int, oldest_wait: float, arrival_rate: float) -> int:
