@@ -1,7 +1,7 @@
 """Loading a backbone: bundled, from a local folder, or from the Hugging Face hub."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -212,9 +212,14 @@ def _shared_backbone(name: str, device: str, read: tuple[Any, ...]) -> Backbone:
 
 
 def weights_hash(model: PreTrainedModel) -> str:
-    """SHA-256 of a model's weights: names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    """SHA-256 of a model's weights: see ``hash_of_tensors``."""
+    return hash_of_tensors(model.state_dict()).hex()
+
+
+def hash_of_tensors(tensors: Mapping[str, Tensor], text: str = "") -> bytes:
+    """SHA-256 of a text and tensors: their names, types, shapes and values."""
+    digest = hashlib.sha256(text.encode())
+    for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+        digest.update(value.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.digest()

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from sd_gym.backbones.heads import Head
+from sd_gym.backbones.load import hash_of_tensors
 from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Encoded
 from sd_gym.data.instance import Instance
@@ -78,8 +79,4 @@ def _from_tensors(tensors: dict[str, Tensor]) -> Encoded:
 
 
 def _hash(tensors: dict[str, Tensor], file: Path) -> Tensor:
-    digest = hashlib.sha256(file.name.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().numpy().data)
-    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(hash_of_tensors(tensors, file.name)), dtype=torch.uint8)
