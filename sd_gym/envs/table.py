@@ -188,20 +188,13 @@ class TableCore(Core[TableSplit]):
         self.config, self.folder = config, table_folder(config.table or "")
         self.description = described = read_description(self.folder)
         self.decision_nvec = np.array(described["nvec"], dtype=np.int64)
-        self.exhaustive, codebook = not described.get("chosen"), self.folder / CODEBOOK
-        self.masks = all_decisions(self.decision_nvec) if self.exhaustive else read_masks(codebook, self.decision_nvec)
-        if self.masks[0].any():
-            raise ValueError(f"{codebook} is damaged: expected the dense mask first; copy it again")
-        if not self.exhaustive and len(self.masks) != described["masks"]:
-            expected = f"expected {described['masks']} masks, got {len(self.masks)}"
-            raise ValueError(f"{codebook} is damaged: {expected}; copy it again")
-        at_once = list(config.stages) == ["first"]
-        ways, all_ways = None if at_once else described.get("ways"), described.get("ways")
+        self.exhaustive = not described.get("chosen")
+        self.masks = all_decisions(self.decision_nvec) if self.exhaustive else self._codebook()
+        all_ways, units, at_once = described.get("ways"), described.get("units", {}), list(config.stages) == ["first"]
+        self._ways = ways = None if at_once else all_ways
         self.stages = list(described["stages"]) if ways else ["first"]
-        answers = [2] * self.has_answer_stage
-        units = described.get("units", {})
         sizes = all_ways or units.get("sizes") or [len(self.masks)]
-        self.nvec = self.decision_nvec if self.exhaustive else np.array([*sizes, *answers])
+        self.nvec = self.decision_nvec if self.exhaustive else np.array([*sizes, *[2] * self.has_answer_stage])
         self._sizes = self.nvec[: self.n_skips].tolist()
         # Masks of whole layers are ordered by FLOPs, not by choices.
         self._order = None if "order" not in units else np.array(units["order"], dtype=np.int64)
@@ -224,7 +217,17 @@ class TableCore(Core[TableSplit]):
         self.observation = TableObservation(described["observation"], projection, len(self.stages))
         shape, before = self.observation.shape, np.cumprod([1, *(ways or [1])[:-1]]).tolist()
         self.shapes = [(count, *shape) if stage else shape for stage, count in enumerate(before)]  # by stage
-        self._ways, self._splits = ways, dict[str, TableSplit]()
+        self._splits = dict[str, TableSplit]()
+
+    def _codebook(self) -> Array:
+        """The masks of a table that does not have all."""
+        file, masks = self.folder / CODEBOOK, read_masks(self.folder / CODEBOOK, self.decision_nvec)
+        if masks[0].any():
+            raise ValueError(f"{file} is damaged: expected the dense mask first; copy it again")
+        if len(masks) != (count := self.description["masks"]):
+            raise ValueError(f"{file} is damaged: expected {count} masks, got {len(masks)}; copy it again")
+        return masks
+
 
     def __reduce__(self) -> tuple[Any, ...]:
         return table_core, (self.config,)
