@@ -81,7 +81,7 @@ class Passes:
     def answers_under_all(self, rows: Array, masks: Array, likelihood: Value) -> tuple[list[list[str]], Array]:
         """``answers_and_likelihood`` under every mask: a list of texts per mask, and float64 ``[n, masks]``."""
         if not self.head.judges_passes:
-            likely = self.under_all(rows, masks, lambda logits, labels: likelihood(logits, labels)[:, None])
+            likely = self.under_all(rows, masks, columns(likelihood))
             return self.generated_under_all(rows, masks), likely[..., 0]
         values, to_texts = self.under_all(rows, masks, self._best_and(likelihood)), self.head.to_texts
         bests = values[..., :-1].swapaxes(0, 1)
