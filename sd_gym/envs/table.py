@@ -228,7 +228,6 @@ class TableCore(Core[TableSplit]):
             raise ValueError(f"{file} is damaged: expected {count} masks, got {len(masks)}; copy it again")
         return masks
 
-
     def __reduce__(self) -> tuple[Any, ...]:
         return table_core, (self.config,)
 
