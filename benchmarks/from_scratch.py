@@ -1,4 +1,4 @@
-"""Trains agents from scratch next to a plain PPO script, for the same number of decisions: a table and learning curves.
+"""Trains agents from scratch next to a plain PPO script, for the same number of decisions, and prints a table.
 
     python benchmarks/from_scratch.py --algos script ppo a2c reinforce
     python benchmarks/from_scratch.py --envs SD/Classification-TREC-Table-v1 --algos hull ppo --steps 20000 200000
@@ -6,7 +6,8 @@
 ``script`` is ``examples/own_ppo.py``, run as an agent, so its policy is validated and selected like all others. The
 table shows two policies of each run: the one at the end of learning, and the one selected on the validation split.
 Means over seeds with 95% intervals (Student's t). Finished runs are kept and interrupted ones resumed, so the command
-can be given again, and twice at once with different ``--envs``. ``--table`` only prints what is there.
+can be given again, and twice at once with different ``--envs``. ``--table`` only prints what is there. ``sd-gym
+report`` draws the learning curves of the runs.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.console import Console
 from sd_gym.agents.experiment.comparison_plan import PlannedRun
 from sd_gym.agents.experiment.parallel import RunStatus, train_many
@@ -83,55 +82,20 @@ def show(status: RunStatus) -> None:
         console.print(f"{status.run.folder}: {status.message}", style="red", highlight=False, soft_wrap=True)
     elif status.state == "finished":
         result = read_result(status.run.folder)
-        last = result["last_policy"]
-        console.print(
-            f"{status.run.folder}: as learned {last['flops_ratio_with_policy']:.1%} "
-            f"({100 * last['quality_difference']:+.2f}), selected {result['flops_ratio_with_policy']:.1%} "
-            f"({100 * result['quality_difference']:+.2f})",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-
-def mean_flops(ratios: list[float]) -> str:
-    """Their mean with its interval."""
-    flops = 100 * np.array(ratios)
-    spread = f"±{half_interval(flops):.1f}" if len(flops) > 1 else ""
-    return f"{flops.mean():.1f}%{spread}"
+        line = f"{status.run.folder}: as learned {cell([result['last_policy']])}, selected {cell([result])}"
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def cell(results: list[dict[str, Any]]) -> str:
-    """Mean FLOPs with its interval, and the points lost."""
+    """Mean FLOPs, with a 95% interval (Student's t) where there are several results, and the mean points lost."""
+    flops = 100 * np.array([result["flops_ratio_with_policy"] for result in results])
     points = 100 * np.mean([result["quality_difference"] for result in results])
-    return f"{mean_flops([result['flops_ratio_with_policy'] for result in results])} ({points:+.2f})"
-
-
-def plot(curves: dict[str, dict[str, list[list[dict]]]], file: Path) -> None:
-    """FLOPs and points lost on the validation split against decisions: means, and bands of their 95% intervals."""
-    figure = Figure(figsize=(5 * len(curves), 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, len(curves), squeeze=False, sharex="col")
-    for column, (env, agents) in enumerate(curves.items()):
-        for number, (name, runs) in enumerate(agents.items()):
-            steps = np.mean([[entry["step"] for entry in history] for history in runs], axis=0)
-            read = np.array([[[e["flops_ratio"], e["quality"] - e["quality_ref"]] for e in run] for run in runs])
-            for row in range(2):
-                values = 100 * read[:, :, row]
-                mean, half = values.mean(axis=0), np.array([half_interval(column) for column in values.T])
-                style = {"color": f"C{number}", "linestyle": "--" if name == "script" else "-"}
-                axes[row, column].plot(steps, mean, label=name, marker="os^vD<"[number % 6], markersize=4, **style)
-                axes[row, column].fill_between(steps, mean - half, mean + half, color=f"C{number}", alpha=0.12)
-        axes[0, column].set(title=env, ylabel="FLOPs, % of dense", ylim=(0, 100))
-        axes[1, column].set(xlabel="decisions", ylabel="points against dense", ylim=(-12, 1))
-        axes[1, column].axhline(-1, color="0.5", linestyle=":", linewidth=1)
-        for row in range(2):
-            axes[row, column].grid(alpha=0.3)
-    axes[0, 0].legend()
-    figure.savefig(file, dpi=100)
+    spread = f"±{half_interval(flops):.1f}" if len(flops) > 1 else ""
+    return f"{flops.mean():.1f}%{spread} ({points:+.2f})"
 
 
 def main() -> None:
-    """Train what is not trained yet, then print a Markdown table and draw the curves."""
+    """Train what is not trained yet, then print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/from_scratch"))
     parser.add_argument("--envs", nargs="+", default=MINI)
@@ -150,7 +114,7 @@ def main() -> None:
             for name in arguments.algos
         ]
         train_many(runs, jobs=arguments.jobs, imports=[str(Path(__file__).resolve())], on_status=show)
-    rows, curves = [], {}
+    rows = []
     for env, steps in cases:
         for name in arguments.algos:
             folders = [folder_of(arguments.output, env, name, steps, seed) for seed in arguments.seeds]
@@ -164,12 +128,7 @@ def main() -> None:
                 gained = f"{np.mean([result['return'] for result in results]):.3f}"
                 rows.append([env, f"{steps:,}", name, str(len(results)), learned, cell(results)])
                 rows[-1] += [gained, score, kept]
-                if all(len(result["history"]) > 1 for result in results):  # of those that learn step by step
-                    runs = curves.setdefault(f"{env}, {steps:,} decisions", {})
-                    runs[name] = [result["history"] for result in results]
     print(markdown(COLUMNS, rows))
-    if curves:
-        plot(curves, arguments.output / "curves.png")
 
 
 if __name__ == "__main__":

@@ -29,16 +29,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from from_scratch import cell as figures
 from sd_gym.agents.report.compare import markdown
-from sd_gym.agents.runs.statistics import half_interval
+from sd_gym.agents.runs.folder import read_result
 
 from sd_gym.data.instance import Instance
 from sd_gym.envs.actions import write_masks
 from sd_gym.tasks.backbone_rows import backbone_part
 
-LOOKS = {  # the agents of each env: those that see the answer, and those that decide before the first layer
-    "one stage": ("stages=[first]", ["hull", "imitation", "ppo", "reinforce"]),
-    "answer stage": (None, ["cascade", "imitation", "ppo", "reinforce"]),
+LOOKS = {  # settings and agents of each env: decisions before the first layer alone, and those that see the answer too
+    "one stage": (["stages=[first]"], ["hull", "imitation", "ppo", "reinforce"]),
+    "answer stage": ([], ["cascade", "imitation", "ppo", "reinforce"]),
 }
 CLASSIFICATION = "SD/Classification-Custom-v0"
 TEXTS = 4000  # at most, of a set without labels
@@ -169,6 +170,11 @@ def texts(file: Path) -> Iterator[str]:
             yield row["text"]
 
 
+def options(*settings: str) -> list[str]:
+    """Settings as options of a command."""
+    return [part for setting in settings for part in ("--set", setting)]
+
+
 def sd_gym(*arguments: object) -> None:
     """Run a command of ``sd-gym``, printed first."""
     command = ["sd-gym", *map(str, arguments)]
@@ -222,7 +228,7 @@ class Experiment:
             f"max_source_length={data.length}",
             *data.settings,
         ]
-        return [part for pair in pairs for part in ("--set", pair)]
+        return options(*pairs)
 
     def run(self) -> None:
         """Make what is not there yet."""
@@ -234,15 +240,14 @@ class Experiment:
             how = ["--output", self.folder / "table", "--pca", 32, "--share", "--bf16", "--resume"]
             how += ["--jobs", self.arguments.jobs]
             how += [] if self.data.instances is None else ["--instances", self.data.instances]
-            masks = ["--decisions", self._masks()]
-            stages = ["--set", f"stages={self.data.stages}", "--set", f"backbone={self.backbone}"]
-            sd_gym("tabulate", self.data.env, *how, *masks, *stages, *self.settings)
+            how += ["--decisions", self._masks()]
+            how += options(f"stages={self.data.stages}", f"backbone={self.backbone}")
+            sd_gym("tabulate", self.data.env, *how, *self.settings)
         for look, (stages, agents) in LOOKS.items():
-            keys = [f"table={self.folder / 'table'}", f"epsilon={self.arguments.epsilon}", *[stages] * bool(stages)]
-            options = [part for key in keys for part in ("--set", key)]
+            keys = options(f"table={self.folder / 'table'}", f"epsilon={self.arguments.epsilon}", *stages)
             how = ["--algos", ",".join(agents), "--no-controls", "--seeds", self.arguments.seeds]
             how += ["--steps", self.arguments.steps, "--output", self.folder / look.replace(" ", "-")]
-            sd_gym("compare", "SD/Table-v0", *how, *options)
+            sd_gym("compare", "SD/Table-v0", *how, *keys)
         if self.data.backbone == "minilm" and self.data.env == CLASSIFICATION:
             self._exit_early()
 
@@ -273,9 +278,8 @@ class Experiment:
         """Early exit reads the head after each layer, which no table has. It runs an encoder."""
         folder = self.folder / "one-stage" / "Custom" / "early-exit-0"
         if not (folder / "result.json").exists():
-            keys = [f"backbone={self.backbone}", f"epsilon={self.arguments.epsilon}"]
-            options = [part for key in keys for part in ("--set", key)]
-            sd_gym("train", self.data.env, "--algo", "early-exit", "--output", folder, *options, *self.settings)
+            keys = options(f"backbone={self.backbone}", f"epsilon={self.arguments.epsilon}")
+            sd_gym("train", self.data.env, "--algo", "early-exit", "--output", folder, *keys, *self.settings)
 
     def _prepare(self) -> None:
         data, folder = self.data, self.backbone
@@ -327,7 +331,7 @@ class Experiment:
     def _results(self, look: str, agent: str) -> list[dict[str, Any]]:
         """Of all seeds that are finished."""
         files = sorted((self.folder / look.replace(" ", "-")).glob(f"*/{agent}-*/result.json"))
-        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        return [read_result(file.parent) for file in files]
 
     def dense(self) -> str:
         """Quality of the dense backbone on the test rows, and how many these are."""
@@ -335,15 +339,9 @@ class Experiment:
         return f"{100 * found[0]['quality_ref']:.1f}% ({found[0]['instances']:,})" if found else "-"
 
     def cell(self, look: str, agent: str) -> str:
-        """FLOPs as selected, with a 95% interval (Student's t), and the points against dense on test rows."""
+        """FLOPs as selected, and the points against dense on test rows."""
         found = self._results(look, agent)
-        if not found:
-            return "-"
-        flops = 100 * np.array([one["flops_ratio_with_policy"] for one in found])
-        points = 100 * np.mean([one["quality_difference"] for one in found])
-        if len(found) == 1:
-            return f"{flops[0]:.1f}% ({points:+.2f})"
-        return f"{flops.mean():.1f}%±{half_interval(flops):.1f} ({points:+.2f})"
+        return figures(found) if found else "-"
 
 
 def main() -> None:
