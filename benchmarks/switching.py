@@ -54,13 +54,20 @@ def decisions(random: np.random.Generator, batch: int, switches: int, keep_rate:
     return patterns[random.choice(8, size=batch, p=weights / weights.sum())].astype(np.int64)
 
 
-def compare(dense: Callable[[], object], switched: Callable[[], object]) -> float:
-    """Seconds of the second over seconds of the first."""
+def compare(run: Callable[[], object], board: Switchboard, skip: NDArray) -> float:
+    """Seconds of a run under decisions over seconds of the dense one."""
     started = time.perf_counter()
-    dense()
+    run()
     middle = time.perf_counter()
-    switched()
+    with board.decide(skip):
+        run()
     return (time.perf_counter() - middle) / (middle - started)
+
+
+def used(costs: tuple[NDArray, NDArray], skip: NDArray | int = 0) -> float:
+    """FLOPs of rows under decisions, from costs ``(always, switched)``."""
+    always, switched = costs
+    return float((always + (switched * (1 - skip)).sum(axis=1)).sum())
 
 
 # --- prepared backbones -----------------------------------------------------------------------------------------------
@@ -71,23 +78,18 @@ def measure_backbone(core, keep_rate: float | str, batch_size: int, pairs: int) 
     """(FLOPs ratio, time ratio) of random decisions on random batches of the test split."""
     split, backbone = core.split("test"), core.backbone
     random = np.random.default_rng(0)
-    ratios, used, dense_flops = [], 0.0, 0.0
+    ratios, flops, dense_flops = [], 0.0, 0.0
     for _ in range(pairs + WARM_UP):
         rows = random.integers(len(split), size=batch_size)
         inputs = split.passes.inputs(rows)
         skip = decisions(random, batch_size, core.n_switches, keep_rate)
-
-        def switched(inputs: dict = inputs, skip: NDArray = skip) -> None:
-            with backbone.board.decide(skip):
-                backbone.logits(inputs)
-
-        ratios.append(compare(lambda inputs=inputs: backbone.logits(inputs), switched))
+        ratios.append(compare(lambda inputs=inputs: backbone.logits(inputs), backbone.board, skip))
         # Every row is computed at the batch's padded length, dense and switched alike.
         source, target = (np.full(batch_size, inputs[name].shape[-1]) for name in ("input_ids", "labels"))
-        always, costs = backbone.flops.costs(*backbone.head.lengths(source, target, source))
-        used += float((always + (costs * (1 - skip)).sum(axis=1)).sum())
-        dense_flops += float((always + costs.sum(axis=1)).sum())
-    return used / dense_flops, statistics.median(ratios[WARM_UP:])
+        costs = backbone.flops.costs(*backbone.head.lengths(source, target, source))
+        flops += used(costs, skip)
+        dense_flops += used(costs)
+    return flops / dense_flops, statistics.median(ratios[WARM_UP:])
 
 
 def backbone_table(arguments: argparse.Namespace) -> Table:
@@ -114,36 +116,15 @@ def make_model(architecture: str, width: int, layers: int) -> PreTrainedModel:
     """A model of an architecture with random weights and a vocabulary that is small beside its layers."""
     heads = width // 64
     sizes = {
-        "hidden_size": width,
-        "d_model": width,
-        "n_embd": width,
-        "dim": width,
-        "embedding_size": width,
-        "num_hidden_layers": layers,
-        "encoder_layers": layers,
-        "decoder_layers": layers,
-        "num_layers": layers,
-        "n_layer": layers,
-        "n_layers": layers,
-        "num_attention_heads": heads,
-        "encoder_attention_heads": heads,
-        "decoder_attention_heads": heads,
-        "num_heads": heads,
-        "n_head": heads,
-        "n_heads": heads,
-        "num_key_value_heads": max(1, heads // 2),
-        "head_dim": 64,
-        "d_kv": 64,
-        "intermediate_size": 4 * width,
-        "encoder_ffn_dim": 4 * width,
-        "decoder_ffn_dim": 4 * width,
-        "d_ff": 4 * width,
-        "hidden_dim": 4 * width,
-        "max_position_embeddings": 512,
-        "vocab_size": 1000,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
+        **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size"), width),
+        **dict.fromkeys(("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers"), layers),
+        **dict.fromkeys(("n_layer", "n_layers"), layers),
+        **dict.fromkeys(("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads"), heads),
+        **dict.fromkeys(("num_heads", "n_head", "n_heads"), heads),
+        **dict.fromkeys(("head_dim", "d_kv"), 64),
+        **dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "hidden_dim"), 4 * width),
+        **{"num_key_value_heads": max(1, heads // 2), "max_position_embeddings": 512, "vocab_size": 1000},
+        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     }
     known = AutoConfig.for_model(architecture)
     sizes = {key: value for key, value in sizes.items() if hasattr(known, key)} | {"decoder_start_token_id": 0}
@@ -201,21 +182,16 @@ def measure_architecture(architecture: str, arguments: argparse.Namespace) -> li
     model, rows = make_model(architecture, arguments.width, arguments.layers), []
     board = Switchboard(model)
     for batch in arguments.batch_sizes:
-        for phase, (run, (always, switched)) in phases(board, batch).items():
+        for phase, (run, costs) in phases(board, batch).items():
             for _ in range(WARM_UP):
                 run()
             for keep_rate in arguments.keep_rates:
-                random, ratios, used = np.random.default_rng(0), [], []
+                random, ratios, flops = np.random.default_rng(0), [], []
                 for _ in range(arguments.pairs):
-                    skip = decisions(random, batch, switched.shape[1], keep_rate)
-
-                    def decided(run: Callable = run, skip: NDArray = skip) -> None:
-                        with board.decide(skip):
-                            run()
-
-                    ratios.append(compare(run, decided))
-                    used.append((always + (switched * (1 - skip)).sum(axis=1)).sum())
-                flops = float(np.mean(used) / (always + switched.sum(axis=1)).sum())
+                    skip = decisions(random, batch, costs[1].shape[1], keep_rate)
+                    ratios.append(compare(run, board, skip))
+                    flops.append(used(costs, skip) / used(costs))
+                share = statistics.fmean(flops)
                 # The mean, as the FLOPs are those of all decisions; at batch 1 they differ from pair to pair.
                 clock = statistics.median(ratios) if batch > 1 else statistics.fmean(ratios)
                 rows.append(
@@ -224,40 +200,30 @@ def measure_architecture(architecture: str, arguments: argparse.Namespace) -> li
                         "phase": phase,
                         "batch": batch,
                         "keep rate": keep_rate,
-                        "FLOPs ratio": round(flops, 4),
+                        "FLOPs ratio": round(share, 4),
                         "time ratio": round(clock, 4),
-                        "promise kept": round(flops / clock, 4),
+                        "promise kept": round(share / clock, 4),
                     }
                 )
     return rows
 
 
-def architecture_table(rows: list[dict[str, str | int | float]]) -> Table:
-    """Promise kept: a row for each architecture, phase and batch, a column for each keep rate."""
-    table = Table(title="promise kept: FLOPs ratio / time ratio")
-    rates = list(dict.fromkeys(row["keep rate"] for row in rows))
-    for column in ("architecture", "phase", "batch", *map(str, rates)):
+def table_of(title: str, groups: list[str], rows: list[dict[str, str | int | float]]) -> Table:
+    """Promise kept: a row for each of the ``groups``, a column for each keep rate; of several rows the median."""
+    table, rates = Table(title=title), list(dict.fromkeys(row["keep rate"] for row in rows))
+    for column in (*groups, *map(str, rates)):
         table.add_column(column, justify="right")
-    for key in dict.fromkeys((row["architecture"], row["phase"], row["batch"]) for row in rows):
-        chosen = [row for row in rows if (row["architecture"], row["phase"], row["batch"]) == key]
-        table.add_row(*map(str, key), *(f"{row['promise kept']:.2f}" for row in chosen))
+    kept: dict[tuple, list[float]] = {}
+    for row in rows:
+        kept.setdefault((*(row[group] for group in groups), row["keep rate"]), []).append(row["promise kept"])
+    for group in dict.fromkeys(key[:-1] for key in kept):
+        table.add_row(*map(str, group), *(cell(kept[*group, rate]) for rate in rates))
     return table
 
 
-def summary_table(rows: list[dict[str, str | int | float]]) -> Table:
-    """Promise kept over all architectures: median, lowest and highest, a row for each phase and batch."""
-    table = Table(title="over the architectures: median (lowest to highest)")
-    rates = list(dict.fromkeys(row["keep rate"] for row in rows))
-    for column in ("phase", "batch", *map(str, rates)):
-        table.add_column(column, justify="right")
-    for phase, batch in sorted(dict.fromkeys((row["phase"], row["batch"]) for row in rows), reverse=True):
-        cells = []
-        for rate in rates:
-            key = (phase, batch, rate)
-            kept = [row["promise kept"] for row in rows if (row["phase"], row["batch"], row["keep rate"]) == key]
-            cells.append(f"{statistics.median(kept):.2f} ({min(kept):.2f} to {max(kept):.2f})")
-        table.add_row(phase, str(batch), *cells)
-    return table
+def cell(kept: list[float]) -> str:
+    """A figure, or the median of several, with the lowest and the highest."""
+    return f"{statistics.median(kept):.2f}" + (f" ({min(kept):.2f} to {max(kept):.2f})" if len(kept) > 1 else "")
 
 
 def main() -> None:
@@ -280,9 +246,12 @@ def main() -> None:
         return
     names = supported_architectures() if arguments.architectures == ["all"] else arguments.architectures
     rows = [row for name in track(names, "timing") for row in measure_architecture(name, arguments)]
-    Console().print(architecture_table(rows))
+    title = "promise kept: FLOPs ratio / time ratio"
+    Console().print(table_of(title, ["architecture", "phase", "batch"], rows))
     if len(names) > 1:
-        Console().print(summary_table(rows))
+        title = "over the architectures: median (lowest to highest)"
+        by_phase = sorted(rows, key=lambda row: (row["phase"], row["batch"]), reverse=True)
+        Console().print(table_of(title, ["phase", "batch"], by_phase))
     if arguments.csv:
         with arguments.csv.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0])
