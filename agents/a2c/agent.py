@@ -6,7 +6,6 @@ from pydantic import Field
 from sd_gym.agents.learning.agent import LearnerSettings
 from sd_gym.agents.learning.sb3 import SB3Agent, SB3Settings
 from stable_baselines3 import A2C
-from stable_baselines3.common.vec_env import VecEnv
 
 
 class A2CSettings(SB3Settings):
@@ -29,5 +28,5 @@ class A2CAgent(SB3Agent[A2CSettings]):
     Settings = A2CSettings
     refining_rate = 5e-5
 
-    def _make_algorithm(self, vec_env: VecEnv) -> A2C:
-        return A2C(**self._common(vec_env), use_rms_prop=False, normalize_advantage=True)
+    def _make_algorithm(self) -> A2C:
+        return A2C(**self._common(), use_rms_prop=False, normalize_advantage=True)

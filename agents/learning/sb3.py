@@ -23,7 +23,6 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from sd_gym.envs.sb3 import SwitchableVecEnv
@@ -131,7 +130,6 @@ class _RolloutCallback(BaseCallback):
         self._agent = agent
         self._on_rollout = on_rollout
         self._infos: list[list[dict[str, Any]]] = []
-        self._rewards: list[NDArray] = []
         self._finished: Rollout | None = None
 
     def _on_rollout_start(self) -> None:
@@ -145,7 +143,6 @@ class _RolloutCallback(BaseCallback):
 
     def _on_step(self) -> bool:
         self._infos.append(self.locals["infos"])
-        self._rewards.append(self.locals["rewards"])
         return True
 
     def _on_rollout_end(self) -> None:
@@ -154,9 +151,9 @@ class _RolloutCallback(BaseCallback):
         infos = {key: np.array([[info[key] for info in step] for step in ended]) for key in INFO_KEYS}
         self._agent.before_update(infos)
         flat = {key: values.ravel() for key, values in infos.items()}
-        rewards = np.array(self._rewards).reshape(len(ended), stages, -1).sum(axis=1).ravel()
+        rewards = self._agent.algorithm.rollout_buffer.rewards.reshape(len(ended), stages, -1).sum(axis=1).ravel()
         self._finished = Rollout(self.num_timesteps // stages, rewards, flat, stages)
-        self._infos, self._rewards = [], []
+        self._infos = []
 
 
 class SB3Settings(LearnerSettings):
@@ -187,7 +184,7 @@ class SB3Agent(Agent[SB3SettingsT]):
             raise ValueError("num_envs * n_steps: expected at least 2 decisions per rollout, which are compared; got 1")
         vec_env = SwitchableVecEnv(self._reward_env())
         self._vec_env = ObservationVecEnv(vec_env, self.env.core.stages, blind=self.blind)
-        self.algorithm = self._make_algorithm(self._vec_env)
+        self.algorithm = self._make_algorithm()
         self._standardise_encoders(self.algorithm.policy)
         with torch.no_grad():
             if self.start is not None:
@@ -202,10 +199,10 @@ class SB3Agent(Agent[SB3SettingsT]):
         return self.env
 
     @abstractmethod
-    def _make_algorithm(self, vec_env: VecEnv) -> OnPolicyAlgorithm:
-        """The algorithm, untrained, on ``vec_env``."""
+    def _make_algorithm(self) -> OnPolicyAlgorithm:
+        """The algorithm, untrained."""
 
-    def _common(self, vec_env: VecEnv) -> dict[str, Any]:
+    def _common(self) -> dict[str, Any]:
         """Arguments of all algorithms. An episode is one decision, so nothing is discounted."""
         settings, core = self.settings, self.env.core
         policy: str | type[ActorCriticPolicy] = "MlpPolicy" if self.channels is None else "MultiInputPolicy"
@@ -219,10 +216,10 @@ class SB3Agent(Agent[SB3SettingsT]):
             own["features_extractor_kwargs"] = {"channels": self.channels}
         return {
             "policy": policy,
-            "env": vec_env,
+            "env": self._vec_env,
             "learning_rate": LinearSchedule(settings.learning_rate, 0.0, 1.0),
             "n_steps": settings.n_steps * self.stages,
-            "stats_window_size": vec_env.num_envs * settings.n_steps,  # the episodes of a rollout
+            "stats_window_size": self._vec_env.num_envs * settings.n_steps,  # the episodes of a rollout
             "gamma": 1.0,
             "gae_lambda": 1.0,
             "ent_coef": settings.entropy,

@@ -6,7 +6,6 @@ from pydantic import Field
 from sd_gym.agents.learning.agent import LearnerSettings
 from sd_gym.agents.learning.sb3 import SB3Agent, SB3Settings
 from stable_baselines3 import PPO
-from stable_baselines3.common.vec_env import VecEnv
 
 
 class PPOSettings(SB3Settings):
@@ -45,9 +44,9 @@ class PPOAgent(SB3Agent[PPOSettingsT]):
     refining_rate = 2e-4
     Algorithm: ClassVar[type[PPO]] = PPO
 
-    def _make_algorithm(self, vec_env: VecEnv) -> PPO:
+    def _make_algorithm(self) -> PPO:
         return self.Algorithm(
-            **self._common(vec_env),
+            **self._common(),
             batch_size=self.settings.batch_size * self.stages,
             n_epochs=self.settings.n_epochs,
             clip_range=self.settings.clip_range,
