@@ -37,6 +37,7 @@ from sd_gym.objectives import Objective
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.registry import UnknownNameError
+from sd_gym.tasks.difficulty import means_by
 
 WARM_UP, LEAST_TIMED = 2, 3  # batches
 TIMED_SECONDS = 30.0  # after which no further batch is timed: three batches of a large backbone take minutes
@@ -123,13 +124,8 @@ def decisions_hash(decisions: NDArray) -> str:
 
 def by_difficulty(scored: dict[str, NDArray], levels: NDArray) -> list[dict[str, Any]]:
     """Means of scored decisions (see ``outcomes``) by the instances' ``levels [n]``."""
-    entries = []
-    for level in np.unique(levels):
-        chosen = levels == level
-        means = {name: float(scored[name][chosen].mean()) for name in SCORES}
-        skip_rate = scored["decision"][chosen, :-1].mean(axis=0).tolist()
-        entries.append({"difficulty": int(level), "instances": int(chosen.sum()), **means, "skip_rate": skip_rate})
-    return entries
+    columns = {**{name: scored[name] for name in SCORES}, "skip_rate": scored["decision"][:, :-1]}
+    return [{"difficulty": means.pop("group"), **means} for means in means_by(levels, columns)]
 
 
 @torch.inference_mode()

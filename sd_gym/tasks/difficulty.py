@@ -1,5 +1,7 @@
 """Levels of difficulty if the data have none: quartiles of the dense loss or other facts."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,11 +20,11 @@ def quartiles(values: NDArray) -> NDArray:
     return np.floor(4 * (rankdata(values) - 1) / len(values)).astype(np.int64) + 1
 
 
-def means_by(groups: NDArray, columns: dict[str, NDArray]) -> list[dict[str, float]]:
-    """For each group, ascending: its name, its number of instances, and the mean of each column."""
+def means_by(groups: NDArray, columns: dict[str, NDArray]) -> list[dict[str, Any]]:
+    """For each group, ascending: its name, its number of instances, and the mean of each column ``[n, ...]``."""
     rows = []
     for group in np.unique(groups):
         chosen = groups == group
-        means = {name: float(values[chosen].mean()) for name, values in columns.items()}
+        means = {name: values[chosen].mean(axis=0).tolist() for name, values in columns.items()}
         rows.append({"group": group.item(), "instances": int(chosen.sum()), **means})
     return rows
