@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sd_gym.agents.baselines.full_information import full_information
 from sd_gym.agents.baselines.search import all_masks, greedy_path, skip_units
 from sd_gym.agents.experiment.run import run_config
+from sd_gym.agents.imitation.staged import ways_of_stages
 from sd_gym.agents.learning.decisions import policy_rows
 from sd_gym.agents.runs.folder import read_description
 
@@ -163,12 +164,8 @@ def combine_stages(core: Core, masks: NDArray) -> tuple[NDArray, list[int]]:
     Returns the combinations, int64 ``[combinations, switches + 1]``, with the last stage's ways changing first; and the
     number of ways of each stage, which are sorted by falling FLOPs. Raises ``ValueError`` for more than 4,096.
     """
-    of_stages = []
-    for components in core.steps.components[: len(stages_of_pass(core.stages))]:
-        ways = np.zeros_like(masks)
-        ways[:, components] = masks[:, components]
-        ways = np.unique(ways, axis=0)
-        of_stages.append(ways[down_in_flops(core, ways)])
+    of_stages = [np.unique(ways, axis=0) for ways in ways_of_stages(core, masks)]
+    of_stages = [ways[down_in_flops(core, ways)] for ways in of_stages]
     counts = [len(ways) for ways in of_stages]
     if math.prod(counts) > MOST:
         raise ValueError(

@@ -118,7 +118,7 @@ class ImitationAgent(Agent[ImitationSettings]):
 
     def _learn_stages(self, rows: NDArray, path: NDArray, on_round: OnRound, logger: Logger) -> None:
         """Learn a policy at each price, from cheap to dear losses; that at the env's own price is ``network``."""
-        embedded = None if self.channels is None else self._embedded
+        embedded = None if self.channels is None else self._observe
         known = Combinations(self.env.core, rows, path, self._visible, embedded, on_round, self.seed)
         reward, start = self.env.core.config.reward, self.network
         start.codebook = known.codebook
@@ -155,7 +155,8 @@ class ImitationAgent(Agent[ImitationSettings]):
     def _visible(self, observations: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
         return blinded(observations, self.env.core.stages) if self.blind else observations
 
-    def _embedded(self, rows: NDArray) -> Any:
+    def _observe(self, rows: NDArray) -> Any:
+        """Observations of ``rows [n]`` of the training split before the first layer; zeros if blind."""
         core = self.env.core
         return self._visible(to_tensors(core.observe(core.split("train"), rows)))
 
@@ -164,9 +165,7 @@ class ImitationAgent(Agent[ImitationSettings]):
 
         Rows are observed again each time, as all embedded tokens would need too much memory.
         """
-        core = self.env.core
-        split, parts = core.split("train"), row_batches(core, rows)
-        return torch.cat([network(self._visible(to_tensors(core.observe(split, part)))) for part in parts])
+        return torch.cat([network(self._observe(part)) for part in row_batches(self.env.core, rows)])
 
     def _foresee(self, rows: NDArray, lost: NDArray, logger: Logger) -> Tensor:
         """Learn to predict the quality ``lost [n, masks]`` of ``rows [n]`` under masks; returns the predictions.

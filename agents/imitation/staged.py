@@ -50,9 +50,10 @@ class Outcomes(NamedTuple):
 
 
 def ways_of_stages(core: Core, path: NDArray) -> list[NDArray]:
-    """For each stage that skips, the parts of a path of masks ``[masks, components]`` that it decides.
+    """For each stage that skips, the parts of masks ``[masks, components]`` that it decides.
 
-    Each is int64 ``[ways, components]``, dense first, and 0 in components of other stages.
+    Each is int64 ``[ways, components]``, in the order of the masks, and 0 in components of other stages. Repetitions
+    are left out if they follow each other, as on a path, where the dense one is first.
     """
     parts = []
     for components in core.steps.components[: len(stages_of_pass(core.stages))]:
