@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from sd_gym.agents.runs.folder import check_backbone, origins, read_description,
 from sd_gym.agents.runs.guarantee import on_other_rows
 from sd_gym.agents.runs.verdict import CONFIDENCE
 from sd_gym.agents.serving import run as dials
+from sd_gym.agents.serving.learn import OnProgress
 
 from sd_gym.config import KEYS, SPLITS, EnvConfig, dotted, is_key
 from sd_gym.envs.config import TABLE_KEYS, make_config
@@ -51,7 +52,6 @@ from sd_gym.tasks.splits import check_unchanged
 
 VALIDATIONS = 8  # during training
 TIMED_BATCH_SIZES = (1, 8, 32)
-OnProgress = Callable[[int, dict[str, float]], None]  # called with (steps so far, figures to show)
 
 
 def split_settings(algo: str, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

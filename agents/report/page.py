@@ -171,15 +171,14 @@ def _write_beside(output: Path, envs: Sequence[EnvRuns], report: dict[str, Any])
 
 def _as_csv(envs: Sequence[EnvRuns]) -> str:
     lines = io.StringIO()
-    writer = csv.writer(lines)
-    writer.writerow(RUN_COLUMNS)
+    writer = csv.DictWriter(lines, RUN_COLUMNS, extrasaction="ignore")
+    writer.writeheader()
     for env in envs:
         for agent, run in env.runs:
             low, high = run.result["quality_difference_interval"]
             values = run.config | run.result | {"low": low, "high": high, "epsilon": env.epsilon}
             values |= {f"learned_{key}": value for key, value in (run.result["last_policy"] or {}).items()}
-            values |= {"env": env.name, "agent": agent.name, "folder": str(run.folder)}
-            writer.writerow([values.get(column) for column in RUN_COLUMNS])
+            writer.writerow({**values, "env": env.name, "agent": agent.name, "folder": str(run.folder)})
     return lines.getvalue()
 
 

@@ -22,6 +22,7 @@ from sd_gym.envs.serving.shells import ServingVectorEnv
 PRICES = 0.05, 2.0  # cost of a lost quality of epsilon, in answers
 VERSIONS = 24  # of a network, one per price
 SEEDS_OF_A_RUN = 1000
+OnProgress = Callable[[int, dict[str, float]], None]  # called with (steps so far, figures to show)
 
 
 class DialSettings(StrictModel):
@@ -88,7 +89,7 @@ def shown(log_price: Any) -> Any:
 
 
 class _Progress(BaseCallback):
-    def __init__(self, on_progress: Callable[[int, dict[str, float]], None]) -> None:
+    def __init__(self, on_progress: OnProgress) -> None:
         super().__init__()
         self._on_progress = on_progress
 
@@ -109,7 +110,7 @@ def learned(
     steps: int,
     seed: int,
     logger: Logger,
-    on_progress: Callable[[int, dict[str, float]], None],
+    on_progress: OnProgress,
 ) -> list[Network]:
     """Learn for ``steps`` groups; returns a version of the network per price."""
     n_steps = settings.n_steps or (32 if algo == "ppo" else 8)

@@ -1,6 +1,6 @@
 """Runs on serving envs: learn or search dials, select one, and play it on test rows and arrivals."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from sd_gym.agents.runs.statistics import bootstrap_interval
 from sd_gym.agents.runs.verdict import Verdict, difference_interval, fewest_instances, losses_allowed, verdict
 from sd_gym.agents.serving import controls
 from sd_gym.agents.serving.controls import Played, play
-from sd_gym.agents.serving.learn import DialSettings, learned
+from sd_gym.agents.serving.learn import DialSettings, OnProgress, learned
 from stable_baselines3.common.logger import configure
 
 from sd_gym.config import SPLITS
@@ -30,7 +30,6 @@ SEARCHED = {"fixed": controls.fixed, "threshold": controls.threshold, "staircase
 CONTROLS = (*SEARCHED, "foresight")
 SEARCH_EPISODES, EPISODES = 6, 32
 FRONT = 0.25, 0.5, 0.75, 1.0  # losses in epsilons, at which goodputs are compared
-OnProgress = Callable[[int, dict[str, float]], None]
 
 
 def split_settings(algo: str, settings: dict[str, Any]) -> tuple[dict[str, Any], DialSettings | None]:
