@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import itertools
 import json
-import multiprocessing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from gymnasium.utils import seeding
 from rich.console import Console
 from rich.table import Table
 from sd_gym.agents.serving.controls import COINS, FIRST_SEED, fixed, play
-from serving import Client
+from serving import Client, started
 
 from sd_gym.envs.serving.arrivals import arrival_times
 from sd_gym.envs.serving.config import ServingConfig
@@ -111,25 +110,17 @@ def main() -> None:
     with arguments.input.open() as lines:
         rows = [json.loads(line) for line in itertools.islice(lines, arguments.texts)]
     texts = [row["text"] for row in rows]
-    context, arms, processes, names = multiprocessing.get_context("spawn"), dict[str, Arm](), [], {}
-    try:
-        for folder in arguments.dials:
-            ours, theirs = context.Pipe()
-            options = arguments.served or arguments.run, folder, arguments.allow_loss, theirs
-            processes.append(context.Process(target=serve, args=options, daemon=True))
-            processes[-1].start()
-            theirs.close()  # so that a server that fails is not waited for
-            names, dial = ours.recv(), Dial.load(folder)
-            arms[folder] = Arm(Client(ours.recv()), dial.config, dial.network)
-        first, *_ = arms.values()
-        last = len(first.config.points) - 1
-        for point in arguments.points:  # the server counts from the other end
-            only = fixed(first.config)[point * (1 + len(COINS))]
-            arms[f"point {point}"] = Arm(first.client, first.config, only, {"point": last - point})
-        dense = asyncio.run(measure(arms, texts, arguments.episodes))
-    finally:
-        for process in processes:
-            process.terminate()
+    arms, names = dict[str, Arm](), {}
+    for folder in arguments.dials:
+        server = started(serve, arguments.served or arguments.run, folder, arguments.allow_loss)
+        names, dial = server.recv(), Dial.load(folder)
+        arms[folder] = Arm(Client(server.recv()), dial.config, dial.network)
+    first, *_ = arms.values()
+    last = len(first.config.points) - 1
+    for point in arguments.points:  # the server counts from the other end
+        only = fixed(first.config)[point * (1 + len(COINS))]
+        arms[f"point {point}"] = Arm(first.client, first.config, only, {"point": last - point})
+    dense = asyncio.run(measure(arms, texts, arguments.episodes))
     right = [names.get(row["label"], row["label"]) for row in rows]  # data may have numbers or names
     table = Table("dial", "goodput, server", "of each episode", "goodput, env", "points lost")
     for name, arm in arms.items():

@@ -19,7 +19,9 @@ import math
 import multiprocessing
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,6 +128,15 @@ def _decide_always(engine: Any, mask: Any) -> None:
     for name, change in changes.items():
         getattr(engine.model, name)  # raises if it is called otherwise now
         setattr(engine.model, name, change)
+
+
+def started(serve: Callable[..., None], *options: Any) -> Connection:
+    """Start the process of a server, which ends with this one; returns the connection that it was given, too."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=serve, args=(*options, theirs), daemon=True).start()
+    theirs.close()  # so that a server that fails is not waited for
+    return ours
 
 
 class Client:
@@ -322,20 +333,11 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     with arguments.input.open() as lines:
         rows = [json.loads(line) for line in itertools.islice(lines, arguments.texts)]
-    context, arms, processes = multiprocessing.get_context("spawn"), [], []
-    try:
-        for name in dict.fromkeys(["dense", *arguments.arms]):
-            ours, theirs = context.Pipe()
-            options = name, arguments.run, arguments.backbone, arguments.threads, rows[:256], theirs
-            processes.append(context.Process(target=serve_arm, args=options, daemon=True))
-            processes[-1].start()
-            theirs.close()  # so that a server that fails is not waited for
-            arms.append(Arm(name, Client(ours.recv())))
-        bodies = [json.dumps({"inputs": row}).encode() for row in rows]
-        limit = asyncio.run(ready_and_measured(arms, bodies, arguments.probes, arguments.seconds))
-    finally:
-        for process in processes:
-            process.terminate()
+    arms, options = [], (arguments.run, arguments.backbone, arguments.threads, rows[:256])
+    for name in dict.fromkeys(["dense", *arguments.arms]):
+        arms.append(Arm(name, Client(started(serve_arm, name, *options).recv())))
+    bodies = [json.dumps({"inputs": row}).encode() for row in rows]
+    limit = asyncio.run(ready_and_measured(arms, bodies, arguments.probes, arguments.seconds))
     console = Console(width=max(120, Console().width))
     console.print(table_of(arms, limit))
     console.print(f"{time.monotonic() - begun:.0f} s")
