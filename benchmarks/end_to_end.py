@@ -57,10 +57,10 @@ class Times(NamedTuple):
         return Times(self.wall / dense.wall, self.processor / dense.processor)
 
 
-def timed(run: Callable[[], object]) -> Times:
+def timed(run: Callable[..., object], *arguments: object) -> Times:
     """How long it takes."""
     wall, processor = time.perf_counter(), time.process_time()
-    run()
+    run(*arguments)
     return Times(time.perf_counter() - wall, time.process_time() - processor)
 
 
@@ -93,19 +93,19 @@ def batches(
     """The row of a batch size, of one pass or of ``generate()``."""
     split, random, head = core.split("test"), np.random.default_rng(0), core.backbone.head
     flops, times, agree = [], [], []
+
+    def call(one: torch.nn.Module, batch: dict) -> object:
+        if not generates:
+            return head.forward(Switched(one), batch)
+        given = {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in batch}
+        tokens = batch["labels"].shape[1]
+        return one.generate(**given, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
+
     for number in range(pairs + WARM_UP):
         rows = random.integers(len(split), size=size)
         batch = split.passes.inputs(rows)
-        given = {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in batch}
-
-        def call(one: torch.nn.Module, batch: dict = batch, given: dict = given) -> object:
-            if generates:
-                tokens = batch["labels"].shape[1]
-                return one.generate(**given, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
-            return head.forward(Switched(one), batch)
-
-        of_dense = timed(lambda call=call: call(dense))
-        ratio = timed(lambda call=call: call(model.model)).over(of_dense)
+        of_dense = timed(call, dense, batch)
+        ratio = timed(call, model.model, batch).over(of_dense)
         if number < WARM_UP:
             continue
         times.append(ratio)
@@ -140,8 +140,8 @@ def in_bulk(model: SkippingModel, core: Core, count: int, size: int | None) -> l
 
         times = []
         for _ in range(BULK_ROUNDS):
-            of_dense = timed(lambda: answer(Dense(model)))
-            times.append(timed(lambda: answer(model)).over(of_dense))
+            of_dense = timed(answer, Dense(model))
+            times.append(timed(answer, model).over(of_dense))
         lines = [json.loads(line) for line in answers.read_text().splitlines()]
     decided = [json.dumps([line[key] for key in ("skip", "token_level")]) for line in lines]
     commonest = max(decided.count(one) for one in set(decided)) / len(decided)
