@@ -98,28 +98,28 @@ class ImitationAgent(Agent[ImitationSettings]):
             self.path = nested_path(self.settings.path, core.nvec)
         else:
             self.path = greedy_path(core, split, rows[:ORDER_INSTANCES], on_round, per=self.settings.per)
-        (self._learn_stages if core.is_staged else self._learn_once)(rows, self.path, on_round, logger)
+        (self._learn_stages if core.is_staged else self._learn_once)(rows, on_round, logger)
 
-    def _learn_once(self, rows: NDArray, path: NDArray, on_round: OnRound, logger: Logger) -> None:
+    def _learn_once(self, rows: NDArray, on_round: OnRound, logger: Logger) -> None:
         core, split = self.env.core, self.env.core.split("train")
-        lost = path_losses(split, rows, path, on_round).astype(np.float32)
-        flops = mean_flops(split, rows, path)
+        lost = path_losses(split, rows, self.path, on_round).astype(np.float32)
+        flops = mean_flops(split, rows, self.path)
         risk = self._foresee(rows, lost[:, 1:], logger)
         multiplier = core.config.reward.penalty / core.config.reward.cost_scale
         steps = step_logits(F.pad(risk, (1, 0)), torch.from_numpy(flops)) - math.log(multiplier)
         logger.record("search/flops_ratio", float(flops[(steps > 0).sum(dim=1)].mean()))
-        logits = component_logits(steps.clamp(-SURE, SURE), path, core.nvec)
+        logits = component_logits(steps.clamp(-SURE, SURE), self.path, core.nvec)
 
         def loss(chosen: Tensor | slice) -> Tensor:
             return F.mse_loss(self._outputs(self.network, rows[chosen]), logits[chosen])
 
         self._fit(self.network, loss, "imitation/held_out_loss", len(rows), logger)
-        self._tie(path)
+        self._tie()
 
-    def _learn_stages(self, rows: NDArray, path: NDArray, on_round: OnRound, logger: Logger) -> None:
+    def _learn_stages(self, rows: NDArray, on_round: OnRound, logger: Logger) -> None:
         """Learn a policy at each price, from cheap to dear losses; that at the env's own price is ``network``."""
         embedded = None if self.channels is None else self._observe
-        known = Combinations(self.env.core, rows, path, self._visible, embedded, on_round, self.seed)
+        known = Combinations(self.env.core, rows, self.path, self._visible, embedded, on_round, self.seed)
         reward, start = self.env.core.config.reward, self.network
         start.codebook = known.codebook
         for share in PRICES:
@@ -189,11 +189,11 @@ class ImitationAgent(Agent[ImitationSettings]):
         return (losing - gaining) * highest
 
     @torch.no_grad()
-    def _tie(self, path: NDArray) -> None:
+    def _tie(self) -> None:
         """Give components that are skipped together, those of a layer, their mean logits."""
         nvec, head = self.env.core.nvec, self.network.head
         first = np.cumsum([0, *nvec[:-1]])
-        for raised in path_steps(path):
+        for raised in path_steps(self.path):
             for choice in range(int(nvec[raised].max()) if len(raised) > 1 else 0):
                 outputs = torch.from_numpy(first[raised] + choice)
                 for values in head.parameters():
