@@ -265,13 +265,11 @@ class ReinforceAgent(Agent[ReinforceSettings]):
             return self.network.choose(of_stages[-1], self._draw).numpy()
 
         decisions, state = core.rollout(self._split, np.tile(rows, self.settings.samples), decide)
-        parts = [logits.split(core.nvec.tolist(), dim=1) for logits in of_stages]
-        # Switches before the first stage run.
-        of_components = [part.expand(len(decisions), -1) for part in certain(core.nvec).split(core.nvec.tolist())]
-        for components, part in zip(core.steps.components, parts, strict=True):
-            for component in components:
-                of_components[component] = part[component]
-        return torch.cat(of_components, dim=1), torch.from_numpy(decisions), state, torch.stack(observed, dim=1)
+        component = np.repeat(np.arange(len(core.nvec)), core.nvec)  # of each logit
+        logits = certain(core.nvec)  # switches before the first stage run
+        for components, of_stage in zip(core.steps.components, of_stages, strict=True):
+            logits = torch.where(torch.from_numpy(np.isin(component, components)), of_stage, logits)
+        return logits, torch.from_numpy(decisions), state, torch.stack(observed, dim=1)
 
     def _draw(self, logits: Tensor) -> Tensor:
         """Draws ``[rows]`` from logits ``[rows, size]`` with the agent's generator."""
