@@ -81,8 +81,8 @@ class Dense:
     def __init__(self, model: SkippingModel) -> None:
         self.checked, self.fingerprints, self._model = model.checked, model.fingerprints, model
 
-    def answers(self, inputs: list[list[str]], batch_size: int | None) -> list[Answer]:
-        """Answers."""
+    def answers(self, inputs: list[list[str]], *, dense: bool, batch_size: int | None) -> list[Answer]:
+        """Dense answers, whether asked for or not."""
         return self._model(inputs, dense=True, batch_size=batch_size)
 
 
