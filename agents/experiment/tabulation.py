@@ -195,9 +195,8 @@ def _choice(core: Core, asked: str, seed: int) -> NDArray:
         if name is None:
             raise ValueError(f"{core.config.id} has no codebook; name one: codebook:FILE")
         masks = read_masks(codebook_file(name), core.decision_nvec)
-        undecided = np.ones(masks.shape[1], dtype=np.bool_)
-        undecided[np.concatenate(core.steps.components[: len(stages_of_pass(core.stages))]).astype(int)] = False
-        if core.is_staged and masks[:, undecided].any():
+        decided = np.concatenate(core.steps.components[: len(stages_of_pass(core.stages))]).astype(int)
+        if core.is_staged and np.delete(masks, decided, axis=1).any():
             raise ValueError(f"{asked} has masks that skip before the first of the stages {core.stages}; add 'first'")
         return masks
     if asked == "all":
