@@ -34,44 +34,38 @@ def test_the_foresight_learns_shares_of_what_an_instance_can_lose(env, monkeypat
     assert agent._imagine(agent.foresight).loss.unique().tolist() == [3.0]
 
 
+def weighings(agent, score, steps, folder, monkeypatch):
+    """Learn on other scores; returns the loss and the gradients that each update gave to the barrier."""
+    given, weigh = [], agent.barrier.weigh
+    monkeypatch.setattr(agent.env.core, "score", score)
+    monkeypatch.setattr(agent.barrier, "weigh", lambda *update: (given.append(update), weigh(*update))[1])
+    agent.learn(steps, configure(str(folder), []), lambda rollout: None)
+    return given
+
+
 def test_gained_answers_make_up_for_lost_ones_in_the_barrier(env, tmp_path, monkeypatch):
     """Of four answers one is half lost and two are half gained."""
-    agent, violated = make_agent("reinforce", env, seed=0), []
 
     def score(split, rows, decisions, seen=None):
         lost = np.resize([1.0, -1.0, -1.0, 0.0], len(rows))
         return Outcome((1 - lost) / 2, np.full(len(rows), 0.5), np.full(len(rows), 0.5))
 
-    def weigh(lost, *gradients):
-        violated.append(lost)
-        return weighed(lost, *gradients)
-
-    weighed = agent.barrier.weigh
-    monkeypatch.setattr(env.core, "score", score)
-    monkeypatch.setattr(agent.barrier, "weigh", weigh)
-    agent.learn(64, configure(str(tmp_path), []), lambda rollout: None)
-    assert {*violated} == {-1 / 8}
+    agent = make_agent("reinforce", env, seed=0)
+    updates = weighings(agent, score, 64, tmp_path, monkeypatch)
+    assert {lost for lost, *_ in updates} == {-1 / 8}
     assert agent.foresight.lost.min() < 0
 
 
 def test_the_barrier_gets_gradients_of_different_instances(env, tmp_path, monkeypatch):
     """Noise has mean zero only in a product of independent estimates: here one half has losses, the other has none."""
-    agent, halves = make_agent("reinforce", env, seed=0, foresight=False, initial_skip_rate=0.5), []
 
     def score(split, rows, decisions, seen=None):
         instance = np.arange(len(rows)) % env.num_envs  # each is scored several times
         lost = np.where(instance < env.num_envs // 2, decisions[:, 0], 0)
         return Outcome(1.0 - lost, np.ones(len(rows)), 1 - decisions[:, :-1].mean(axis=1))
 
-    def weigh(lost, *gradients):
-        halves.append(gradients)
-        return weighed(lost, *gradients)
-
-    weighed = agent.barrier.weigh
-    monkeypatch.setattr(env.core, "score", score)
-    monkeypatch.setattr(agent.barrier, "weigh", weigh)
-    agent.learn(32, configure(str(tmp_path), []), lambda rollout: None)
-    (of_flops, of_loss) = halves[0]
+    agent = make_agent("reinforce", env, seed=0, foresight=False, initial_skip_rate=0.5)
+    _, of_flops, of_loss = weighings(agent, score, 32, tmp_path, monkeypatch)[0]
     assert of_loss[0].norm() > 0
     assert of_loss[1].norm() == 0
     assert all(half.norm() > 0 for half in of_flops)
