@@ -59,7 +59,8 @@ class Cascade(PrivilegedAgent[StaticSettings]):
         if self.settings.path is not None:
             masks = np.unique(searched_masks(self.settings.path, core.nvec), axis=0)
         else:
-            masks = greedy_path(core, core.split("train"), policy_rows(core), partial(report_scored, on_rollout))
+            split, on_round = core.split("train"), partial(report_scored, on_rollout)
+            masks = greedy_path(core, split, policy_rows(core), on_round, per=self.settings.per)
         self.masks = nested_masks(core, masks)
 
     def operating_points(self) -> list[Version]:

@@ -36,3 +36,12 @@ def test_a_cascade_runs_again_where_it_is_not_sure(settings, tmp_path):
     generator = gym.make_vec("SD/Classification-Mini-v0", num_envs=1, train_size=50).unwrapped
     with pytest.raises(ValueError, match="a cascade needs a backbone that classifies"):
         make_agent("cascade", generator)
+
+
+def test_a_cascade_searches_whole_layers_if_asked(settings):
+    env = gym.make_vec("SD/Classification-Custom-v0", num_envs=1, **settings).unwrapped
+    agent = make_agent("cascade", env, per="layer")
+    agent.learn(1, None, lambda rollout: None)
+    switches = np.array([point.policy.mask[:6] for point in agent.operating_points()]).reshape(-1, 3, 2)
+    assert len(switches)
+    np.testing.assert_array_equal(switches[..., 0], switches[..., 1])
