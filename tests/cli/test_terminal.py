@@ -47,6 +47,14 @@ def test_a_narrow_terminal_shows_steps_and_time_and_cuts_figures(monkeypatch):
     assert "quality 0.8" in text.getvalue()
 
 
+def test_what_a_terminal_cannot_print_is_escaped(monkeypatch):
+    text = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(terminal, "console", Console(file=text, markup=False))
+    terminal.print_line("Report: rü.html")
+    text.flush()
+    assert text.buffer.getvalue() == b"Report: r\\xfc.html\n"
+
+
 def test_what_a_pair_gives_is_not_read_as_yaml():
     columns = ["text=Review #", "label=007", "text_pair=[x]: y=z"]
     assert dict(terminal.pairs_of(columns, "--column")) == {"text": "Review #", "label": "007", "text_pair": "[x]: y=z"}
