@@ -131,9 +131,10 @@ def run_description(names: dict[str, Any], config: BaseModel, backbone: Any, dat
 
 
 def origins(settings: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
-    """For each run that an agent's ``settings`` name: its agent with a hash of all but its seed and folder; its seed.
+    """Describes each run that an agent's ``settings`` name: what was run, and with which seed.
 
-    For a folder that is no run: its name, and its path.
+    What was run is its agent and a hash of everything but its seed and folder. A folder that is not a run has its name
+    and its path instead.
     """
     found, seeds = dict[str, str](), dict[str, Any]()
     for key in STARTS:

@@ -115,8 +115,8 @@ def highest_loss(quality: NDArray, quality_ref: NDArray, confidence: float = CON
 def difference_interval(quality: NDArray, quality_ref: NDArray, highest: float = 1.0) -> tuple[float, float]:
     """95% interval of the mean of ``quality - quality_ref``; arguments as for ``verdict``.
 
-    It is that of a normal distribution, with two instances added: one loses all, one gains as much. So it has a width
-    where few answers differ, or none (after Agresti and Min 2005, Statistics in Medicine 24, who add half an instance).
+    A normal interval after adding two instances: one that loses everything and one that gains as much. So its width is
+    not zero where no answer differs. Agresti and Min (2005, Statistics in Medicine 24) add half an instance of each.
     """
     worst = _worst(quality_ref, highest)
     values = np.r_[quality - quality_ref, worst, -worst]

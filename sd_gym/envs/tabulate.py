@@ -220,7 +220,7 @@ class TableMaker:
         return _without_paths(described) if self.share else described
 
     def _begin(self, description: dict[str, Any], resume: bool) -> bool:
-        """Begin the folder, or check that it holds this table; whether that is complete."""
+        """Begin the folder, or check that it holds this table; returns whether the table is complete."""
         folder, masks = self.folder, self.masks
         file, codebook = folder / "table.json", folder / CODEBOOK
         if not contents(folder):

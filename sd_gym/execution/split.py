@@ -116,8 +116,8 @@ class BackboneSplit:
     def dense_loss_of(self, rows: Array) -> Array:
         """Loss of the dense backbone on rows ``[n]``, float64 ``[n]``: one forward pass.
 
-        The negative logarithm of the reference's likelihood (see ``Head.likelihood``), at most 30; of scores, the
-        absolute error.
+        It is the negative logarithm of the reference's likelihood (see ``Head.likelihood``), at most 30; for scores,
+        the absolute error.
         """
         scale, head = self.config.quality.label_range, self.head
         dense = np.zeros((len(rows), len(self.backbone.board) + 1), dtype=np.int64)
