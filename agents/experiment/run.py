@@ -170,7 +170,6 @@ def _train(
     if learner is not None:
         _score_dense(learner, steps, checkpoint, on_progress)
     logger = open_logger(folder, description, reached)
-    switches = core.backbone.board.names
 
     def after_rollout(rollout: Rollout) -> None:
         """Validate and write a checkpoint if they are due, and show the progress."""
@@ -179,7 +178,7 @@ def _train(
         next_due = (len(selection.history) + 1) * max(1, steps // VALIDATIONS)
         if learner is not None and learner.validates and rollout.steps >= min(next_due, steps):
             selection.history.append(selection.validate(rollout.steps, learner.policy(), agent.env.objective))
-            log_validation(logger, selection.history[-1], switches)
+            log_validation(logger, selection.history[-1])
             if state := learner.state():
                 saved = {"agent": state, "history": selection.history, "scores": core.scores()}
                 write_checkpoint(checkpoint, saved)
@@ -191,11 +190,11 @@ def _train(
     policy, last = _selected(agent, selection)
     if learner is not None and isinstance(policy, DecisionPolicy):
         if not selection.history:
-            log_validation(logger, selection.validate(reached, policy, agent.env.objective), switches)
+            log_validation(logger, selection.validate(reached, policy, agent.env.objective))
         policy.save(folder)
     agent.save_extra(folder)
     result = _finish(folder, description, policy, selection, last)
-    log_result(logger, reached, result)
+    log_result(logger, reached, result, core.backbone.board.names)
     logger.close()
     checkpoint.unlink(missing_ok=True)
     return result

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.experiment.evaluation import by_difficulty
 from sd_gym.agents.learning.decisions import (
     DENSE_MARGIN,
     FEW_ROWS,
@@ -98,7 +97,6 @@ class Selection:
             **{name: float(scored[name].mean()) for name in SCORES},
             "quality_kept": self._kept(scored),
             "reward": float(objective.rewards(*(scored[name] for name in SCORES)).mean()),
-            "by_difficulty": by_difficulty(scored, split.difficulty[rows]),
         }
 
     def select(self, points: Sequence[Version]) -> Version | None:

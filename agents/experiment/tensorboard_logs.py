@@ -64,13 +64,13 @@ def _write(logger: Logger, step: int, values: dict[str, Any]) -> None:
         output.write(values, dict.fromkeys(values, ()), step)
 
 
-def log_validation(logger: Logger, entry: dict[str, Any], switches: list[str]) -> None:
-    """Write an entry of ``Selection``'s history: its means, and the skip rates of the switches as a picture."""
-    picture = Figure(plot_skip_rates(entry["by_difficulty"], switches), close=False)
-    values = {f"validation/{name}": entry[name] for name in VALIDATED}
-    _write(logger, entry["step"], values | {"validation/skip_rates": picture})
+def log_validation(logger: Logger, entry: dict[str, Any]) -> None:
+    """Write the means of an entry of ``Selection``'s history."""
+    _write(logger, entry["step"], {f"validation/{name}": entry[name] for name in VALIDATED})
 
 
-def log_result(logger: Logger, step: int, result: dict[str, Any]) -> None:
-    """Write the result on the test split."""
-    _write(logger, step, {f"test/{name}": float(result[name]) for name in RESULTS})
+def log_result(logger: Logger, step: int, result: dict[str, Any], switches: list[str]) -> None:
+    """Write the result on the test split: its means, and the skip rates of the switches as a picture."""
+    picture = Figure(plot_skip_rates(result["by_difficulty"], switches), close=False)
+    values = {f"test/{name}": float(result[name]) for name in RESULTS}
+    _write(logger, step, values | {"test/skip_rates": picture})

@@ -63,18 +63,15 @@ def test_settings_result_and_validation_are_there_for_every_agent(name, custom, 
             assert logged == expected or (not expected and len(logged) == 1)
 
 
-def test_skip_rates_are_a_picture_at_each_validation_and_charts_lay_agents_over_each_other(
+def test_skip_rates_are_a_picture_beside_the_result_and_charts_lay_agents_over_each_other(
     custom, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(tensorboard_logs, "plot_skip_rates", run_picture.plot_skip_rates)  # as large as it is
     result = train(CUSTOM, "ppo", tmp_path / "run", steps=600, **custom)
     events = events_of(tmp_path / "run")
-    pictures = events.Images("validation/skip_rates")
-    assert [picture.step for picture in pictures] == [entry["step"] for entry in result["history"]]
-    assert all(picture.width > 200 < picture.height for picture in pictures)
-    (level,) = result["history"][-1]["by_difficulty"]  # the data have no levels
-    assert level["flops_ratio"] == pytest.approx(result["history"][-1]["flops_ratio"])
-    assert 0 <= min(level["skip_rate"]) <= max(level["skip_rate"]) <= 1
+    (picture,) = events.Images("test/skip_rates")
+    assert picture.step == result["history"][-1]["step"]
+    assert picture.width > 200 < picture.height
     found = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     charts = Layout.FromString(found).category[0].chart
     tags = {tag for chart in charts for tag in chart.multiline.tag}
