@@ -136,6 +136,7 @@ SETS["rnnlg-smollm2"] = replace(
     folder="rnnlg",
     length=64,
     distinct="document",  # many rows share one
+    instances=600,
     settings=(r"prompt='{source}\nSentence:'", r'stop="\n"', "max_target_length=44", "quality=metric", "metric=rouge"),
 )
 WITHOUT_LABELS = "-text"  # ends the names of sets whose policies learn on text; the backbone is that of the set before

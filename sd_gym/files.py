@@ -126,10 +126,10 @@ def damaged_checkpoint(file: Path, error: Exception) -> str:
 def written(path: str | Path) -> tuple[tuple[str, int, int], ...]:
     """Name, time and size of a file, or of each file in a folder; the value changes when one of them is written again.
 
-    Folders in the folder do not count. Empty if there is none, as for an id of the Hugging Face hub.
+    Empty if there is none, as for an id of the Hugging Face hub.
     """
     path = Path(path)
-    files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
+    files = [file for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()]
     return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
 
 

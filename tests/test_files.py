@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sd_gym.files import read_checkpoint, read_json, read_tensors, write_checkpoint, write_json, write_tensors
+from sd_gym.files import read_checkpoint, read_json, read_tensors, write_checkpoint, write_json, write_tensors, written
 from tests.conftest import small_disk
 
 VALUES = {"x": torch.zeros(100_000)}
@@ -20,6 +20,15 @@ def test_files_on_a_full_disk(tmp_path, write, value):
         write(file, value)
     assert file.read_bytes() == before  # what was there is still whole
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_that_is_written_again_in_a_subfolder_is_noticed(tmp_path):
+    (tmp_path / "data").mkdir()
+    before = []
+    for text in ("a", "bc"):
+        (tmp_path / "data" / "train.parquet").write_text(text)
+        before.append(written(tmp_path))
+    assert before[0] != before[1]
 
 
 def test_whoever_may_read_the_other_files_may_read_tensors(tmp_path):

@@ -103,7 +103,7 @@ class Recipe:
 
     def rate_at(self, step: int) -> float:
         """The learning rate at a step, counted from 0, as a share of the peak."""
-        warmup = max(1, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
+        warmup = max(1, self.steps // 10 if self.warmup_steps is None else self.warmup_steps)
         progress = max(0, step - warmup) / max(1, self.steps - warmup)
         return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 

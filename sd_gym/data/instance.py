@@ -16,6 +16,7 @@ class Instance:
     more_targets: tuple[str, ...] = ()  # other correct texts
     answer_spans: tuple[tuple[int, int], ...] = ()  # right answers in ``source_pair``; empty if unknown
     origin: str = field(default="", compare=False)  # file and line, for messages; empty for a generated instance
+    is_cut: bool = False  # whether the target is a generated text that reached its limit, so its end is not known
 
     @property
     def place(self) -> str:

@@ -25,6 +25,8 @@ from sd_gym.going_on import ANSWER, answering, stages_of_pass
 from sd_gym.policy.artefact import tokenizer_hash
 from sd_gym.policy.protected_tokens import ProtectedTokens
 from sd_gym.registration import OBSERVATIONS
+from sd_gym.tasks.family import TASKS
+from sd_gym.tasks.metrics import METRICS
 from sd_gym.tasks.ranking import RANKINGS
 from sd_gym.tasks.splits import Splits
 
@@ -194,15 +196,17 @@ class BackboneCore(Core[BackboneSplit]):
 def backbone_core(config: EnvConfig) -> BackboneCore:
     """The core of a configuration without a ``table``.
 
-    It is made anew if another class has its observation's name, or a file that it reads was written again.
+    It is made anew if something else has the name of what it uses, or a file that it reads was written again.
     """
+    metric, task = METRICS.find(config.quality.metric), TASKS.find(config.task)
+    found = OBSERVATIONS.find(config.observation), metric, task, RANKINGS.find(config.tokens.ranking)
     read = config.data.dataset, config.backbone.name, *([config.codebook] if config.codebook else [])
-    return core_of(config, OBSERVATIONS.find(config.observation), tuple(map(written, read)))
+    return core_of(config, found, tuple(map(written, read)))
 
 
 @lru_cache(maxsize=8)
-def core_of(config: EnvConfig, observation: type, read: tuple[Any, ...]) -> BackboneCore:
-    """The cached core of a configuration, the class of its observation, and what was ``written`` in its files."""
+def core_of(config: EnvConfig, found: tuple[Any, ...], read: tuple[Any, ...]) -> BackboneCore:
+    """The cached core of a configuration, what its names stand for, and what was ``written`` in its files."""
     return BackboneCore(config)
 
 

@@ -15,7 +15,7 @@ from sd_gym.data.instance import Instance
 from sd_gym.execution.passes import Passes, columns
 from sd_gym.going_on import answering
 from sd_gym.switch import PassState
-from sd_gym.tasks.metrics import METRICS, corpus_metric, text_metrics, text_quality
+from sd_gym.tasks.metrics import ACCURACY, METRICS, corpus_metric, text_metrics, text_quality
 
 Array = NDArray
 AT_ONCE = 1024  # rows that the dense backbone is scored on together
@@ -233,11 +233,17 @@ class Scoring:
         """The metric of the rows under the decisions, by name; empty where it is the mean quality."""
         decisions = self._answering(decisions)
         name, kind = self._settings.metric, self._settings.kind
-        if kind == "agreement" or name == "exact_match" or (name == "accuracy" and kind == "exact_match"):
+        if kind == "agreement" or name == "exact_match" or (name == ACCURACY and kind == "exact_match"):
             return {}
-        if METRICS.find(name).of_texts:
-            references = [self._instances[row].references for row in rows]
-            return text_metrics(name, self._passes.answers(rows, decisions), references)
+        of_texts = METRICS.find(name).of_texts
+        if of_texts or self._head.gives != "label":  # accuracy of a class's name as a text
+            references, compared = (
+                [self._instances[row].references for row in rows],
+                name if of_texts else "exact_match",
+            )
+            compared = name if of_texts else "exact_match"
+            means = text_metrics(compared, self._passes.answers(rows, decisions), references)
+            return means if of_texts else {name: means["exact_match"]}
         predicted = self._passes.in_passes(rows, decisions, lambda logits, labels: self._head.prediction(logits))
         return {name: corpus_metric(name, predicted, self._encoded.labels[torch.from_numpy(rows)].numpy())}
 

@@ -25,6 +25,7 @@ from sd_gym.tasks.difficulty import quartiles
 from sd_gym.tasks.encoding import encode
 from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.marked_text import MarkedText, marked_texts
+from sd_gym.tasks.metrics import ACCURACY, METRICS
 from sd_gym.tasks.ranking import in_batches, training_rarity
 from sd_gym.tasks.splits import Splits, answered_densely
 from sd_gym.tasks.token_dropping import TokenDropping
@@ -66,9 +67,10 @@ class BackboneSplit:
         rows, answered = np.arange(len(self)), copy(self.instances)
         texts = self.passes.answers(rows, np.zeros((len(self), len(self.backbone.board) + 1), dtype=np.int64))
         answered[:] = [
-            replace(instance, target=text, more_targets=(), answer_spans=())
-            for instance, text in zip(self.instances, texts, strict=True)
+            replace(instance, target=text, more_targets=(), answer_spans=(), is_cut=not finished)
+            for instance, text, finished in zip(self.instances, texts, self.passes.finished.tolist(), strict=True)
         ]
+        answered.hash = self.instances.hash  # with other references they are still the data's rows
         return answered
 
     def _consist_of(self, instances: Instances, encoded: Encoded) -> None:
@@ -95,6 +97,15 @@ class BackboneSplit:
         if (wanted := self.reading.answers) not in (None, self.head.answering):
             needed = f"{wanted!r} needs a backbone whose answers are {wanted}"
             raise ValueError(f"config key 'backbone.answers': {needed}, but {name!r} gives a {gives}")
+        metric, kind = config.quality.metric, config.quality.kind
+        if gives == "text" and kind == "agreement" and self.reading.num_beams > 1:
+            raise ValueError(
+                "config key 'quality': agreement compares greedy texts; expected num_beams=1, "
+                f"got {self.reading.num_beams}"
+            )
+        if gives != "label" and kind != "agreement" and not METRICS.find(metric).of_texts and metric != ACCURACY:
+            expected = f"which compares classes or scores; expected {ACCURACY}, or a metric of texts"
+            raise ValueError(f"config key 'quality.metric': {name!r} gives a {gives}, got {metric!r}, {expected}")
 
     def __len__(self) -> int:
         return len(self.instances)

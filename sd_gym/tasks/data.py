@@ -120,7 +120,8 @@ def load_split(
         if fields is None:
             instances.left_out += 1
             continue
-        options = {"difficulty": _difficulty(fields.get("difficulty"), origin), "unanswerable": data.unanswerable}
+        options = {"difficulty": _difficulty(fields.get("difficulty"), origin)}
+        options["unanswerable"] = data.unanswerable or not labelled  # the answer is not known yet
         instances.append(family.instance(fields, f"{split}-{number}", origin, **options))
         instances.rows.append(position)
     if not instances:
@@ -150,7 +151,7 @@ def _described(base: str, rows: list[int], count: int) -> str:
 
 def _slice(expression: str) -> tuple[str, int | None, int | None]:
     """The name, start and end in an expression such as ``train[:-2000]``."""
-    match = re.fullmatch(r"(\w+)(?:\[(-?\d+)?:(-?\d+)?\])?", expression)
+    match = re.fullmatch(r"([\w.-]+)(?:\[(-?\d+)?:(-?\d+)?\])?", expression)
     if match is None:
         raise DataError(f"expected a split such as 'train' or 'train[:-2000]', got {expression!r}")
     name, start, end = match.groups()

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from sd_gym.registry import Registry
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
+ACCURACY = "accuracy"
 
 # From a text and its references to a score in [0, 1], or to several by name.
 TextMetric = Callable[[str, Sequence[str]], float | Mapping[str, float]]
@@ -113,16 +113,24 @@ def _scorer():
     return RougeScorer(list(ROUGE), use_stemmer=True)
 
 
-def _of_sklearn(name: str) -> CorpusMetric:
-    """The metric of that name in ``sklearn.metrics``; F1 is that of class 1, as GLUE defines it."""
-    return lambda predictions, labels: getattr(import_module("sklearn.metrics"), name)(labels, predictions)
+def _f1(predictions: NDArray, labels: NDArray) -> float:
+    """F1 of class 1, as GLUE defines it; other classes are the others."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels == 1, predictions == 1, zero_division=0.0))
+
+
+def _matthews(predictions: NDArray, labels: NDArray) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(labels, predictions))
 
 
 def _correlation(predictions: NDArray, labels: NDArray) -> float:
     """The mean of Pearson's and Spearman's correlations of scores."""
     from scipy.stats import pearsonr, spearmanr
 
-    if np.ptp(predictions) == 0:  # not defined for a constant
+    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:  # not defined for a constant
         return 0.0
     results: list[Any] = [pearsonr(labels, predictions), spearmanr(labels, predictions)]
     return sum(result.statistic for result in results) / 2
@@ -134,9 +142,9 @@ METRICS: Registry[Metric] = Registry(
         "exact_match": Metric(of_text=lambda answer, references: answer_scores(answer, references)["exact_match"]),
         "squad": Metric(of_text=answer_scores, quality="f1"),
         "rouge": Metric(of_text=summary_scores),
-        "accuracy": Metric(of_all=lambda predictions, labels: (predictions == labels).mean()),
-        "f1": Metric(of_all=_of_sklearn("f1_score")),
-        "matthews": Metric(of_all=_of_sklearn("matthews_corrcoef")),
+        ACCURACY: Metric(of_all=lambda predictions, labels: (predictions == labels).mean()),
+        "f1": Metric(of_all=_f1),
+        "matthews": Metric(of_all=_matthews),
         "correlation": Metric(of_all=_correlation),
     },
 )

@@ -230,9 +230,10 @@ def _parts(
 ) -> dict[str, tuple[Instances, NDArray | None]]:
     """The rows to prepare on (``backbone``) and to validate on (``held out``), with their ``skip_logits``."""
     train, logits = splits["train"], skip_logits or {}
-    own = np.isin(row_hashes(train), backbone_rows(backbone))
-    if not own.any():  # it was not prepared before, or on other data
-        own = backbone_part(train, rows)
+    known = backbone_rows(backbone)
+    own = np.isin(row_hashes(train), known)
+    if 2 * own.sum() <= len(known):  # it was not prepared before, or on other data, which may share some rows
+        own |= backbone_part(train, rows)
 
     def part(positions: NDArray) -> tuple[Instances, NDArray | None]:
         chosen = copy(train)
@@ -240,7 +241,9 @@ def _parts(
         chosen.part = f"{len(positions)} rows of {train.part}"
         return chosen, None if skip_logits is None else skip_logits["train"][positions]
 
-    others = np.flatnonzero(~own)[:HELD_OUT]
+    others = np.flatnonzero(~own)
+    if len(others) > HELD_OUT:  # evenly spaced, as files may be sorted by label
+        others = others[np.linspace(0, len(others) - 1, HELD_OUT).round().astype(np.int64)]
     held_out = part(others) if len(others) else (splits["validation"], logits.get("validation"))
     return {"backbone": part(np.flatnonzero(own)), "held out": held_out}
 

@@ -1,11 +1,13 @@
 """A part of a split is what the split is."""
 
 import json
+from operator import eq
 
 import gymnasium as gym
 import numpy as np
 import pytest
 
+from sd_gym.config import ConfigError
 from sd_gym.tasks.data import DataError
 from tests.execution.conftest import SMALL, Drawn
 
@@ -21,10 +23,19 @@ def test_an_unseen_part_of_a_split_is_what_the_split_is():
     np.testing.assert_array_equal(part.scoring.run(everything, decisions), split.scoring.run(rows, decisions))
 
 
-@pytest.mark.parametrize("task", ["Classification", "QuestionAnswering", "Summarization"])
-def test_agreement_is_with_the_dense_answer(task):
+@pytest.mark.parametrize(
+    ("task", "settings"),
+    [
+        ("Classification", {}),
+        ("QuestionAnswering", {}),
+        ("Summarization", {}),
+        ("Summarization", {"max_target_length": 5}),  # which cuts most texts
+    ],
+)
+def test_agreement_is_with_the_dense_answer(task, settings):
     core, other = (
-        gym.make(f"SD/{task}-Mini-v0", **SMALL, **more).unwrapped.core for more in ({"quality": "agreement"}, {})
+        gym.make(f"SD/{task}-Mini-v0", **SMALL, **settings, **more).unwrapped.core
+        for more in ({"quality": "agreement"}, {})
     )
     split, labelled = core.split("test"), other.split("test")
     rows, decisions = np.arange(len(split)), Drawn(core).decide(np.arange(len(split)))
@@ -34,6 +45,31 @@ def test_agreement_is_with_the_dense_answer(task):
     assert split.scoring.run(rows, 0 * decisions).all()
     assert 0 < np.mean(agreed) < 1
     assert split.scoring.metrics(rows, decisions) == {}
+
+
+def test_what_cannot_be_measured_is_refused_at_once():
+    with pytest.raises(ConfigError, match=r"agreement compares greedy texts; expected num_beams=1, got 2"):
+        gym.make("SD/Summarization-Mini-v0", **SMALL, quality="agreement", num_beams=2)
+    with pytest.raises(ConfigError, match=r"'mini' gives a text, got 'f1', .*; expected accuracy"):
+        gym.make("SD/Classification-Mini-v0", **SMALL, metric="f1")
+
+
+def test_the_accuracy_of_classes_that_are_written():
+    core = gym.make("SD/Classification-Mini-v0", **SMALL, quality="likelihood", metric="accuracy").unwrapped.core
+    split, rows = core.split("test"), np.arange(40)
+    decisions = Drawn(core).decide(rows)
+    answers, right = split.passes.answers(rows, decisions), [instance.target for instance in split.instances]
+    assert split.scoring.metrics(rows, decisions) == {"accuracy": pytest.approx(np.mean([*map(eq, answers, right)]))}
+
+
+def test_questions_without_answers_are_learned_from_on_an_env_that_needs_them(tmp_path):
+    row = {"context": "the food was good", "question": "what was good?"}
+    for split in ("train", "validation", "test"):
+        lines = [json.dumps({**row, "id": f"{split}-{number}"}) + "\n" for number in range(4)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    options = {"dataset": str(tmp_path), "backbone": "mini", "unanswerable": False, "overlap": "allow"}
+    core = gym.make("SD/QuestionAnswering-Custom-v0", **options, quality="agreement").unwrapped.core
+    assert core.split("train").scoring.run(np.arange(4), np.zeros((4, len(core.nvec)), dtype=np.int64)).all()
 
 
 def test_agreement_needs_no_labels(tmp_path):
@@ -61,4 +97,5 @@ def test_policies_learn_on_text_without_labels(tmp_path):
     train, rows, dense = core.split("train"), np.arange(4), np.zeros((4, len(core.nvec)), dtype=np.int64)
     assert train.scoring.run(rows, dense).all()
     assert [instance.target for instance in train.instances] == train.passes.answers(rows, dense)
+    assert train.instances.identity == core.data["train"].identity
     assert {instance.target for instance in core.split("test").instances} == {1}

@@ -26,6 +26,9 @@ def test_corpus_metrics():
     scores = corpus_metric("correlation", np.array([0.0, 1.0, 5.0]), np.array([0.0, 1.0, 2.0]))
     assert scores == pytest.approx((5 / np.sqrt(2 * 14) + 1) / 2)
     assert corpus_metric("correlation", np.zeros(3), np.arange(3.0)) == 0.0
+    assert corpus_metric("correlation", np.arange(3.0), np.zeros(3)) == 0.0
+    # Of class 1 among three: one true positive, one false positive, no false negative.
+    assert corpus_metric("f1", np.array([1, 1, 2]), np.array([1, 0, 2])) == pytest.approx(2 * 1 / (2 * 1 + 1 + 0))
     with pytest.raises(ValueError, match="unknown metric 'bleu'"):
         corpus_metric("bleu", predicted, labels)
 

@@ -17,7 +17,9 @@ from sd_gym.backbones.prepare import Recipe
 from sd_gym.cli import app
 from sd_gym.config import BackboneConfig, DataConfig, QualityConfig
 from sd_gym.envs.shared import shared_core
+from sd_gym.tasks import preparation
 from sd_gym.tasks.preparation import prepare_backbone
+from sd_gym.tasks.splits import Splits
 from tests.conftest import make_model
 
 
@@ -181,6 +183,30 @@ def test_what_was_left_out_and_cut_is_reported(tmp_path, tiny_backbone):
     report = json.loads((tmp_path / "out" / "preparation.json").read_text())
     counted = {"instances": 8, "cut_inputs": 4, "cut_targets": 0, "left_out": 4, "dropped": 0}
     assert counted.items() <= report["rows"]["held out"].items()
+
+
+def test_other_data_that_share_a_row_are_divided_anew(tmp_path, tiny_backbone):
+    folder, used = tiny_backbone, []
+    for number, words in enumerate((range(40), range(39, 79))):  # row 39 is in both
+        rows = [{"text": f"the food was good {word}", "label": word % 2} for word in words]
+        (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = DataConfig(dataset=str(tmp_path / f"{number}.jsonl"))
+        backbone = BackboneConfig(name=str(folder), max_source_length=16)
+        folder = tmp_path / f"prepared-{number}"
+        report = prepare_backbone(backbone, data, "classification", folder, Recipe(1), rows=0.5)
+        used.append(report["rows"]["backbone"]["instances"])
+    assert used[0] == 16
+    assert used[1] in (16, 17)
+
+
+def test_rows_to_validate_on_are_from_the_whole_of_a_sorted_file(tmp_path, monkeypatch):
+    rows = [{"text": f"the food was good {number}", "label": number // 60} for number in range(120)]
+    (tmp_path / "sorted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(preparation, "HELD_OUT", 10)
+    splits = Splits(DataConfig(dataset=str(tmp_path / "sorted.jsonl")), "classification")
+    held_out, _ = preparation._parts(splits, "mini", 0.5, None)["held out"]
+    assert 3 <= sum(int(instance.target) for instance in held_out) <= 7
+    assert len(held_out) == 10
 
 
 @pytest.mark.slow

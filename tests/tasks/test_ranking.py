@@ -31,6 +31,26 @@ def test_a_ranking_says_which_tokens_go_first(settings):
 
 
 @pytest.mark.usefixtures("own_names")
+def test_what_is_registered_again_replaces_the_first(settings):
+    def kept(sign):
+        sd_gym.register_ranking(
+            "mine", lambda encoded, *_: sign * np.arange(encoded.input_ids.shape[1]) + 0.0 * encoded.input_ids.numpy()
+        )
+        split = split_of(settings, token_ranking="mine", token_shares=[0.0, 0.5])
+        return split.tokens.kept(np.array([0]), np.array([1])).tolist()
+
+    assert kept(1) != kept(-1)
+    qualities = []
+    for value in (1.0, 0.25):
+        sd_gym.register_metric("constant", of_text=lambda text, references, value=value: value)
+        split = split_of(settings, quality="metric", metric="constant")
+        qualities.append(
+            split.scoring.run(np.array([0]), np.zeros((1, len(split.backbone.board) + 1), dtype=np.int64))[0]
+        )
+    assert qualities == [1.0, 0.25]
+
+
+@pytest.mark.usefixtures("own_names")
 def test_a_ranking_says_what_it_costs(settings):
     class Costly(ByRarity):
         costs_flops = True

@@ -67,6 +67,13 @@ def test_the_form_of_a_hub_data_set_is_cut_likewise(tmp_path):
         splits_of(source, subset="sst2")["validation"]
 
 
+def test_a_file_whose_name_has_hyphens_and_dots(tmp_path):
+    write(tmp_path / "train.jsonl", ["text"])
+    write(tmp_path / "my-reviews.2.jsonl", [f"text {number}" for number in range(10)])
+    splits = splits_of(tmp_path, splits={"validation": "my-reviews.2[:5]", "test": "my-reviews.2[5:]"})
+    assert [splits[name].part for name in SPLITS[1:]] == ["my-reviews.2[0:5]", "my-reviews.2[5:10]"]
+
+
 def test_who_names_both_splits_of_a_row_is_told(reviews):
     with pytest.raises(DataError, match=r"10 of the 40 rows of train \(train\[0:40\]\) are also in validation"):
         splits_of(reviews, splits={"train": "train", "validation": "train[-10:]", "test": "train[:0]"})["train"]

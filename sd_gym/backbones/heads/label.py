@@ -88,7 +88,9 @@ class LabelHead(Head):
 
 def labels_of(config: PretrainedConfig) -> dict[str, int]:
     """Class index of each class's name in a model's configuration."""
-    return {str(name): int(index) for name, index in (config.label2id or {}).items()}
+    if not config.label2id:  # some configurations have the names alone
+        return {str(name): int(index) for index, name in (config.id2label or {}).items()}
+    return {str(name): int(index) for name, index in config.label2id.items()}
 
 
 def class_index(instance: Instance, label2id: Mapping[str, int]) -> int:

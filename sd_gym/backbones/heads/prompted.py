@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from sd_gym.backbones.heads.losses import IGNORED
-from sd_gym.backbones.heads.seq2seq import Seq2SeqHead
+from sd_gym.backbones.heads.seq2seq import Seq2SeqHead, padded_targets
 from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Targets
 from sd_gym.data.instance import Instance
@@ -60,7 +59,7 @@ class PromptedHead(Seq2SeqHead):
     def targets(
         self, instances: Sequence[Instance], source: BatchEncoding, tokenizer: Tokenizer, backbone: BackboneConfig
     ) -> Targets:
-        """The answer after the prompt: a space, the target, and the stop or the tokenizer's end."""
+        """The answer after the prompt: a space, the target, and its end if known: the stop, or the tokenizer's."""
         end = [tokenizer.eos_token_id]
         if backbone.stop is None and tokenizer.eos_token_id is None:
             raise DataError("the backbone's tokenizer has no token that ends a text; set 'stop', such as a new line")
@@ -72,10 +71,12 @@ class PromptedHead(Seq2SeqHead):
                 f"expected max_target_length above {len(end)}, the tokens of the stop, got {backbone.max_target_length}"
             )
         tokens = tokenizer([f" {instance.target}" for instance in instances], add_special_tokens=False).input_ids
-        answers = [torch.tensor([*ids[:room], *end]) for ids in tokens]
-        labels = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=IGNORED)
-        length = np.array([len(answer) for answer in answers])
-        return Targets(labels, length, np.array([len(ids) > room for ids in tokens]))
+        endless = [instance.is_cut and len(ids) > 0 for instance, ids in zip(instances, tokens, strict=True)]
+        answers = [
+            ids[: backbone.max_target_length] if has_no_end else [*ids[:room], *end]
+            for ids, has_no_end in zip(tokens, endless, strict=True)
+        ]
+        return padded_targets(answers, np.array(endless) | [len(ids) > room for ids in tokens])
 
     def forward(self, board: Switchboard, batch: dict[str, Tensor], call: Callable[..., Any] | None = None) -> Tensor:
         """See ``Head.forward``: the logits of the labels after the prompts."""

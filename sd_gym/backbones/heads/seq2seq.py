@@ -41,18 +41,14 @@ class Seq2SeqHead(Head):
     def targets(
         self, instances: Sequence[Instance], source: BatchEncoding, tokenizer: Tokenizer, backbone: BackboneConfig
     ) -> Targets:
-        """The texts' tokens, cut to ``max_target_length``."""
-        targets = tokenizer(
-            text_target=[str(instance.target) for instance in instances],
-            truncation=True,
-            max_length=backbone.max_target_length,
-            padding=True,
-            padding_side="right",
-            return_tensors="pt",
-        )
-        labels = targets.input_ids.masked_fill(targets.attention_mask == 0, IGNORED)
-        length = targets.attention_mask.sum(dim=1).numpy()
-        return Targets(labels, length, was_cut(targets, backbone.max_target_length))
+        """The texts' tokens, cut to ``max_target_length``; without an end where it is not known."""
+        longest, texts = backbone.max_target_length, [str(instance.target) for instance in instances]
+        targets = tokenizer(text_target=texts, truncation=True, max_length=longest)
+        tokens, cut = targets.input_ids, was_cut(targets, longest)
+        for row in [number for number, instance in enumerate(instances) if instance.is_cut]:
+            whole = tokenizer(text_target=texts[row], truncation=True, max_length=longest + 1).input_ids
+            tokens[row], cut[row] = whole[:-1] or whole, True
+        return padded_targets(tokens, cut)
 
     def _further_inputs(self, encoded: Encoded, indices: NDArray) -> dict[str, Tensor]:
         labels = encoded.labels[torch.from_numpy(np.asarray(indices))]
@@ -63,6 +59,8 @@ class Seq2SeqHead(Head):
         model: Any = board.model
         # Given labels, the model would compute a loss as well.
         decoder_input_ids = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+        if (start := model.generation_config.decoder_start_token_id) is not None:
+            decoder_input_ids[:, 0] = start  # mBART takes the last label, which ends no text that was cut
         return (call or model)(**model_inputs(batch), decoder_input_ids=decoder_input_ids, use_cache=False).logits
 
     def resume_points(self, board: Switchboard) -> list[int]:
@@ -125,8 +123,15 @@ def until_end(tokens: Tensor, model: Any, ends: int | Sequence[int] | None) -> t
     return (ended.cumsum(dim=1) - ended.long()) == 0, ended.any(dim=1)
 
 
+def padded_targets(tokens: Sequence[Sequence[int]], cut: NDArray) -> Targets:
+    """Targets of these tokens, padded at the right; ``cut``: which of them were cut, bool ``[n]``."""
+    rows = [torch.tensor(row, dtype=torch.int64) for row in tokens]
+    labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+    return Targets(labels, np.array([len(row) for row in rows]), cut)
+
+
 def was_cut(tokens: BatchEncoding, limit: int) -> NDArray:
     """Which texts were longer than the limit, bool ``[n]``; with slow tokenizers, which reached it."""
     if tokens.encodings is None:
-        return (tokens.attention_mask.sum(dim=1) >= limit).numpy()
+        return np.array([int(sum(mask)) >= limit for mask in tokens.attention_mask])
     return np.array([bool(encoding.overflowing) for encoding in tokens.encodings])
