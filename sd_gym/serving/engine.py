@@ -87,7 +87,8 @@ class OperatingPoints:
         """The point within a request's limits; ``None`` without limits. Raises as ``margin_for``."""
         if max_loss is None and max_flops is None:
             return None
-        return self._at(margin_for(self.points, max_loss=max_loss, max_flops=max_flops))
+        tested = [point for point in self.points if not math.isnan(point.loss)]
+        return self._at(margin_for(tested, max_loss=max_loss, max_flops=max_flops))
 
     def _at(self, margin: float) -> int:
         return next(number for number, point in enumerate(self.points) if point.margin == margin)

@@ -14,7 +14,7 @@ import uvicorn
 
 from sd_gym.inference.onnx import MANIFEST, OnnxModel, runtime
 from sd_gym.inference.texts import load
-from sd_gym.operating_points import OperatingPoint
+from sd_gym.operating_points import OperatingPoint, margin_for
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.serving.app import Service, Settings
 from sd_gym.serving.batcher import Limits
@@ -54,10 +54,10 @@ def service(
     if not isinstance(policy, SkipPolicy) and Path(policy, MANIFEST).is_file():
         if backbone or device != "cpu":
             raise ValueError(f"{policy} is exported: it has its own backbone and runs on the CPU")
-        options = _session_options(threads)
-        exported = OnnxModel(Path(policy), max_loss=max_loss, max_flops=max_flops, session_options=options)
+        exported = OnnxModel(Path(policy), session_options=_session_options(threads))
         tested = [OperatingPoint(**point) for point in exported.manifest["operating_points"]]
-        points = OperatingPoints(tested, float(exported.margin), allow_loss, allow_flops)
+        usual = margin_for(tested, max_loss=max_loss, max_flops=max_flops)
+        points = OperatingPoints(tested, usual, allow_loss, allow_flops)
         engine_of: Any = partial(GraphEngine, exported)
     else:
         if threads is not None:

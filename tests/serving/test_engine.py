@@ -17,7 +17,9 @@ from sd_gym.serving.server import service
 from tests.envs.conftest import trained
 from tests.serving.conftest import client_of
 
-POINTS = tuple(OperatingPoint(margin, 0.0, loss, share, True) for margin, loss, share in ((0, 0.01, 0.4), (1000, 0, 1)))
+POINTS = tuple(
+    OperatingPoint(margin, 0.0, loss, share, True) for margin, loss, share in ((0, 0.01, 0.4), (1000.1, 0, 1))
+)
 
 
 def few_masks(policy):
@@ -74,6 +76,8 @@ def test_groups_are_of_one_mask_and_operating_points_decide_at_once(tmp_path, ti
     assert (points.index(None, None), points.index(0.0, None), points.index(None, 0.5)) == (None, 1, 0)
     assert [point.flops_ratio for point in OperatingPoints(POINTS, allow_loss=0.0).points] == [0.4, 1]
     assert [point.flops_ratio for point in OperatingPoints(POINTS, allow_flops=0.5).points] == [0.4]
+    with pytest.raises(ValueError, match="none that were validated"):
+        OperatingPoints(()).index(0.1, None)
     engine = TextEngine(model, points, range(2))
     usual, dialled, asked = (engine.prepare([Asked([text], point) for text in texts]) for point in (0, None, 1))
     assert len({row.masks[0] for row in usual}) > 1
@@ -111,6 +115,13 @@ def test_exported_graphs_are_served_alike(stages, tmp_path, tiny_tokenizer):
         came = list(threads.map(lambda text: served(client, "/predict", text), texts))
         assert client.get("/info").json()["switches"] == artefact.network.switches
         safe = client.post("/predict", json={"inputs": [[text] for text in texts], "max_loss": 0.0, "details": True})
+    cautious = service(tmp_path / "onnx", Limits(), Settings(), max_loss=0.0).points  # 1000.1 is not one of float32
+    assert (len(cautious.points), cautious.default, cautious.index(0.0, None), cautious.index(0.02, None)) == (
+        2,
+        1,
+        1,
+        0,
+    )
     for answers, offline in ((came, wanted), (safe.json(), dense)):
         assert [one["answer"] for one in answers] == [one.answer for one in offline]
         np.testing.assert_array_equal([one["skip"] for one in answers], [one.skip for one in offline])
