@@ -36,6 +36,7 @@ class Row(NamedTuple):
     masks: Sequence[Hashable]  # one for each operating point
     kind: Hashable  # only rows of the same kind can run together
     content: Any  # what the engine needs to answer the input
+    is_dialled: bool = True  # whether the dial chooses its operating point, not its request
 
 
 class Engine(Protocol):
@@ -284,6 +285,7 @@ class Batcher:
         for entry, answer in zip(group, answers, strict=True):
             entry.finish(answer)
         now = loop.time()
+        self._dial.answered(point, sum(row.is_dialled for row in rows))
         if not any(isinstance(answer, Exception) for answer in answers):
             key, tokens = self._size(group, point)
             pace = (now - started) / tokens

@@ -19,6 +19,10 @@ class Dial(Protocol):
         """The index of an operating point, from the number of waiting rows, seconds, and rows per second."""
         ...
 
+    def answered(self, point: int, rows: int) -> None:
+        """Called after a group: this many rows were answered at the point that it chose."""
+        ...
+
 
 @dataclass
 class Fixed:
@@ -30,6 +34,9 @@ class Fixed:
     def choose(self, queue_length: int, oldest_wait: float, arrival_rate: float) -> int:
         """The fixed operating point."""
         return self.point
+
+    def answered(self, point: int, rows: int) -> None:
+        """It remembers nothing."""
 
 
 class Trained:
@@ -63,3 +70,7 @@ class Trained:
     def choose(self, queue_length: int, oldest_wait: float, arrival_rate: float) -> int:
         """The operating point that the dial chooses, in the server's order."""
         return self._last - self._dial.choose(queue_length, oldest_wait, arrival_rate)
+
+    def answered(self, point: int, rows: int) -> None:
+        """Tell the dial, which observes how much its recent answers are expected to lose."""
+        self._dial.answered(self._last - point, rows)

@@ -174,7 +174,7 @@ class TextEngine(BlockingEngine):
             decisions = np.repeat(decisions[[asked.point]], len(decisions), axis=0)
         masks = [decision.tobytes() if self.groups_masks else b"" for decision in decisions]
         kind = asked.longest, asked.point if self._staged else None
-        return Row(length, masks, kind, (asked, decisions))
+        return Row(length, masks, kind, (asked, decisions), asked.point is None)
 
     @torch.inference_mode()
     def run(self, rows: list[Row], point: int) -> list[Served]:
@@ -252,7 +252,7 @@ class GraphEngine(BlockingEngine):
         for asked, encoding, of_points, own in zip(inputs, encoded, masks, observed, strict=True):
             chosen = of_points if asked.point is None else np.repeat(of_points[asked.point], len(of_points))
             kind = asked.point if self.model.looks_at_answer else None
-            rows.append(Row(len(encoding), chosen.tolist(), kind, (asked, encoding, own)))
+            rows.append(Row(len(encoding), chosen.tolist(), kind, (asked, encoding, own), asked.point is None))
         return rows
 
     def run(self, rows: list[Row], point: int) -> list[Served]:

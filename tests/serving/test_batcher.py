@@ -176,18 +176,25 @@ def test_a_closed_batcher_answers_what_it_took():
     assert isinstance(outcomes[10][0], ClosedError)
 
 
-def test_the_dial_is_asked_before_each_group():
+def test_the_dial_is_asked_before_each_group_and_told_after_it():
     class Busy:
         window = 1.0
 
         def __init__(self):
-            self.asked = []
+            self.asked, self.told = [], []
 
         def choose(self, queue_length, oldest_wait, arrival_rate):
             self.asked.append((queue_length, oldest_wait, arrival_rate))
             return int(queue_length > 2)
 
-    engine, dial = CountingEngine(), Busy()
+        def answered(self, point, rows):
+            self.told.append((point, rows))
+
+    class Choosy(CountingEngine):
+        async def prepare(self, inputs):
+            return [row._replace(is_dialled=row.masks[0] != 2) for row in await super().prepare(inputs)]
+
+    engine, dial = Choosy(), Busy()
     outcomes, reported = simulate(play(requests_of((0, 5), (1, 5), (2, 5), (3, 5)), engine, dial=dial))
     assert [(sorted(row.content[0] for row in rows), point) for rows, point in engine.groups] == [
         ([0, 2], 1),  # under the second point masks 0 and 2 are one
@@ -198,6 +205,7 @@ def test_the_dial_is_asked_before_each_group():
     assert [group.point for group in reported] == [1, 0, 0]
     assert [length for length, *_ in dial.asked] == [4, 2, 1]
     assert dial.asked[1][1] == pytest.approx(1.21)
+    assert dial.told == [(1, 1), (0, 1), (0, 1)]  # the request of mask 2 chose its point
     assert [rate for *_, rate in dial.asked] == [4, 0, 0]  # all arrived at the start; a group takes over a second
 
 

@@ -24,7 +24,7 @@ def run(tmp_path):
     config = serving_config("SD/Serving-TREC-Table-v0", {"deadline": 2.0})
     weight, bias = np.zeros((4, 6)), np.array([NEVER, NEVER, 1.0, NEVER, NEVER, 0.0])
     weight[0, 5] = 1.0
-    Dial(config, np.zeros(6), Network([(weight, bias)])).save(tmp_path)
+    Dial(config, np.arange(6.0), Network([(weight, bias)])).save(tmp_path)
     return tmp_path
 
 
@@ -33,6 +33,8 @@ def test_dense_is_the_first_point_of_the_env_and_the_last_one_of_the_server(run)
     assert dial.window == 2.0
     assert dial.choose(1, 0.0, 1.0) == 3
     assert dial.choose(100_000, 0.0, 1.0) == 0  # it skips most
+    dial.answered(0, 10**6)
+    assert dial._dial._recent_loss == pytest.approx(5.0)
 
 
 def test_a_server_follows_its_dial(run, tmp_path, tiny_tokenizer):

@@ -82,6 +82,8 @@ def test_groups_are_of_one_mask_and_operating_points_decide_at_once(tmp_path, ti
     usual, dialled, asked = (engine.prepare([Asked([text], point) for text in texts]) for point in (0, None, 1))
     assert len({row.masks[0] for row in usual}) > 1
     assert [row.masks[0] for row in dialled] == [row.masks[0] for row in usual] == [row.masks[1] for row in usual]
+    assert all(row.is_dialled for row in dialled)
+    assert not any(row.is_dialled for row in (*usual, *asked))
     assert {row.masks[1] for row in dialled} == {row.masks[0] for row in asked}
     assert len({row.masks[0] for row in asked}) == 1
     dense = engine.run(dialled, 1)
@@ -107,6 +109,7 @@ def test_exported_graphs_are_served_alike(stages, tmp_path, tiny_tokenizer):
     model = sd_gym.onnx.load(tmp_path / "onnx")
     engine, wanted = GraphEngine(model, OperatingPoints(POINTS), range(2)), model(texts)
     dialled, bold, safe = (engine.prepare([Asked([text], point) for text in texts]) for point in (None, 0, 1))
+    assert [row.is_dialled for row in (dialled[0], bold[0])] == [True, False]
     assert [row.masks for row in dialled] == [[one.masks[0], two.masks[0]] for one, two in zip(bold, safe, strict=True)]
     if stages == ["first"]:  # else the cautious point differs only in going on
         assert {row.masks[1] for row in dialled} == {0} != {row.masks[0] for row in dialled}

@@ -107,7 +107,8 @@ class Dial:
         """
         values = (np.array([float(value)]) for value in (queue_length, oldest_wait, arrival_rate, self._recent_loss))
         observed = features(self.config, *values)
-        point = int(self.network.choose(np.nan_to_num(observed), self._random)[0])
-        size = min(queue_length, self.config.max_batch)
-        self._recent_loss = float(remembered(self._recent_loss, self.expected_loss[point], size))
-        return point
+        return int(self.network.choose(np.nan_to_num(observed), self._random)[0])
+
+    def answered(self, point: int, rows: int) -> None:
+        """Remember that this many rows were answered at a point that it chose."""
+        self._recent_loss = float(remembered(self._recent_loss, self.expected_loss[point], rows))

@@ -143,6 +143,17 @@ def test_saved_dials_decide_the_same(dial, tmp_path):
     assert same.config == dial.config
 
 
+def test_a_dial_remembers_what_was_answered_not_what_it_chose(config):
+    weight, bias = np.zeros((4, 6)), np.zeros(6)
+    weight[3, 0], bias[5] = 1.0, 0.5  # dense, once the recent loss is half of epsilon
+    dial = Dial(config, np.full(6, config.epsilon), Network([(weight, bias)]))
+    assert [dial.choose(1000, 0.1, 9.0) for _ in range(50)] == [5] * 50
+    dial.answered(5, 600)
+    assert dial.choose(1, 0.1, 9.0) == 5
+    dial.answered(5, 200)
+    assert dial.choose(1, 0.1, 9.0) == 0
+
+
 @settings(deadline=None, max_examples=50)
 @given(queue=st.integers(0, 10**9), wait=st.floats(), rate=st.floats())
 def test_whatever_a_server_says_there_is_a_point(config, queue, wait, rate):
