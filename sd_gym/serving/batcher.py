@@ -108,6 +108,7 @@ class _Entry:
     arrived: float
     deadline: float
     answer: asyncio.Future[Any]
+    of_request: list[asyncio.Future[Any]]  # the answers of all inputs of its request
     is_queued: bool = True  # it is not running yet
     row: Row = field(init=False)  # set when it is decided
 
@@ -118,6 +119,8 @@ class _Entry:
     def finish(self, answer: Any) -> None:
         if self.waits and isinstance(answer, Exception):
             self.answer.set_exception(answer)
+            for other in self.of_request:  # the next group may be taken before the request does this itself
+                other.cancel()
         elif self.waits:
             self.answer.set_result(answer)
 
@@ -165,19 +168,22 @@ class Batcher:
         loop = asyncio.get_running_loop()
         now = loop.time()
         self._arrivals.extend([now] * len(inputs))
-        entries = [_Entry(given, now, now + timeout, loop.create_future()) for given in inputs]
+        answers = [loop.create_future() for _ in inputs]
+        entries = [
+            _Entry(given, now, now + timeout, answer, answers) for given, answer in zip(inputs, answers, strict=True)
+        ]
         self._new += entries
         self.queued += len(entries)
         self._wake.set()
         try:
             async with asyncio.timeout_at(now + timeout):
-                return await asyncio.gather(*(entry.answer for entry in entries))
+                return await asyncio.gather(*answers)
         except (TimeoutError, LateError):
             raise LateError(f"no answer within {timeout:g} s") from None
         finally:
             self.queued -= sum(entry.is_queued for entry in entries)
-            for entry in entries:
-                entry.answer.cancel()  # if one row failed, the request needs no other answers
+            for answer in answers:
+                answer.cancel()
 
     async def work(self) -> None:
         """Answer requests until ``close`` is called and none is left."""
@@ -219,16 +225,16 @@ class Batcher:
         oldest = now - min(entry.arrived for entry in self._queue)
         point = self._dial.choose(len(self._queue), oldest, len(self._arrivals) / self._dial.window)
         while self._queue:
-            group = self._grouped(point, now)
-            late: set[_Entry] = set()
+            group, is_late = self._grouped(point, now), False
             for entry in sorted(group, key=lambda entry: entry.deadline):
-                if entry.deadline >= now + self._expected_seconds([one for one in group if one not in late], point):
+                waiting = [one for one in group if one.waits]
+                if not waiting or entry.deadline >= now + self._expected_seconds(waiting, point):
                     break
                 entry.finish(LateError())
-                late.add(entry)
-            leaving = late or set(group)
-            self._queue = [entry for entry in self._queue if entry not in leaving]
-            if late:
+                is_late = True
+            leaving = set() if is_late else set(group)
+            self._queue = [entry for entry in self._queue if entry.waits and entry not in leaving]
+            if is_late:
                 if pace := self._paces.get(self._size(group, point)[0]):
                     pace.forget()
                 continue

@@ -254,3 +254,14 @@ def test_what_cannot_be_in_time_is_dropped_before_it_runs():
     expected = [LateError] * 4 + [list] * 2 + [LateError] + [list] * 4
     assert [type(outcome) for outcome, _ in outcomes] == expected
     assert all(at < 5.1 for _, at in outcomes[2:4])
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_request_that_failed_runs_no_further(breaks):
+    """One of its rows is late, because a group of this mask takes a second; or one cannot be answered."""
+    engine = CountingEngine({("run", (1, 0))} if breaks else ())
+    requests = requests_of((0, 5)) + requests_of((0, 5), at=5.0, timeout=9.0 if breaks else 0.5)
+    requests[1]["rows"] += [(1, 5), (2, 5)]
+    outcomes, _ = simulate(play(requests, engine, Limits(max_wait=0.0), cost=PassCost(50)))
+    assert names(engine) == [[0]]
+    assert isinstance(outcomes[1][0], RuntimeError if breaks else LateError)
