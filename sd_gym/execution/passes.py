@@ -35,7 +35,7 @@ class Passes:
 
     most: int | None = None  # rows per pass; None: as many as memory allows
     bank: MaskModels | None = None  # runs passes whose rows all share a decision; None: the switchboard runs all
-    watch: Callable[[Array, torch.Tensor], None] | None = None  # called with the rows and logits of each pass
+    watch: Callable[[Array, torch.Tensor | None], None] | None = None  # called with each pass's rows and logits
 
     def __init__(
         self,
@@ -107,6 +107,8 @@ class Passes:
             else:
                 generated = self._generated_after(resume_from, rows, decisions, picked, judges=judges)
             texts[picked], judged[picked] = generated
+            if self.watch is not None:
+                self.watch(rows[picked], None)
         return texts.tolist(), judged
 
     def generated_batch(

@@ -190,18 +190,22 @@ class TextEngine(BlockingEngine):
         if self.groups_masks and (decided != decided[0]).any():
             split.passes.bank = None  # one pass for all masks
         scores: list[dict[str, float] | None] = [None] * len(texts)
+        parts = list[NDArray]()
 
-        def keep(rows: NDArray, logits: torch.Tensor) -> None:
+        def keep(rows: NDArray, logits: torch.Tensor | None) -> None:
+            parts.append(rows)
+            if logits is None or split.head.confidence is None:
+                return
             for row, shares in zip(rows.tolist(), logits.float().softmax(dim=-1).tolist(), strict=True):
                 scores[row] = _ranked(shares, self.model.names)
 
-        if split.head.confidence is not None:
-            split.passes.watch = keep
+        split.passes.watch = keep
         answers = self.model.answered(split, decided)
         costs, passes = self.model.costs(split), split.passes
         rows = np.arange(len(texts))
         masks = np.array([[*one.skip, one.token_level, one.went_on] for one in answers], dtype=np.int64)
-        executed = costs.executed_flops(rows, masks, [rows]) / len(rows) + self.model.own_flops(split)
+        passed = [rows] if self._staged else parts  # with stages, parts are not passes: rows go on after them
+        executed = costs.executed_flops(rows, masks, passed) / len(rows) + self.model.own_flops(split)
         dense = costs.dense_flops(rows)
         promised = dense * [answer.flops_ratio for answer in answers]
         lengths = split.encoded.source_length.tolist()

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import sd_gym
 from sd_gym.operating_points import OperatingPoint
@@ -94,6 +95,23 @@ def test_groups_are_of_one_mask_and_operating_points_decide_at_once(tmp_path, ti
         assert one.promised <= one.executed * (1 + 1e-9)  # which has padding
         assert one.promised / one.dense == pytest.approx(one.answer.flops_ratio)
     assert all(value >= 0 for value in engine.warm_up())
+
+
+@pytest.mark.parametrize("task", ["classification", "summarization"])
+def test_executed_flops_are_those_of_the_passes_that_ran(task, tmp_path, tiny_tokenizer, monkeypatch):
+    """A group is divided into passes again, here because of their memory."""
+    _, _, artefact, texts = trained(task, None, tmp_path, tiny_tokenizer)
+    model = sd_gym.load(artefact)
+    model.model.set_attn_implementation("eager")  # torch's counter knows no other
+    engine = TextEngine(model, OperatingPoints(()), [0])
+    rows = engine.prepare([Asked([text]) for text in texts])
+    monkeypatch.setattr("sd_gym.execution.passes.PASS_TOKENS", 60)
+    engine.run(rows[:1], 0)  # the FLOPs of the policy are counted once, by the same counter
+    own = model.own_flops(model.split([[text] for text in texts])).sum()
+    with FlopCounterMode(display=False) as counter:
+        served = engine.run(rows, 0)
+    counted = pytest.approx(counter.get_total_flops(), rel=0.01 * (task == "summarization"))  # texts end early
+    assert sum(one.executed for one in served) - own == counted
 
 
 @pytest.mark.parametrize("stages", [["first"], ["first", "answer"]])
