@@ -25,6 +25,7 @@ from sd_gym.serving.batcher import PassCost, Row
 
 WARM_UP_TEXT = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
 WARM_UP_ROWS, WARM_UP_ROUNDS = (8, 24), 5
+WARM_UP_TOKENS = 4  # most tokens of a generated text: whole texts would take minutes
 LEAST_PADDING = 8.0  # tokens of padding that a row may always add to a group
 
 
@@ -219,9 +220,10 @@ class TextEngine(BlockingEngine):
         length = self.prepare([Asked(texts)])[0].length
         dense = np.zeros((1, len(self.model.board) + 1), dtype=np.int64)
         masks = dense if self._masks is None else self._masks
+        asked = Asked(texts, longest=min(WARM_UP_TOKENS, self.served.longest))
 
         def run(decisions: NDArray) -> None:
-            self._answered([texts] * len(decisions), decisions, Asked(texts))
+            self._answered([texts] * len(decisions), decisions, asked)
 
         def repeated(masks: NDArray) -> Callable[[int], list[NDArray]]:
             return lambda rows: [np.repeat(mask[None], rows, axis=0) for mask in masks]

@@ -151,10 +151,16 @@ def test_exported_graphs_are_served_alike(stages, tmp_path, tiny_tokenizer):
     assert next(iter(came[0]["scores"])) == came[0]["answer"]
 
 
-def test_texts_of_a_generator_are_as_long_as_was_asked_for(tmp_path, tiny_tokenizer):
+def test_texts_of_a_generator_are_as_long_as_was_asked_for(tmp_path, tiny_tokenizer, monkeypatch):
     _, _, artefact, texts = trained("summarization", None, tmp_path, tiny_tokenizer)
-    model = sd_gym.load(artefact)
-    with client_of(service(artefact, Limits(), Settings())) as client, ThreadPoolExecutor(4) as threads:
+    model, own = sd_gym.load(artefact), service(artefact, Limits(), Settings())
+    monkeypatch.setattr("sd_gym.serving.engine.WARM_UP_TOKENS", 2)
+    with monkeypatch.context() as patch:
+        answered, warm = own.engine._answered, []
+        patch.setattr(own.engine, "_answered", lambda *given: warm.extend(answered(*given)))
+        own.engine.warm_up()
+    assert max(one.generated for one in warm) == 2
+    with client_of(own) as client, ThreadPoolExecutor(4) as threads:
 
         def generate(numbered):
             text, longest = numbered
