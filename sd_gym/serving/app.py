@@ -59,6 +59,7 @@ class Service:
 
     Attributes:
         batcher: Groups the requests; ``None`` until the model is warm.
+        starts_warm: Whether the app starts only when the model is warm, and fails to start if it cannot be.
         failure: The error after which the model cannot answer; ``None`` while it can.
         on_failure: Called when there is one.
     """
@@ -75,6 +76,7 @@ class Service:
         self._thread, self._dial, self._served = InThread(engine), dial or Fixed(points.default), engine.served
         self.metrics = Metrics(lambda: self.batcher.queued if self.batcher else 0)
         self.batcher: Batcher | None = None
+        self.starts_warm = False
         self.failure: BaseException | None = None
         self.on_failure: Callable[[], None] = lambda: None
         self._work: asyncio.Task[None] | None = None
@@ -89,11 +91,23 @@ class Service:
         """Take no more requests, but answer those that were accepted. Safe in a signal handler."""
         self._is_closing = True
 
+    def check(self) -> None:
+        """Raise ``RuntimeError`` if the model cannot answer."""
+        if self.failure is not None:
+            raise RuntimeError("the model cannot answer, so the server ends") from self.failure
+
     @contextlib.asynccontextmanager
     async def running(self, app: Starlette) -> AsyncIterator[None]:
-        """Warm up and answer requests during the block; on exit, answer what was accepted."""
+        """Warm up and answer requests during the block; on exit, answer what was accepted.
+
+        Raises:
+            RuntimeError: If the model fails when it is warmed up, and the service ``starts_warm``.
+        """
         starting = asyncio.create_task(self._start())
         try:
+            if self.starts_warm:
+                await starting
+                self.check()
             yield
         finally:
             self.close()

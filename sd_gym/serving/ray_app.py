@@ -44,7 +44,9 @@ def app(arguments: Arguments) -> Any:
     def build() -> Any:
         chosen = arguments.model_dump(include={"backbone", "max_loss", "max_flops", "threads"})
         limits = Limits(rows=arguments.batch_size, queued_rows=arguments.queue)
-        return service(arguments.policy, limits, Settings(timeout=arguments.timeout), **chosen).app()
+        served = service(arguments.policy, limits, Settings(timeout=arguments.timeout), **chosen)
+        served.starts_warm = True  # Ray sends no requests before, and replaces a replica that fails
+        return served.app()
 
     options = {"num_cpus": arguments.threads}
     deployment = serve.deployment(ray_actor_options=options, max_ongoing_requests=arguments.queue)
@@ -53,3 +55,9 @@ def app(arguments: Arguments) -> Any:
 
 class _Replica:
     """The ASGI app does all its work."""
+
+    app: Any  # Ray's
+
+    def check_health(self) -> None:
+        """Ray replaces a replica for which this raises."""
+        self.app.state.service.check()

@@ -1,6 +1,7 @@
 """Make a service from files, and run it in a process."""
 
 import gc
+import os
 import socket
 import sys
 from collections.abc import Callable
@@ -101,8 +102,7 @@ def run(served: Service, host: str, port: int, on_address: Callable[[str], None]
         gc.freeze()  # collections while requests are served need not visit the model and its libraries
         sys.setswitchinterval(SWITCH)
         _Server(config, served).run(sockets=[listening])
-    if served.failure is not None:
-        raise RuntimeError("the model cannot answer, so the server ended") from served.failure
+    served.check()
 
 
 class _Server(uvicorn.Server):
@@ -118,4 +118,6 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._served.close()
+        if self._served.batcher is None:  # nothing was accepted, and the warm-up cannot be interrupted
+            os._exit(128 + sig)
         super().handle_exit(sig, frame)

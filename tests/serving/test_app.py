@@ -1,9 +1,12 @@
 """Over HTTP: shapes, status codes, limits; whatever comes, the next request is answered."""
 
 import json
+import signal
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
+import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
@@ -11,7 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from sd_gym.serving import server
 from sd_gym.serving.app import Service, Settings, _cut
 from sd_gym.serving.batcher import Limits
-from tests.serving.conftest import StubPoints
+from sd_gym.serving.ray_app import _Replica
+from tests.serving.conftest import StubPoints, client_of
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=8),
@@ -179,8 +183,47 @@ def test_a_server_whose_model_fails_ends(stub, monkeypatch):
 
     engine.warm_up = warm_up
     service = Service(engine, StubPoints(), Limits(), Settings())
-    with pytest.raises(RuntimeError, match="the model cannot answer, so the server ended"):
+    with pytest.raises(RuntimeError, match="the model cannot answer, so the server ends"):
         server.run(service, "127.0.0.1", 0, lambda address: None)
+
+
+def test_an_app_may_start_only_when_its_model_is_warm(stub):
+    engine, _ = stub
+    service, failing = (Service(engine, StubPoints(), Limits(), Settings()) for _ in range(2))
+    service.starts_warm = failing.starts_warm = True
+    with client_of(service, warm=False) as client:
+        assert predict(client, "a").status_code == 200
+        replica = _Replica()
+        replica.app = client.app
+        replica.check_health()
+        service.failure = MemoryError("no room")
+        with pytest.raises(RuntimeError, match="the model cannot answer"):
+            replica.check_health()
+    failing.engine = SimpleNamespace(warm_up=lambda: 1 / 0)
+    with pytest.raises(RuntimeError, match="the model cannot answer"), client_of(failing):
+        pass
+
+
+def test_a_signal_ends_a_server_that_is_not_warm_at_once(stub, monkeypatch):
+    """The thread that warms the model up cannot be interrupted."""
+
+    def end(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr("os._exit", end)
+    engine, client = stub
+    engine.warm.clear()
+    with client(warm=False) as client:
+        service = client.app.state.service
+        starting = server._Server(uvicorn.Config(client.app), service)
+        with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+            starting.handle_exit(signal.SIGTERM, None)
+        engine.warm.set()
+        while service.batcher is None:
+            pass
+        starting.handle_exit(signal.SIGTERM, None)
+        assert starting.should_exit
+        assert not service.is_ready
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_connections_send_at_once(monkeypatch):
     monkeypatch.setattr("uvicorn.Server.run", serve)
     monkeypatch.setattr("gc.freeze", lambda: None)  # these two are for a process that serves
     monkeypatch.setattr("sys.setswitchinterval", lambda seconds: None)
-    served = SimpleNamespace(app=lambda: None, settings=SimpleNamespace(timeout=1.0), failure=None)
+    served = SimpleNamespace(app=lambda: None, settings=SimpleNamespace(timeout=1.0), check=lambda: None)
     run(served, "127.0.0.1", 0, lambda address: None)
     assert delays == [False]
 
