@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from sd_gym.errors import DataError
 from sd_gym.serving.batcher import Batcher, ClosedError, LateError, Limits, QueueFullError
 from sd_gym.serving.dial import Dial, Fixed
 from sd_gym.serving.engine import Asked, BlockingEngine, InThread, OperatingPoints, Served
@@ -229,7 +230,7 @@ class Service:
     def _longest(self, asked: int | None, field: str) -> int | None:
         if asked is not None and asked > self._served.longest:
             raise RefusedError(422, f"{field}: expected at most {self._served.longest}, got {asked}")
-        return asked
+        return None if asked == self._served.longest else asked  # as in requests without it, to share their groups
 
     async def info(self, request: Request) -> Response:
         """``GET /info``: the model and its operating points."""
@@ -301,7 +302,7 @@ def _failed(error: Exception, *, openai: bool) -> Response:
             status, kind = 504, "Overloaded"
         case GoneError() | ClientDisconnect():
             return Response(status_code=499)  # the client does not read it
-        case ValueError():  # the input is wrong, such as a question that leaves no room for its context
+        case DataError():  # the input is wrong: a question leaves no room for its context
             status, kind = 422, "Tokenizer"
         case _:
             log.error("a request failed", exc_info=error)

@@ -32,7 +32,9 @@ class Metrics:
         self._tokens = histogram("te_batch_next_tokens", "Padded tokens of a group", TOKENS)
         Gauge("te_queue_size", "Waiting rows", registry=registry).set_function(queued)
         self._ratio = histogram("sd_gym_flops_ratio", "FLOPs of an answer over dense FLOPs", SHARES)
-        self._point = Gauge("sd_gym_operating_point", "Index of the last group's operating point", registry=registry)
+        self._point = Gauge(
+            "sd_gym_operating_point", "Index of the operating point that the dial chose last", registry=registry
+        )
         self._flops = Counter(
             "sd_gym_flops",
             "FLOPs: promised (of each row alone), executed (with padding), dense (of each row alone)",

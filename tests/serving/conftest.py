@@ -106,7 +106,7 @@ class StubEngine(TextModel):
         if "wait" in texts:
             self.going.wait(10)
         if "break" in texts:
-            raise RuntimeError("it broke")
+            raise ValueError("it broke")
         shares = [0.4 if row.content.point in (None, 0) else 1.0 for row in rows]
         answers = [
             Answer(" ".join(text.upper().split()[: row.content.longest]), np.array([1, 0]), 0, share, 0)

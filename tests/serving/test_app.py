@@ -64,6 +64,16 @@ def test_shapes_are_those_of_the_servers_that_people_have(stub):
         )
 
 
+def test_requests_of_the_usual_length_are_of_one_kind(stub):
+    engine, client = stub
+    lengths, prepare = [], engine.prepare
+    engine.prepare = lambda inputs: lengths.extend(asked.longest for asked in inputs) or prepare(inputs)
+    with client() as client:
+        for longest in (None, 8, 7):
+            client.post("/generate", json={"inputs": "a", "parameters": {"max_new_tokens": longest}})
+    assert lengths == [None, None, 7]
+
+
 def test_a_request_chooses_its_operating_point(stub):
     engine, client = stub
     with client() as client:
