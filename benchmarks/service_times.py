@@ -25,6 +25,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 import sd_gym
 from sd_gym.envs.serving.config import serving_config
+from sd_gym.envs.table_files import table_folder
 from sd_gym.serving.app import Settings
 from sd_gym.serving.batcher import Limits
 from sd_gym.serving.engine import Asked, BlockingEngine
@@ -70,8 +71,8 @@ def print_policy(args: argparse.Namespace) -> None:
         texts = [json.loads(line) for line in itertools.islice(lines, 1000)]
     served = service(args.served or args.run, Limits(), Settings(), allow_loss=args.allow_loss, threads=1)
     described = json.loads((args.run / "config.json").read_text())
-    table, policy = (Path(path).resolve() for path in (described["env_config"]["table"], args.run))
-    print(f"id: {args.id}\ntable: {table}\npolicy: {policy}\npoints:")
+    table = table_folder(described["env_config"]["table"]).resolve()
+    print(f"id: {args.id}\ntable: {table}\npolicy: {args.run.resolve()}\npoints:")
     for number, point in reversed([*enumerate(served.points.points)]):
         per_request, per_group = fitted(median_seconds(served.engine, texts, number))
         print(f"  - {{margin: {point.margin!r}, per_request: {per_request:.6f}, per_group: {per_group:.6f}}}")

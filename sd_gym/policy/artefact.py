@@ -270,6 +270,10 @@ class SkipPolicy:
         if not folder.is_dir():
             folder = _downloaded(str(name), revision)
         if not (folder / FILE).exists():
+            if (folder / "dial.json").exists():
+                raise FileNotFoundError(
+                    f"the run {name} has a dial, no policy; pass the run of its policy: sd-gym serve RUN --dial {name}"
+                )
             if (folder / "result.json").exists():
                 reason = "its policy needs its env: a control, or tokens that are ranked at random"
                 raise FileNotFoundError(f"the run {name} has no {FILE} ({reason}); sd-gym evaluate takes it")

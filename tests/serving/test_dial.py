@@ -1,10 +1,16 @@
 """A dial that was trained on a serving env chooses the operating points of a server."""
 
+import json
+from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 
+from benchmarks import service_times
 from sd_gym.envs.serving.config import Point, serving_config
 from sd_gym.envs.serving.dial import Dial, Network
 from sd_gym.operating_points import OperatingPoint
@@ -49,6 +55,8 @@ def test_a_server_follows_its_dial(run, tmp_path, tiny_tokenizer):
         service(replace(policy, operating_points=points[:5]), Limits(), Settings(), dial=run)
     with pytest.raises(FileNotFoundError, match="no dial"):
         service(policy, Limits(), Settings(), dial=tmp_path / "backbone")
+    with pytest.raises(FileNotFoundError, match="sd-gym serve RUN --dial"):
+        service(run, Limits(), Settings())
 
 
 def test_a_dial_of_a_policy_refuses_other_margins(run, tmp_path):
@@ -62,3 +70,17 @@ def test_a_dial_of_a_policy_refuses_other_margins(run, tmp_path):
     shifted[2] += 0.5
     with pytest.raises(ValueError, match="operating points of runs/policy"):
         Trained(tmp_path, shifted)
+
+
+def test_measured_points_are_of_the_table_that_the_policy_learned_on(tmp_path, monkeypatch, capsys):
+    served = SimpleNamespace(engine=None, points=SimpleNamespace(points=[OperatingPoint(0.0, 0.0, 0.0, 1.0, True)]))
+    monkeypatch.setattr(service_times, "service", lambda *args, **options: served)
+    monkeypatch.setattr(service_times, "median_seconds", lambda *args: np.ones(6))
+    (tmp_path / "config.json").write_text(json.dumps({"env_config": {"table": "tables/classification-trec"}}))
+    (tmp_path / "texts.jsonl").write_text("")
+    arguments = Namespace(
+        run=tmp_path, served=None, input=tmp_path / "texts.jsonl", allow_loss=None, id="Mine/Serving-v0"
+    )
+    service_times.print_policy(arguments)
+    table = yaml.safe_load(capsys.readouterr().out)["table"]
+    assert Path(table, "table.json").is_file()

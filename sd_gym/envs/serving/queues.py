@@ -74,7 +74,10 @@ def _outcomes_of_policy(config: ServingConfig, split: str) -> Outcomes:
         decisions, state = core.rollout(of_split, rows, network.with_margin(point.margin or 0.0).decide)
         scored.append(core.score(of_split, rows, decisions, state))
     if (scored[0].flops_ratio != 1).any():
-        raise ConfigError("config key 'points': the first point skips; expected the margin of dense, of sd-gym show")
+        raise ConfigError(
+            "config key 'points': the first point skips; expected the margin of dense, the last of 'operating_points' "
+            "in the policy's skip_policy.json"
+        )
     own = policy.network.flops / of_split.costs.dense_flops(rows)
     quality, flops_ratio = (np.stack([getattr(one, of) for one in scored], axis=1) for of in ("quality", "flops_ratio"))
     return Outcomes(quality, flops_ratio + own[:, None])

@@ -236,6 +236,8 @@ def test_points_must_be_those_of_the_policy(of_policy):
     for wrong in (points[::-1], points[1:], [{**points[0], "mask": [0] * 13}, points[1]]):
         with pytest.raises(ConfigError, match="'points'"):
             gym.make(TREC, policy=settings["policy"], points=wrong)
+    with pytest.raises(ConfigError, match="the margin of dense, the last of 'operating_points'"):
+        gym.make(TREC, policy=settings["policy"], points=points[1:]).reset()
     with pytest.raises(ConfigError, match="margins with it"):
         gym.make(TREC, policy=settings["policy"])
     with pytest.raises(ConfigError, match="margins with it"):
