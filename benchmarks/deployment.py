@@ -38,10 +38,9 @@ from sd_gym.backbones.checks import has_bf16
 from sd_gym.data.instance import Instance
 from sd_gym.envs.config import make_config
 from sd_gym.envs.shared import shared_core
-from sd_gym.inference.answer import Answer
+from sd_gym.inference.answer import Answer, TextModel
 from sd_gym.inference.onnx import OnnxModel
 from sd_gym.policy.artefact import SkipPolicy
-from sd_gym.tasks.metrics import text_quality
 
 WARM_UP, QUEUE, QUEUES, COLUMNS = 1, 64, 4, ("FLOPs", "time", "own dense", "kept", "agree", "quality")
 Texts = list[Any]
@@ -132,12 +131,13 @@ class Sample(NamedTuple):
 
     instances: list[Instance]
     tested: int  # how many of them are test rows, which come first
-    metric: str
+    model: TextModel  # which knows what is right
 
     def quality(self, answers: list[Answer]) -> np.ndarray:
         """Of answers to the test rows, ``[n]``."""
         pairs = zip(answers[: self.tested], self.instances, strict=False)
-        return np.array([text_quality(self.metric, answer.answer, one.references) for answer, one in pairs])
+        right = [(answer.answer, one.target if len(one.references) == 1 else one.references) for answer, one in pairs]
+        return np.array([self.model.quality(*pair) for pair in right])
 
 
 def add_rows(table: Table, ways: list[Way], sample: Sample, size: int | None, rounds: int) -> None:
@@ -232,9 +232,9 @@ def main() -> None:
     policy = SkipPolicy.from_pretrained(arguments.run)
     env = policy.card["env"]
     core = shared_core(make_config(env, env["id"]))
-    test, kind = core.split("test").instances, core.config.quality
+    test = core.split("test").instances
     instances = list(islice(chain(test, core.split("train").instances), arguments.texts))
-    sample = Sample(instances, len(test), kind.metric if kind.kind == "metric" else "exact_match")
+    sample = Sample(instances, len(test), sd_gym.load(policy))
     texts = [text_of(one) for one in instances]
     console = Console(width=max(130, Console().width))
     with TemporaryDirectory() as folder:

@@ -171,7 +171,7 @@ def run(
             make = partial(load, policy, backbone, device=device, max_loss=max_loss, max_flops=max_flops)
 
         def on_chunk(rows: int, bulk: Any) -> None:
-            figures = f"{bulk.figures()['rows a second']} a second"
+            figures = f"{bulk.speed} a second"
             progress.update(bar, completed=rows, total=total, description="answering", figures=figures)
 
         done = run_file(

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from sd_gym.errors import short
-from sd_gym.tasks.family import check_text
+from sd_gym.tasks.family import LARGEST, TASKS, check_text, is_number
+from sd_gym.tasks.metrics import text_quality
 
 Input = str | Sequence[str] | Mapping[str, Any]
 
@@ -32,6 +33,8 @@ class TextModel:
         fields: Names of an input's texts, of which the last one may be ``optional``.
         reference: Name of the right answer in a row.
         names: Name of each class, by its index.
+        head: Name of the backbone's head, such as ``label`` or ``score``.
+        label_range: Distance between the lowest and the highest score.
     """
 
     task: str
@@ -40,6 +43,8 @@ class TextModel:
     optional: bool
     reference: str
     names: dict[int, str]
+    head: str
+    label_range: float
     _has_warned = False
 
     def __call__(self, inputs: Sequence[Input], *, dense: bool = False, batch_size: int | None = None) -> list[Answer]:
@@ -93,15 +98,30 @@ class TextModel:
             check_text(text, name)
         return texts
 
-    def references(self, row: Mapping[str, Any]) -> list[str] | None:
-        """The right answers of a row, in the form of ``answer``; ``None`` where it has none, or something else."""
-        from sd_gym.tasks.family import TASKS
+    def quality(self, answer: str, right: Any) -> float | None:
+        """The quality in [0, 1] of an answer to a row whose ``reference`` is ``right``; ``None`` where that is none.
 
-        right = row.get(self.reference)
-        try:
-            return None if right is None else TASKS.find(self.task).right(right, self.names)
-        except TypeError:
+        A class is right or wrong, as in the env; a score counts by its distance, a text by ``metric``.
+        """
+        if right is None:
             return None
+        if self.head == "score":
+            if not is_number(right) or not abs(right) <= LARGEST:
+                return None
+            return max(0.0, 1 - abs(float(answer) - right) / self.label_range)
+        try:
+            if self.head == "label":
+                name = self._class_name(right)
+                return None if name is None else float(answer == name)
+            return text_quality(self.metric, answer, TASKS.find(self.task).right(right))
+        except TypeError:  # a list in the place of a label, or the reverse
+            return None
+
+    def _class_name(self, label: Any) -> str | None:
+        """The name of a label's class, as ``class_index`` finds it; Parquet and pandas give indices as 1.0."""
+        whole: Any = int(label) if isinstance(label, float) and label.is_integer() else label
+        named = [str(one) for one in (label, whole) if str(one) in self.names.values()]
+        return named[0] if named else self.names.get(whole)
 
 
 def unknown_words(unknown: int, inputs: int) -> str:

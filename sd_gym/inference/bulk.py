@@ -23,7 +23,6 @@ from sd_gym.inference.part import Line, Part
 from sd_gym.inference.texts import SkippingModel
 from sd_gym.tasks.data import read_rows
 from sd_gym.tasks.files import json_rows
-from sd_gym.tasks.metrics import text_quality
 from sd_gym.version import __version__
 
 CHUNK = 1024  # inputs that are grouped into passes together
@@ -49,10 +48,15 @@ class Bulk:
             setattr(self, part.name, iadd(getattr(self, part.name), getattr(other, part.name)))
         return self
 
+    @property
+    def speed(self) -> str:
+        """Rows a second, as text."""
+        return f"{self.rows / max(self.seconds, 1e-9):.1f}"
+
     def figures(self) -> dict[str, str]:
         """Means, by name, as text."""
         before = f" (after {self.before:,} before)" if self.before else ""
-        figures = {"rows": f"{self.rows:,}{before}", "rows a second": f"{self.rows / max(self.seconds, 1e-9):.1f}"}
+        figures = {"rows": f"{self.rows:,}{before}", "rows a second": self.speed}
         if self.rows:
             figures["FLOPs"] = f"{np.mean(self.flops_ratio):.1%} of dense"
         if self.agree:
@@ -177,10 +181,9 @@ def _answered(model: SkippingModel, lines: list[Line], compare: bool, batch_size
         answered = [line for line in lines if line.number in answers]
         for line, own, other in zip(answered, answers.values(), dense, strict=True):
             bulk.agree.append(own.answer == other.answer)
-            if line.row is not None and (references := model.references(line.row)) is not None:
-                own_quality, dense_quality = (
-                    text_quality(model.metric, answer.answer, references) for answer in (own, other)
-                )
+            right = (line.row or {}).get(model.reference)
+            own_quality, dense_quality = (model.quality(answer.answer, right) for answer in (own, other))
+            if own_quality is not None and dense_quality is not None:
                 bulk.quality.append((own_quality, dense_quality))
     contents = {number: _described(answer) for number, answer in answers.items()}
     contents |= {number: {"error": error} for number, error in errors.items()}
@@ -213,7 +216,7 @@ def _described(answer: Answer) -> dict[str, Any]:
 def _read(source: Path | None, columns: dict[str, str]) -> Iterator[Line]:
     """The rows of a file; JSON lines are read one by one, so that a broken one does not stop the others."""
     if source is not None and source.suffix != ".jsonl":
-        for number, (_, row) in enumerate(read_rows(source), start=1):
+        for number, (_, row) in enumerate(read_rows(source, {columns.get("label", "label")}), start=1):
             yield Line(number, _renamed(row, columns))
         return
     if source is not None and not source.is_file():

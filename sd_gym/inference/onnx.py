@@ -142,6 +142,7 @@ class OnnxModel(TextModel):
         self.task, self.metric, self.reference = (manifest[key] for key in ("task", "metric", "reference"))
         self.fields, self.names = tuple(manifest["fields"]), dict(enumerate(manifest["names"]))
         self.optional, hashes = manifest["optional"], manifest["files"]
+        self.head, self.label_range = manifest["head"], manifest["env"]["quality"]["label_range"]
         self.fingerprints = {"policy": f"{hashes[MANIFEST]}, margin {self.margin}", "backbone": hashes[WEIGHTS]}
         self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
         self._tokenizer.no_padding()
@@ -270,7 +271,7 @@ class OnnxModel(TextModel):
         if cut["strategy"] == "only_second":
             self._check_questions([fields[0] for fields in texts], cut["length"])
         encode = self._tokenizer.encode_batch
-        if self.manifest["head"] != "span":
+        if self.head != "span":
             encode = self._tokenizer.encode_batch_fast  # without the places of tokens in their text
         return encode([fields[0] if len(fields) == 1 else (fields[0], fields[1]) for fields in texts])
 
@@ -290,7 +291,7 @@ class OnnxModel(TextModel):
             batch["input_ids"][at, : len(row)] = row.ids
             batch["attention_mask"][at, : len(row)] = 1
             batch["token_type_ids"][at, : len(row)] = row.type_ids
-        if self.manifest["head"] == "span":
+        if self.head == "span":
             # The second text is the context. Type ids cannot tell it: some tokenizers give 0 to all tokens.
             inside = [[number == 1 for number in row.sequence_ids] + [False] * (shape[1] - len(row)) for row in rows]
             batch["context_mask"] = np.array(inside)
@@ -321,10 +322,9 @@ class OnnxModel(TextModel):
 
     def in_words(self, rows: list[Encoding], texts: list[list[str]], values: NDArray) -> list[str]:
         """The answers of one pass in words."""
-        kind = self.manifest["head"]
-        if kind == "label":
+        if self.head == "label":
             return [self.names[index] for index in values.argmax(axis=1)]
-        if kind == "score":
+        if self.head == "score":
             return [f"{value:.2f}" for value in values[:, 0]]
         spans = best_spans(values, self.manifest["longest_answer"])
         return [

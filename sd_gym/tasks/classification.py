@@ -38,9 +38,9 @@ class Classification(Task):
         """The label."""
         return {"label": head.classes(instances)}
 
-    def right(self, value: Any, names: Mapping[int, str]) -> list[str]:
-        """The class's name, or the score."""
-        return [names[value] if isinstance(value, int) and value in names else str(value)]
+    def right(self, value: Any) -> list[str]:
+        """The label, of backbones that generate it."""
+        return [str(value)]
 
     def head_to_prepare(self, stored: type[Head] | None, answers: str | None, train: Sequence[Instance]) -> NewHead:
         """A new head with as many classes as the data."""

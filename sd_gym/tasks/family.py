@@ -61,8 +61,8 @@ class Task(ABC):
         """Facts about the right answers that reports group results by, by name, each ``[n]``."""
         return {}
 
-    def right(self, value: Any, names: Mapping[int, str]) -> list[str]:
-        """The right answers of a row as texts; ``names`` are those of the classes."""
+    def right(self, value: Any) -> list[str]:
+        """The right texts of a row with this reference."""
         return [value] if isinstance(value, str) else [str(answer) for answer in value]
 
     def head_to_prepare(self, stored: type[Head] | None, answers: str | None, train: Sequence[Instance]) -> NewHead:

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 import sd_gym
 from sd_gym.cli import app
 from sd_gym.errors import DataError
-from sd_gym.inference.bulk import count_rows, run_file
+from sd_gym.inference.answer import TextModel
+from sd_gym.inference.bulk import Bulk, count_rows, run_file
 from sd_gym.tasks.files import read_jsonl
 from tests.conftest import WORDS
 from tests.envs.conftest import trained
@@ -176,6 +177,60 @@ def test_a_column_of_a_field_that_is_none_is_refused(model, tmp_path):
         run_file(model[0], source, tmp_path / "o.jsonl", columns={"txt": "review"})
     run_file(model[0], source, tmp_path / "o.jsonl", columns={"text": "review", "label": "stars"})
     assert "answer" in lines_of(tmp_path / "o.jsonl")[0]
+
+
+STARS = {0: "1", 1: "2", 2: "3"}
+WORDED = {0: "-", 1: "+"}
+
+
+@pytest.mark.parametrize(
+    ("head", "names", "answer", "right", "quality"),
+    [
+        ("label", STARS, "1", 1, 1.0),  # a number that is a class's name is that class, as in the env
+        ("label", STARS, "1", 1.0, 1.0),
+        ("label", STARS, "3", 1, 0.0),
+        ("label", STARS, "1", 0, 1.0),
+        ("label", WORDED, "+", 1.0, 1.0),
+        ("label", WORDED, "+", "-", 0.0),
+        ("label", WORDED, "+", "no class", None),
+        ("label", WORDED, "+", 2, None),
+        ("label", WORDED, "+", 0.5, None),
+        ("label", WORDED, "+", ["+"], None),
+        ("label", WORDED, "+", None, None),
+        ("score", {}, "2.50", 2.5, 1.0),
+        ("score", {}, "2.50", 3, 0.9),
+        ("score", {}, "2.50", 50, 0.0),
+        ("score", {}, "2.50", float("nan"), None),
+        ("score", {}, "2.50", "2.5", None),
+        ("score", {}, "2.50", None, None),
+        ("seq2seq", WORDED, "1", 1, 1.0),  # generated
+    ],
+)
+def test_quality_is_that_of_the_env(head, names, answer, right, quality):
+    model = TextModel()
+    model.task, model.metric, model.head, model.names, model.label_range = "classification", "squad", head, names, 5.0
+    assert model.quality(answer, right) == pytest.approx(quality)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_labels_of_another_column_are_read_as_in_training(model, tmp_path, suffix):
+    model, texts = model
+    rows = [(text, int(one.answer.removeprefix("LABEL_"))) for text, one in zip(texts, model(texts), strict=True)]
+    lines = [{"text": text, "y": label} for text, label in rows]
+    if suffix == ".csv":
+        lines = ["text,y\n", *(f"{text},{label}\n" for text, label in rows)]
+    source = write(tmp_path / f"in{suffix}", lines)
+    bulk = run_file(model, source, tmp_path / "o.jsonl", compare=True, columns={"label": "y"})
+    assert [own for own, _ in bulk.quality] == [1.0] * ROWS
+
+
+def test_a_command_averages_its_rows_once(model, tmp_path, monkeypatch):
+    averaged, figures = [], Bulk.figures
+    monkeypatch.setattr(Bulk, "figures", lambda bulk: averaged.append(bulk.rows) or figures(bulk))
+    source = write(tmp_path / "in.jsonl", [{"text": text} for text in model[1]])
+    arguments = ["run", str(tmp_path / "artefact"), "--input", str(source), "--output", str(tmp_path / "o.jsonl")]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert averaged == [ROWS]
 
 
 def test_rows_are_counted_where_lines_tell_them(tmp_path):
