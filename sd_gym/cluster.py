@@ -10,7 +10,7 @@ from multiprocessing.connection import wait
 from typing import Any
 from uuid import uuid4
 
-from sd_gym.errors import quiet
+from sd_gym.errors import MissingExtraError, quiet
 from sd_gym.registration import import_own
 
 RETRIES = 3  # retries of a task whose process or machine has died
@@ -20,13 +20,13 @@ def connect(address: str) -> Any:
     """The module ``ray``, connected to the cluster at ``address``: ``auto``, ``local``, or as ``ray.init`` takes it.
 
     Raises:
-        ImportError: If Ray is not installed.
+        MissingExtraError: If Ray is not installed.
         ConnectionError: If there is no cluster at the address.
     """
     try:
         import ray  # pyright: ignore[reportMissingImports]  (an extra)
-    except ImportError as error:
-        raise ImportError("a Ray cluster needs Ray, which is not installed: pip install 'sd-gym[ray]'") from error
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("a Ray cluster needs Ray, which is not installed: pip install 'sd-gym[ray]'") from error
     ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
     return ray
 

@@ -26,6 +26,10 @@ class BackboneError(ValueError):
     """An unusable backbone; the message says what was expected, what came, and what to do."""
 
 
+class MissingExtraError(ModuleNotFoundError):
+    """An optional package is not installed; the message says how to install it."""
+
+
 def short(value: Any) -> str:
     """A value as text of limited length, for messages."""
     return _cut(_REPR.repr(value), LONGEST_VALUE)

@@ -1,8 +1,11 @@
 """Work on a Ray cluster; with a real one see tests/ecosystem/test_ray.py."""
 
+import sys
+
 import pytest
 
 from sd_gym import cluster
+from sd_gym.errors import MissingExtraError
 
 
 class NoGpu:
@@ -15,3 +18,9 @@ class NoGpu:
 def test_a_cluster_without_a_gpu_is_refused_instead_of_waited_for():
     with pytest.raises(ValueError, match="the Ray cluster has no GPU"):
         next(cluster.in_order(NoGpu(), lambda: str, [1], on_gpu=True))
+
+
+def test_without_ray_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match="pip install 'sd-gym\\[ray\\]'"):
+        cluster.connect("auto")

@@ -79,7 +79,7 @@ def train_all(
 
     Raises:
         ValueError: If a name or setting is unknown, or both ``jobs`` and ``ray`` are given.
-        ImportError: If Ray is needed and not installed.
+        MissingExtraError: If Ray is needed and not installed.
     """
     more = {"seeds": seeds, "steps": steps, "confidence": confidence}
     runs = plan_comparison(env_ids, algos, output=Path(output), controls=controls, settings=settings, **more)

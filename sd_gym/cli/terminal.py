@@ -18,7 +18,7 @@ from rich.table import Column
 from rich.text import Text
 from typer import Option
 
-from sd_gym.errors import quiet, short
+from sd_gym.errors import MissingExtraError, quiet, short
 
 # Without markup, so that brackets and colons in names, paths and messages are printed as they are.
 console = Console(markup=False, emoji=False)
@@ -65,7 +65,7 @@ def errors_as_lines() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        fixable = isinstance(error, ValueError | OSError | FloatingPointError)
+        fixable = isinstance(error, ValueError | OSError | FloatingPointError | MissingExtraError)
         if not fixable and not type(error).__module__.startswith("gymnasium.error"):
             raise
         _print_error(error)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from sd_gym.data.instance import Instance
+from sd_gym.errors import MissingExtraError
 from sd_gym.execution.bank import without_skipped
 from sd_gym.files import as_json, sha256, write_json, write_text
 from sd_gym.folders import contents, locked
@@ -70,10 +71,9 @@ def export(
     Raises:
         FileExistsError: If the folder holds anything.
         ValueError: If the policy cannot be exported; the message gives the reason, and what to do.
-        ModuleNotFoundError: If ``onnx`` is not installed.
+        MissingExtraError: If ``onnx`` or ``onnxruntime`` is not installed.
     """
-    if find_spec("onnx") is None:
-        raise ModuleNotFoundError("onnx is not installed: pip install 'sd-gym[onnx]'")
+    check_installed()
     folder, policy = Path(folder), policy if isinstance(policy, SkipPolicy) else SkipPolicy.from_pretrained(policy)
     _check_policy(policy)
     if not few_masks(policy, masks):
@@ -94,6 +94,12 @@ def export(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return manifest
+
+
+def check_installed() -> None:
+    """Raise MissingExtraError if a package that an export needs is missing."""
+    if lacking := [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]:
+        raise MissingExtraError(f"an export needs {' and '.join(lacking)}: pip install 'sd-gym[onnx]'")
 
 
 def _refused(why: str, remedy: str) -> ValueError:

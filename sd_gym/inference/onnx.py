@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from sd_gym.errors import DataError
+from sd_gym.errors import DataError, MissingExtraError
 from sd_gym.files import hash_of, read_json, sha256
 from sd_gym.going_on import going_on_flops
 from sd_gym.inference.answer import Answer, TextModel
@@ -65,11 +65,11 @@ def load(
 
 
 def runtime() -> Any:
-    """The module ``onnxruntime``; raises ``ModuleNotFoundError`` if it is not installed."""
+    """The module ``onnxruntime``; raises ``MissingExtraError`` if it is not installed."""
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("ONNX Runtime is not installed: pip install 'sd-gym[onnx]'") from error
+        raise MissingExtraError("ONNX Runtime is not installed: pip install 'sd-gym[onnx]'") from error
     return onnxruntime
 
 
