@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,6 +148,7 @@ class OnnxModel(TextModel):
         self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
         self._tokenizer.no_padding()
         cut = manifest["cut"]
+        self._whole = deepcopy(self._tokenizer) if cut["strategy"] == "only_second" else None  # it measures questions
         self._tokenizer.enable_truncation(cut["length"], strategy=cut["strategy"], direction=cut["direction"])
         self._session = lru_cache(None)(self._opened)  # graphs are read when they are first run
 
@@ -267,17 +269,15 @@ class OnnxModel(TextModel):
 
     def encoded(self, texts: list[list[str]]) -> list[Encoding]:
         """Tokens of the inputs, cut as in the env: questions are not cut, only their contexts."""
-        cut = self.manifest["cut"]
-        if cut["strategy"] == "only_second":
-            self._check_questions([fields[0] for fields in texts], cut["length"])
+        if self._whole is not None:
+            self._check_questions(self._whole, [fields[0] for fields in texts])
         encode = self._tokenizer.encode_batch
         if self.head != "span":
             encode = self._tokenizer.encode_batch_fast  # without the places of tokens in their text
         return encode([fields[0] if len(fields) == 1 else (fields[0], fields[1]) for fields in texts])
 
-    def _check_questions(self, questions: list[str], limit: int) -> None:
-        whole = Tokenizer.from_str(self._tokenizer.to_str())
-        whole.no_truncation()
+    def _check_questions(self, whole: Tokenizer, questions: list[str]) -> None:
+        limit = self.manifest["cut"]["length"]
         for number, row in enumerate(whole.encode_batch([(question, "") for question in questions])):
             if len(row) >= limit:
                 raise DataError(f"input {number}: the question alone has {len(row)} of {limit} tokens; shorten it")

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import sd_gym
 from sd_gym.cli import app
+from sd_gym.errors import DataError
 from sd_gym.operating_points import OperatingPoint
 from sd_gym.tasks.classification import Classification
 from tests.conftest import ENCODER, WORDS, make_model
@@ -290,6 +291,26 @@ def test_malformed_inputs_are_named(exported):
         model("good")
     with pytest.raises(ValueError, match="batch size of at least 1"):
         model(["good"], batch_size=0)
+
+
+def test_questions_are_measured_by_a_tokenizer_that_was_read_once(tmp_path, tiny_tokenizer, monkeypatch):
+    policy, texts = few_masks("extracted", tmp_path, tiny_tokenizer)
+    sd_gym.export(policy, tmp_path / "onnx")
+    model = onnx.load(tmp_path / "onnx")
+    monkeypatch.setattr(onnx, "Tokenizer", None)
+    assert len(model(texts)) == len(texts)
+    with pytest.raises(DataError, match="input 1: the question alone has 43 of 26 tokens"):
+        model([texts[0], {**texts[1], "question": "food " * 40}])
+
+
+def test_a_missing_package_is_a_line_before_any_work(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr("sd_gym.inference.export.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    source = write(tmp_path / "in.jsonl", [{"text": "good"}])
+    for command in (["export", "nowhere"], ["run", str(exported[1]), "--input", str(source)]):
+        done = CliRunner().invoke(app, [*command, "--output", str(tmp_path / "out")])
+        assert done.exit_code == 2
+        assert "pip install 'sd-gym[onnx]'" in done.output
 
 
 def test_evaluate_judges_the_graphs_on_any_split(exported):
