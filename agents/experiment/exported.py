@@ -38,7 +38,7 @@ class ExportedCore(BackboneCore):
     The data set's own metric of dense (``metrics``) is that of the dense graph.
 
     Raises:
-        ValueError: If the env's backbone is not the one that was exported.
+        ValueError: If the env's backbone is not the one that was exported, or its inputs are longer.
     """
 
     def __init__(self, config: EnvConfig, model: OnnxModel) -> None:
@@ -48,6 +48,12 @@ class ExportedCore(BackboneCore):
             raise ValueError(
                 f"the weights of {config.backbone.name} are not those of the backbone that {model.folder} was exported "
                 "with; pass backbone=..."
+            )
+        longest = min(config.backbone.max_source_length, self.backbone.tokenizer.model_max_length)
+        if longest > (limit := model.manifest["cut"]["length"]):
+            raise ValueError(
+                f"{model.folder} cuts inputs at {limit} tokens, the env at {longest}; pass max_source_length={limit}, "
+                "or export a policy that was trained on longer inputs"
             )
 
     def split(self, name: str) -> BackboneSplit:

@@ -325,6 +325,8 @@ def test_evaluate_judges_the_graphs_on_any_split(exported):
     assert result["quality"] == np.mean(right)
     with pytest.raises(ValueError, match="was selected already"):
         sd_gym.evaluate(env, folder, select=True)
+    with pytest.raises(ValueError, match="cuts inputs at 26 tokens, the env at 30; pass max_source_length=26"):
+        sd_gym.evaluate(env, folder, max_source_length=30)
 
 
 def test_its_commands_and_in_int8_decisions_stay_the_same(exported, tmp_path):
