@@ -79,6 +79,8 @@ class SkippingModel(TextModel):
         self._bank = Bank(self.backbone.board, compiles=compile)
         self.tokenizer = self.backbone.tokenizer
         self.model = attach(self.backbone.model, policy, self.tokenizer, check_weights=check_weights)
+        if check_weights and dtype is None:  # they were hashed just now, which takes seconds
+            vars(self.backbone)["weights"] = policy.card["backbone"]["weights"]
         if dtype is not None:  # transformers hides the signature
             self.model.to(_checked_dtype(dtype))  # pyright: ignore[reportArgumentType]
         self.board, self.gives = self.backbone.board, self.backbone.head.gives
