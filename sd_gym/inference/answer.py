@@ -88,8 +88,8 @@ class TextModel:
         names, optional = self.fields, self.optional
         texts: Any = [given.get(name) for name in names] if isinstance(given, Mapping) else given
         texts = list(texts) if isinstance(texts, list | tuple) else [texts]
-        if optional and len(texts) == 2 and texts[1] is None:
-            texts = texts[:1]
+        if optional and len(texts) == len(names) and (texts[-1] is None or not str(texts[-1]).strip()):
+            texts = texts[:-1]
         fits = len(names) - optional <= len(texts) <= len(names)
         if not fits or not all(isinstance(text, str) and text.strip() for text in texts):
             expected = " and ".join(names) + (" (which may be missing)" if optional else "")

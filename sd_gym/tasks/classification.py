@@ -30,9 +30,9 @@ class Classification(Task):
     def instance(
         self, row: Mapping[str, Any], identity: str, origin: str, *, difficulty: int = 0, unanswerable: bool = True
     ) -> Instance:
-        """The instance, with the label as its target."""
-        label = _label(row["label"], origin)
-        return Instance(identity, row["text"], label, difficulty, row.get("text_pair"), origin=origin)
+        """The instance, with the label as its target; an empty second text is none."""
+        label, pair = _label(row["label"], origin), row.get("text_pair") or ""
+        return Instance(identity, row["text"], label, difficulty, pair if pair.strip() else None, origin=origin)
 
     def facts(self, instances: Sequence[Instance], head: Head) -> dict[str, NDArray]:
         """The label."""

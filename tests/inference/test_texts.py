@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import sd_gym
+from sd_gym.backbones import load
 from sd_gym.tasks import cache
 from tests.envs.conftest import trained
 
@@ -54,6 +55,26 @@ def test_a_text_is_read_alike_beside_pairs_of_texts(model):
     assert [one.answer for one in together] == [one.answer for one in alone]
     np.testing.assert_array_equal([one.skip for one in together], [one.skip for one in alone])
     np.testing.assert_array_equal([one.flops_ratio for one in together], [one.flops_ratio for one in alone])
+
+
+def test_an_empty_second_text_is_none(model):
+    model, texts = model
+    (wanted,) = model(texts[:1])
+    for empty in ((texts[0], ""), (texts[0], " \n"), {"text": texts[0], "text_pair": ""}):
+        assert model([empty])[0].answer == wanted.answer
+    with pytest.raises(ValueError, match="expected text and text_pair"):
+        model([("", "")])
+
+
+def test_weights_that_were_checked_are_not_hashed_again(tmp_path, tiny_tokenizer, monkeypatch):
+    core, *_, artefact, _ = trained("classification", None, tmp_path, tiny_tokenizer)
+    hashed = []
+    hash_of_tensors = load.hash_of_tensors
+    monkeypatch.setattr(load, "hash_of_tensors", lambda tensors: hashed.append(1) or hash_of_tensors(tensors))
+    for checks, times in ((True, 1), (False, 1)):
+        hashed.clear()
+        assert sd_gym.load(artefact, check_weights=checks).fingerprints["backbone"] == core.backbone.weights
+        assert len(hashed) == times
 
 
 def test_a_policy_that_agreed_with_dense_runs_nothing_densely(tmp_path, tiny_tokenizer):

@@ -86,6 +86,15 @@ def test_columns_that_are_not_there(tmp_path, columns, message):
         load_split(data, "classification", "train")
 
 
+def test_an_empty_second_text_is_none_in_every_format(tmp_path):
+    for name, rows in (
+        ("a.jsonl", '{"text": "good", "text_pair": "", "label": 1}\n' * 10),
+        ("b.csv", "text,text_pair,label\n" + "good, ,1\n" * 10),
+    ):
+        (tmp_path / name).write_text(rows)
+        assert {one.source_pair for one in load_split(str(tmp_path / name), "classification", "train")} == {None}
+
+
 def test_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing.jsonl.*expected a JSONL, CSV or Parquet file"):
         load_split(str(tmp_path / "missing.jsonl"), "classification", "train")
