@@ -92,7 +92,7 @@ def batches(
 ) -> list[str]:
     """The row of a batch size, of one pass or of ``generate()``."""
     split, random, head = core.split("test"), np.random.default_rng(0), core.backbone.head
-    flops, times, agree = [], [], []
+    flops, times, agree, own = [], [], [], model.own_flops(split)
 
     def call(one: torch.nn.Module, batch: dict) -> object:
         if not generates:
@@ -109,8 +109,8 @@ def batches(
         if number < WARM_UP:
             continue
         times.append(ratio)
-        own = model.policy.network.flops / split.costs.dense_flops(rows)
-        flops.append(float((model.model.decisions.flops_ratio + own).mean()))
+        deciding = own[rows] / split.costs.dense_flops(rows)
+        flops.append(float((model.model.decisions.flops_ratio + deciding).mean()))
         _, same = np.unique(model.model.decisions.skip, axis=0, return_counts=True)
         agree.append(same.max() / size)
     clock = middle(times, statistics.fmean if size == 1 else statistics.median)
