@@ -301,9 +301,9 @@ class Attached:
         if mask.shape != ids.shape:
             raise ValueError(f"expected an attention_mask of shape {list(ids.shape)}, got {list(mask.shape)}")
         inputs, types = {"input_ids": ids, "attention_mask": mask}, given.get("token_type_ids")
-        if types is not None and self.policy.reads_types:
+        if types is not None:
             inputs["token_type_ids"] = types
-        is_as_given = given.get("position_ids") is None and (types is None or self.policy.reads_types)
+        is_as_given = given.get("position_ids") is None
         unpadded = bool(mask.all())
         if unpadded or bool((mask[:, 1:] <= mask[:, :-1]).all()):
             return _PolicyInput(inputs, None, is_as_given, mask, unpadded)

@@ -102,11 +102,6 @@ class SkipPolicy:
         """Names of the stages of the pass at which it decides."""
         return stages_of_pass(self.network.stages)
 
-    @property
-    def reads_types(self) -> bool:
-        """Whether the backbone's inputs have token types in the env, for pairs of texts."""
-        return self.card["backbone"]["token_types"]
-
     def decide(self, board: Switchboard, inputs: dict[str, Tensor]) -> NDArray:
         """Decisions, int64 ``[n, switches + 1]``, on the model's inputs ``[n, length]``, padded at the right."""
         return self.decide_on(first_layer_input(board, inputs), inputs["attention_mask"])

@@ -83,6 +83,19 @@ def test_a_call_decides_for_each_row_as_the_policy_does(name):
         np.testing.assert_array_equal(model.decisions.skip, decisions[row : row + 1, :-1])
 
 
+def test_the_policy_sees_the_token_types_that_the_model_reads():
+    """Also if its env had none, as sd_gym.load and exports do."""
+    model, inputs = make_model("bert"), make_inputs("bert")
+    policy, board, plain = make_policy(model), Switchboard(model), dict(inputs)
+    inputs["token_type_ids"] = inputs["attention_mask"] * (torch.arange(inputs["input_ids"].shape[1]) > 2)
+    wanted, without = (policy.decide(board, one) for one in (inputs, plain))
+    board.remove()
+    assert (wanted != without).any()
+    attach(model, policy)
+    logits(model, inputs)
+    np.testing.assert_array_equal(model.decisions.skip, wanted[:, :-1])
+
+
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("ranking", [None, "position", "attention"])
 @pytest.mark.parametrize("tokens", [False, True])
