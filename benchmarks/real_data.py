@@ -66,7 +66,7 @@ class Set:
     phrases: str | None = None  # a data set of labelled parts of texts; those of backbone rows are backbone rows, too
     text_of: tuple[str, ...] = ()  # data sets whose texts, without labels, are the policy rows
     drawn: int | None = None  # so many rows of the training file, at random; ``None``: all, in the file's order
-    distinct: str | None = None  # the rows drawn differ in this field
+    distinct: str | None = None  # the rows drawn differ in this field, and those of the validation file are drawn, too
     instances: int | None = None  # of each part of the table, at most; ``None``: all rows
     held_out: int | None = None  # the preparation is validated on so many; ``None``: on all policy rows
 
@@ -135,8 +135,7 @@ SETS["rnnlg-smollm2"] = replace(
     SETS["debian-smollm2"],
     folder="rnnlg",
     length=64,
-    distinct="document",  # many rows share one
-    instances=600,
+    distinct="document",  # many rows share one; the validation file is sorted by domain
     settings=(r"prompt='{source}\nSentence:'", r'stop="\n"', "max_target_length=44", "quality=metric", "metric=rouge"),
 )
 WITHOUT_LABELS = "-text"  # ends the names of sets whose policies learn on text; the backbone is that of the set before
@@ -259,13 +258,18 @@ class Experiment:
         for name in ("train.jsonl", "validation.jsonl"):
             shutil.copy(source / self.data.folder / name, folder / name)
         if self.data.drawn:
-            rows = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-            np.random.default_rng(0).shuffle(rows)
-            if self.data.distinct is not None:
-                rows = list({json.loads(row)[self.data.distinct]: row for row in reversed(rows)}.values())[::-1]
-            (folder / "train.jsonl").write_text("".join(rows[: self.data.drawn]), encoding="utf-8")
+            self._draw(folder / "train.jsonl")
+        if self.data.distinct is not None:
+            self._draw(folder / "validation.jsonl")
         if self.data.text_of:
             self._write_texts()
+
+    def _draw(self, file: Path) -> None:
+        rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        np.random.default_rng(0).shuffle(rows)
+        if self.data.distinct is not None:
+            rows = list({json.loads(row)[self.data.distinct]: row for row in reversed(rows)}.values())[::-1]
+        file.write_text("".join(rows[: self.data.drawn]), encoding="utf-8")
 
     def _write_texts(self) -> None:
         """4,000 texts of other sets, at most."""
