@@ -20,8 +20,9 @@ class MaskTree:
     """The tree of masks on one batch, depth first: masks that agree on their first switches share that part of a pass.
 
     A skipped sublayer leaves the hidden states as they are, so a layer can be run one sublayer after the other: all
-    4,096 masks of 12 switches take 4,095 sublayers. (Of two stacks, or if tokens are dropped, a layer is run as a
-    whole.) Where the head reads the first position alone, so does the last feed-forward block.
+    4,096 masks of 12 switches take 4,095 sublayers. (Of two stacks, with norms that run anyway as DistilBERT's, or if
+    tokens are dropped, a layer is run as a whole.) Where the head reads the first position alone, so does the last
+    feed-forward block.
 
     ``keep`` are the tokens that the batch keeps (``None``: all), ``masks`` are ``[masks, switches]``. ``on_logits`` is
     called with the number of each mask and the batch's logits under it, in any order.
@@ -37,8 +38,8 @@ class MaskTree:
     ) -> None:
         self._backbone, self._board = backbone, backbone.board
         self._inputs, self._keep, self._masks, self._on_logits = inputs, keep, masks, on_logits
-        switches = self._board.switches
-        self._by_sublayer = keep is None and len({switch.stack for switch in switches}) == 1
+        switches, stacks = self._board.switches, self._board.architecture.stacks
+        self._by_sublayer = keep is None and len(stacks) == 1 and stacks[0].passes_through
         layers = self._board.decided_at([EVERY_LAYER]).items()
         self._layer_of = [layer for layer in layers for _ in switches[layer[1]]]  # per switch: stage and switches
         self._first_alone: bool | None = None

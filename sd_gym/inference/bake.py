@@ -79,7 +79,7 @@ def _kept(board: Switchboard, mask: np.ndarray) -> dict[str, list[int]]:
         kept[stack.name] = np.flatnonzero(~skips.any(axis=1)).tolist()
         if not skips.any():
             continue
-        if not (stack.norms == () or all(sublayer.adds_residual for sublayer in stack.sublayers)):
+        if not stack.passes_through:
             reason = "a norm after each residual sum runs even where all is skipped"
             raise ValueError(f"layers of a {config.model_type} cannot be removed: {reason}")
         if getattr(config, "scale_attn_by_inverse_layer_idx", False):

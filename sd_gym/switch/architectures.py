@@ -95,6 +95,11 @@ class Stack:
     sublayers: tuple[Sublayer, ...]
     norms: tuple[str, ...] | None = None
 
+    @property
+    def passes_through(self) -> bool:
+        """Whether a layer in which nothing runs returns the hidden states as they are; norms after sums change them."""
+        return self.norms == () or all(sublayer.adds_residual for sublayer in self.sublayers)
+
     def layers_in(self, model: PreTrainedModel) -> nn.ModuleList:
         """The layers of a model."""
         return cast("nn.ModuleList", model.base_model.get_submodule(self.layers))

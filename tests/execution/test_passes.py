@@ -1,11 +1,18 @@
 """Decisions share the passes that they have in common."""
 
+from types import SimpleNamespace
+
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 from sd_gym.envs.actions import all_decisions
+from sd_gym.execution.mask_tree import MaskTree
+from sd_gym.switch import Switchboard
+from tests.conftest import ENCODER, make_inputs, make_model
 from tests.envs.conftest import SMALL
+from tests.switch.conftest import logits
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
@@ -51,3 +58,18 @@ def test_all_masks_share_every_prefix(shares, attentions, settings):
     alone = split.scoring.quality_and_likelihood(*every)
     for values, expected in zip(found, alone, strict=True):
         np.testing.assert_allclose(values.ravel(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ENCODER)
+@torch.inference_mode()
+def test_a_tree_of_masks_gives_the_logits_of_each_mask_alone(name):
+    """Also where norms run that no mask skips: each of them runs once."""
+    model, inputs, found = make_model(name), make_inputs(name, batch=2), dict[int, torch.Tensor]()
+    for norm in (module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)):
+        norm.weight.uniform_(0.5, 2.0)  # one that is untrained changes nothing if it runs twice
+    board = Switchboard(model)
+    backbone = SimpleNamespace(board=board, logits=lambda given: model(**given).logits)
+    masks = all_decisions([2] * len(board))
+    MaskTree(backbone, inputs, None, masks, found.__setitem__).go_through(np.arange(len(masks)))
+    for number, mask in enumerate(masks):
+        torch.testing.assert_close(found[number], logits(board, mask[None], inputs), rtol=1e-4, atol=1e-5)
