@@ -114,8 +114,9 @@ class Architecture:
         stacks: Layer stacks in execution order; the first reads the input.
         causal: Whether positions of the first stack attend only to earlier positions (decoder-only models).
         token_heads: Paths of linear layers that run once per target (or source) token, such as ``lm_head``.
-        sequence_heads: Paths of linear layers that run once per sequence, such as a classifier. Paths that a model
-            does not have are ignored, so one entry serves all heads.
+        sequence_heads: Paths of linear layers that run once per sequence, such as a classifier; in a
+            ``...ForTokenClassification`` once per token. Paths that a model does not have are ignored, so one entry
+            serves all heads.
     """
 
     model_types: tuple[str, ...]
@@ -241,7 +242,11 @@ _decoder_only(
 
 _BERT_TOKEN_HEADS = (
     "qa_outputs cls.predictions.transform.dense cls.predictions.decoder lm_head.dense lm_head.decoder "
-    "generator_predictions.dense generator_lm_head electra.embeddings_project embeddings_project"
+    "generator_predictions.dense generator_lm_head electra.embeddings_project embeddings_project "
+    "discriminator_predictions.dense discriminator_predictions.dense_prediction"
+)
+_BERT_SEQUENCE_HEADS = (
+    "bert.pooler.dense roberta.pooler.dense pooler.dense classifier cls.seq_relationship sequence_summary.summary"
 )
 _BERT_SUBLAYERS = (
     Sublayer("attention", ("attention",), adds_residual=True, output="attention.output.dense"),
@@ -252,7 +257,7 @@ register_architecture(
         model_types=("bert", "roberta", "electra"),
         stacks=(Stack("encoder", "encoder.layer", _BERT_SUBLAYERS, norms=()),),
         token_heads=tuple(_BERT_TOKEN_HEADS.split()),
-        sequence_heads=("bert.pooler.dense", "pooler.dense", "classifier", "classifier.dense", "classifier.out_proj"),
+        sequence_heads=tuple(_BERT_SEQUENCE_HEADS.split()),
     )
 )
 _DISTILBERT_SUBLAYERS = (

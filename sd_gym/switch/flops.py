@@ -5,6 +5,7 @@ linear layers, in the two products of an attention, and in the heads. Embeddings
 """
 
 from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,8 +45,10 @@ class FlopsModel:
         stacks = board.architecture.stacks
         self._encoder_decoder = len(stacks) > 1
         self._decodes = self._encoder_decoder or board.architecture.causal
-        self._token_head = _head(board.model, board.architecture.token_heads)
-        self._sequence_head = _head(board.model, board.architecture.sequence_heads)
+        token_heads, sequence_heads = board.architecture.token_heads, board.architecture.sequence_heads
+        if "ForTokenClassification" in type(board.model).__name__:
+            token_heads, sequence_heads = (*token_heads, *sequence_heads), ()
+        self._token_head, self._sequence_head = (_head(board.model, paths) for paths in (token_heads, sequence_heads))
         coefficients = np.array([_coefficients(switch) for switch in board.switches], dtype=np.int64)
         self._per_query, self._per_source, self._per_pair = coefficients.T
         self._on_target = np.array([not switch.reads_input for switch in board.switches])
@@ -83,20 +86,29 @@ class FlopsModel:
 
 def _coefficients(switch: Switch) -> tuple[int, int, int]:
     """FLOPs per query token, per encoder token, and per pair of query and key."""
-    source = sum(prod(_shape(switch.layer.get_submodule(path))) for path in switch.sublayer.source)
-    query = sum(prod(_shape(part)) for module in switch.modules for part in module.modules()) - source
+    source = sum(_products(switch.layer.get_submodule(path)) for path in switch.sublayer.source)
+    query = sum(map(_products, switch.modules)) - source
     output = switch.sublayer.output
-    heads = 0 if output is None else _shape(switch.layer.get_submodule(output))[0]
+    projection = None if output is None else switch.layer.get_submodule(output)
+    heads = _shape(getattr(projection, "base_layer", projection))[0]
     return 2 * query, 2 * source, 2 * 2 * heads  # per pair: the score and the weighted sum
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
-    """Input and output width of a linear layer; (0, 0) for any other module."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    return (module.weight.shape[0], module.weight.shape[1]) if isinstance(module, Conv1D) else (0, 0)
+def _shape(module: Any) -> tuple[int, int]:
+    """Input and output width of a linear layer, quantised or adapted too; (0, 0) for any other module."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return (module.in_features, module.out_features) if hasattr(module, "in_features") else (0, 0)
+
+
+def _products(module: nn.Module) -> int:
+    """Multiply-adds per token of all linear layers in a module; in an adapted one (PEFT), of its parts."""
+    if not hasattr(module, "base_layer") and (own := prod(_shape(module))):
+        return own
+    # Beside the copy that runs, PEFT keeps the original of a module that is trained whole.
+    return sum(_products(part) for name, part in module.named_children() if name != "original_module")
 
 
 def _head(model: nn.Module, paths: tuple[str, ...]) -> int:
     modules = dict(model.named_modules())
-    return 2 * sum(prod(_shape(modules[path])) for path in paths if path in modules)
+    return 2 * sum(_products(modules[path]) for path in paths if path in modules)
