@@ -101,8 +101,14 @@ class Stack:
         return self.norms == () or all(sublayer.adds_residual for sublayer in self.sublayers)
 
     def layers_in(self, model: PreTrainedModel) -> nn.ModuleList:
-        """The layers of a model."""
-        return cast("nn.ModuleList", model.base_model.get_submodule(self.layers))
+        """The layers of a model; raises ``UnsupportedArchitectureError`` if it lacks the stack."""
+        try:
+            return cast("nn.ModuleList", model.base_model.get_submodule(self.layers))
+        except AttributeError:
+            raise UnsupportedArchitectureError(
+                f"a {type(model).__name__} has no {self.layers!r}, the {self.name} of a {model.config.model_type}; use "
+                "a class that has it, or describe yours with sd_gym.switch.register_architecture()"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,7 @@ class Architecture:
 
 
 class UnsupportedArchitectureError(ValueError):
-    """No architecture is registered for the model type."""
+    """No architecture is registered for the model type, or a class of it has other layers."""
 
 
 _REGISTRY: dict[str, Architecture] = {}

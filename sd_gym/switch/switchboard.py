@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from sd_gym.switch.architectures import Switch, architecture_of
+from sd_gym.switch.architectures import Switch, UnsupportedArchitectureError, architecture_of
 from sd_gym.switch.cache import restore_layers
 from sd_gym.switch.context import Block, Scope, StaleBoardError
 from sd_gym.switch.decision import Decision, PendingDecision, Plan
@@ -40,7 +40,7 @@ class Switchboard:
         switches: The switches, in the order of the skip vector.
 
     Raises:
-        UnsupportedArchitectureError: If the architecture has no entry.
+        UnsupportedArchitectureError: If the architecture has no entry, or the model lacks a stack that it names.
         RuntimeError: If the model already carries a switchboard.
         TypeError: If the model contains no Hugging Face model, or is from ``sentence_transformers``, which sorts rows.
 
@@ -72,6 +72,11 @@ class Switchboard:
         self.model = model
         self.architecture = architecture_of(model.config.model_type)
         stacks = self.architecture.stacks
+        if getattr(model.config, "is_decoder", False) and stacks[-1].name == "encoder":
+            raise UnsupportedArchitectureError(
+                f"a {type(model).__name__} with is_decoder=True is not supported: a {model.config.model_type} is "
+                "switched as an encoder; take a decoder-only model"
+            )
         self.switches = [
             Switch(f"{stack.name}.{index}.{sublayer.kind}", stack.name, index, layer, sublayer, stack is stacks[0])
             for stack in stacks
