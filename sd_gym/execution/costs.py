@@ -13,10 +13,14 @@ Array = NDArray
 
 
 class Costs:
-    """FLOPs of a split's rows under decisions ``[n, switches + 1]``; with the answer stage, ``[n, switches + 2]``."""
+    """FLOPs of a split's rows under decisions ``[n, switches + 1]``; with the answer stage, ``[n, switches + 2]``.
 
-    def __init__(self, backbone: Backbone, encoded: Encoded, tokens: TokenDropping) -> None:
+    ``num_beams`` counts where texts are generated.
+    """
+
+    def __init__(self, backbone: Backbone, encoded: Encoded, tokens: TokenDropping, num_beams: int) -> None:
         self._backbone, self._encoded, self._tokens = backbone, encoded, tokens
+        self._beams = 1 if backbone.head.judges_passes else num_beams
         self.points, self._components = backbone.head.resume_points(backbone.board), len(backbone.board) + 1
         everything = np.arange(len(encoded))
         self._always, self._switched = self._costs(everything, np.zeros(len(encoded), dtype=np.int64))
@@ -103,4 +107,4 @@ class Costs:
         return self._costs_of(*(np.full(n, values.max()) for values in lengths))
 
     def _costs_of(self, source: Array, target: Array, kept: Array) -> tuple[Array, Array]:
-        return self._backbone.flops.costs(*self._backbone.head.lengths(source, target, kept))
+        return self._backbone.flops.costs(*self._backbone.head.lengths(source, target, kept), beams=self._beams)

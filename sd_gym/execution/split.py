@@ -80,7 +80,7 @@ class BackboneSplit:
         self.tokens = TokenDropping(
             instances, encoded, board, tokenizer, self.head, self.reading, config.tokens, rarity=lambda: self.rarity
         )
-        self.costs = Costs(backbone, encoded, self.tokens)
+        self.costs = Costs(backbone, encoded, self.tokens, self.reading.num_beams)
         self.passes = Passes(backbone, instances, encoded, self.tokens, self.reading)
         self.scoring = Scoring(config.quality, self.passes, instances, encoded)
         self.ids = np.array([instance.id for instance in instances], dtype=object)

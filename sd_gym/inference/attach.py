@@ -214,8 +214,13 @@ class Attached:
         sequences, longest = final_texts(output, rollout, arguments, self._generate_here, self.model)
         self._record(shown, rollout.decisions, rollout.keep, rollout.went_on)
         before = self._head.prompt_length(shown.inputs["input_ids"])
-        self._decisions.record_target(*(max(1, length - before) for length in (output.sequences.shape[1], longest)))
+        lengths = (max(1, length - before) for length in (output.sequences.shape[1], longest))
+        self._decisions.record_target(*lengths, beams=self._beams(arguments))
         return sequences
+
+    def _beams(self, given: dict[str, Any]) -> int:
+        """How many texts ``generate()`` generates at once for each input."""
+        return max(setting(self.model, given, name) or 1 for name in ("num_beams", "num_return_sequences"))
 
     def _rollout(self, shown: _PolicyInput, given: dict[str, Any]) -> StagedRollout:
         """Decides at the stages of a pass."""
@@ -276,7 +281,8 @@ class Attached:
         for filled in (cache, getattr(output, "past_key_values", None)):
             if isinstance(filled, Cache):
                 self._of_cache[filled] = in_force
-        self._decisions.record_target(max(1, tokens.shape[1] - self._head.prompt_length(shown.inputs["input_ids"])))
+        length = max(1, tokens.shape[1] - self._head.prompt_length(shown.inputs["input_ids"]))
+        self._decisions.record_target(length, beams=self._beams(given))
         return output
 
     def _generate_here(self, *args: Any, **kwargs: Any) -> Any:
@@ -345,13 +351,14 @@ class Decisions(local):
         self._ranked = False
 
     def record(self, skip: NDArray, token_level: NDArray, lengths: tuple[Tensor, Tensor], ranked: bool) -> None:
+        self._beams = 1
         """Store decisions; ``lengths``: of the inputs and of the tokens that stay, each ``[n]``."""
         self.skip, self.token_level, self.went_on = skip, token_level, np.zeros(len(skip), dtype=np.bool_)
-        self._lengths, self._targets, self._ranked = lengths, (None, None), ranked
+        self._lengths, self._targets, self._beams, self._ranked = lengths, (None, None), 1, ranked
 
-    def record_target(self, length: int, again: int | None = None) -> None:
+    def record_target(self, length: int, again: int | None = None, *, beams: int = 1) -> None:
         """Store how many tokens were generated, or read as a target, and how many when rows went on."""
-        self._targets = length, again or length
+        self._targets, self._beams = (length, again or length), beams
 
     @property
     def flops_ratio(self) -> NDArray:
@@ -379,4 +386,4 @@ class Decisions(local):
     def _costs(self, source: NDArray, kept: NDArray, target: int | None) -> tuple[NDArray, NDArray]:
         one_pass = source, source, kept
         lengths = one_pass if target is None else self._head.lengths(source, np.full_like(source, target), kept)
-        return self._flops.costs(*lengths)
+        return self._flops.costs(*lengths, beams=self._beams)

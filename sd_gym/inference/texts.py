@@ -150,7 +150,8 @@ class SkippingModel(TextModel):
         if split.head.judges_passes:
             return split.costs
         lengths = split.passes.generated if generated is None else generated
-        return Costs(self.backbone, replace(split.encoded, target_length=lengths), split.tokens)
+        encoded = replace(split.encoded, target_length=lengths)
+        return Costs(self.backbone, encoded, split.tokens, split.reading.num_beams)
 
     def own_flops(self, split: BackboneSplit) -> NDArray:
         """FLOPs of the policy itself on each input, ``[n]``."""

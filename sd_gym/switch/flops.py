@@ -55,7 +55,12 @@ class FlopsModel:
         self._across = np.array([switch.sublayer.kind == "cross_attention" for switch in board.switches])
 
     def costs(
-        self, source_length: NDArray, target_length: NDArray | None = None, kept_length: NDArray | None = None
+        self,
+        source_length: NDArray,
+        target_length: NDArray | None = None,
+        kept_length: NDArray | None = None,
+        *,
+        beams: int = 1,
     ) -> tuple[NDArray, NDArray]:
         """FLOPs of one forward pass, teacher-forced where the backbone generates.
 
@@ -64,6 +69,7 @@ class FlopsModel:
             target_length: Tokens that an encoder-decoder's decoder runs on, int ``[n]``. For a decoder-only model, the
                 tokens that the head runs on (``logits_to_keep``); ``None``: all.
             kept_length: Tokens of the input that are not dropped, int ``[n]``; ``None``: all.
+            beams: How many texts are generated at once for each input. Only an encoder runs once for all of them.
 
         Raises:
             ValueError: If the backbone is an encoder-decoder and ``target_length`` is missing.
@@ -76,8 +82,9 @@ class FlopsModel:
         query = np.where(self._on_target, target, kept)
         pairs = query * np.where(self._across, kept, query)
         # Dropped positions are returned as zeros, so the head of an encoder or single decoder runs on all positions.
-        always = self._token_head * (target if self._decodes else source)[:, 0] + self._sequence_head
-        return always, self._per_query * query + self._per_source * kept + self._per_pair * pairs
+        always = beams * self._token_head * (target if self._decodes else source)[:, 0] + self._sequence_head
+        switched = self._per_query * query + self._per_source * kept + self._per_pair * pairs
+        return always, switched * np.where(self._on_target | (not self._encoder_decoder), beams, 1)
 
     def first_attention(self, length: NDArray) -> NDArray:
         """FLOPs of the first layer's attention on inputs of ``length [n]``, int64 ``[n]``: to rank tokens."""

@@ -39,3 +39,18 @@ def test_ranking_by_attention_is_executed_on_the_whole_batch():
     more = split.costs.executed_flops(rows, decisions, parts) - idf.costs.executed_flops(rows, decisions, parts)
     longest = np.array([split.encoded.source_length[rows].max()])
     assert more == 12 * core.backbone.flops.costs(longest, longest)[1][0, 0]
+
+
+def test_texts_that_are_generated_with_beams_cost_more_in_the_decoder():
+    one, four = (
+        gym.make("SD/Summarization-Mini-v0", **SMALL, num_beams=beams).unwrapped.core.split("test").costs
+        for beams in (1, 4)
+    )
+    rows, decoder = np.arange(12), one._backbone.flops._on_target
+    decisions = np.zeros((12, len(decoder) + 1), dtype=np.int64)
+    for costs in (one, four):
+        decisions[:, :-1] = decoder
+        assert (costs.flops_ratio(rows, decisions) < 1).all()
+    assert (four.flops_ratio(rows, decisions) < one.flops_ratio(rows, decisions)).all()
+    assert (four.dense_flops(rows) < 4 * one.dense_flops(rows)).all()
+    assert (four.head_flops(rows) == 4 * one.head_flops(rows)).all()

@@ -430,3 +430,21 @@ def test_flops_are_those_that_a_counter_counts(name, stages):
     wanted = np.array(counted[False]) / np.array(counted[True])
     np.testing.assert_allclose(model.decisions.flops_ratio, wanted)
     assert (wanted < 1).any()
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}])
+def test_a_decoder_is_counted_for_each_beam(how):
+    model, inputs = make_model("bart"), make_inputs("bart")
+    attach(model, make_policy(model))
+    texts = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=4, **how)
+    source = inputs["attention_mask"].sum(dim=1).numpy()
+    always, switched = FlopsModel(model._switchboard).costs(source, np.full(5, texts.shape[1] - 1), beams=3)
+    ran = always + (switched * ~model.decisions.skip).sum(axis=1)
+    np.testing.assert_allclose(model.decisions.flops_ratio, ran / (always + switched.sum(axis=1)))
+
+
+def test_continuous_batching_is_refused():
+    model = make_model("llama")
+    attach(model, make_policy(model))
+    with pytest.raises(NotImplementedError, match=r"without decisions; call generate\(\), or sd_gym.detach"):
+        model.init_continuous_batching()  # as generate_batch() does

@@ -97,3 +97,13 @@ def test_a_quantised_model_counts_as_the_model_that_it_was(name):
     counted = [FlopsModel(Switchboard(each)).costs(*lengths) for each in (model, quantised(model))]
     for one, other in zip(*counted, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_a_decoder_runs_for_each_beam(name):
+    model, inputs = make_model(name, "eager"), make_inputs(name, batch=1)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        encoded = model.get_encoder()(inputs["input_ids"]).last_hidden_state.repeat(3, 1, 1)
+        model(encoder_outputs=(encoded,), decoder_input_ids=inputs["decoder_input_ids"].repeat(3, 1), use_cache=False)
+    always, switched = FlopsModel(Switchboard(model)).costs(np.array([7]), np.array([4]), beams=3)
+    assert counter.get_total_flops() == always[0] + switched[0].sum()
