@@ -157,6 +157,7 @@ class Scope:
     def __init__(self, original: Scope | None = None) -> None:
         self.patches: Sequence[MethodPatch] = []  # patches of the model's methods
         self.original = original  # the scope that this one is a copy of (copy.deepcopy)
+        self.is_copy = original is not None  # or unpickled
         self.family = _Family() if original is None else original.family
         self.in_generators: list[_Entry] = []
         self._compiled = _Compiled()
@@ -176,6 +177,7 @@ class Scope:
 
     def __setstate__(self, patches: list[MethodPatch]) -> None:
         self.__init__()
+        self.is_copy = True
         self.fill(patches)
 
     def current(self) -> Decision | None:

@@ -112,7 +112,7 @@ def run_generate(scope: Scope, decision: Decision | None, inner: Callable, *args
     """Run ``model.generate`` under the decision that was in force at its start."""
     streamer = kwargs.get("streamer")
     if decision is None:
-        if streamer is not None and current_thread() is not main_thread():
+        if streamer is not None and scope.entry() is None and current_thread() is not main_thread():
             warnings.warn(
                 "this thread generates densely, but a decision is in force in another thread. To use that decision "
                 "here, start this thread with target=contextvars.copy_context().run, args=(model.generate,)",

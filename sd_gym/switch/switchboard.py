@@ -66,9 +66,9 @@ class Switchboard:
         model = _unwrapped(model)
         carried = vars(model).get("_switchboard")
         if carried is not None:
-            if carried._scope.original is None:
+            if not carried._scope.is_copy:
                 raise RuntimeError("this model already carries a Switchboard; call its remove() first")
-            carried.remove()  # a copy that was made together with the model
+            carried.remove()  # it was copied or loaded together with the model
         self.model = model
         self.architecture = architecture_of(model.config.model_type)
         stacks = self.architecture.stacks

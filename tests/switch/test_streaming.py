@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -90,6 +91,22 @@ def test_a_thread_without_the_context_generates_densely_and_says_so(streaming):
     with board.decide(skip), pytest.warns(UserWarning, match=r"generates densely.*copy_context\(\)\.run"):
         in_thread()
     assert "".join(streamer) == dense
+
+
+def test_a_thread_that_decided_densely_itself_is_not_warned(streaming):
+    board, skip, start, _, dense = streaming
+    streamer, arguments = start()
+
+    def generate_densely():
+        with board.decide(0 * skip):
+            board.model.generate(**arguments)
+
+    with board.decide(skip), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        thread = threading.Thread(target=generate_densely)
+        thread.start()
+        assert "".join(streamer) == dense
+        thread.join()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

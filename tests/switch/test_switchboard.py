@@ -260,6 +260,8 @@ def test_boards_are_copied_and_pickled_with_their_models(kind):
             {"forward", "generate", "_switchboard"} & vars(module).keys() for module in other.model.modules()
         )
     assert torch.equal(logits(board, skip, inputs), expected)
+    loaded = pickle.loads(pickle.dumps(board.model))
+    assert torch.equal(logits(Switchboard(loaded), skip, inputs), expected)
 
 
 def test_sentence_transformers_are_refused_by_name():
