@@ -88,6 +88,14 @@ class RowSubsetLayer(CacheLayerMixin):
         self.inner.reset()
         self.length = 0
 
+    def offload(self) -> None:
+        """Move the kept rows to the CPU."""
+        self.inner.offload()
+
+    def prefetch(self) -> None:
+        """Move the kept rows back to the device."""
+        self.inner.prefetch()
+
     def crop(self, *_: Any) -> None:
         """Raise ``NotImplementedError``: assisted decoding, which crops, works only without decisions."""
         raise NotImplementedError("a cache that was filled under skip decisions cannot be cropped")
@@ -105,6 +113,7 @@ class RowSubsetLayer(CacheLayerMixin):
 
     def _take(self, rows: Tensor) -> None:
         if self.inner.keys is not None and self.inner.values is not None:
+            rows = rows.to(self.inner.keys.device)
             self.inner.keys = self.inner.keys.index_select(0, rows)
             self.inner.values = self.inner.values.index_select(0, rows)
 

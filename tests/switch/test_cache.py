@@ -166,3 +166,33 @@ def test_sampling_with_a_seed_is_the_same_with_and_without_cache(name):
     assert len(samples[0]) == 10
     assert torch.equal(samples[0], samples[1])
     assert torch.equal(samples[0], samples[2])
+
+
+class _Stream:
+    """A stream of a device that this machine may not have."""
+
+    def __init__(self, *_):
+        pass
+
+    def wait_stream(self, _):
+        pass
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "bart"])
+def test_an_offloaded_cache_generates_as_any_other(name, monkeypatch):
+    monkeypatch.setattr(torch, "Stream", _Stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", _Stream)
+    model, inputs = make_model(name), make_inputs(name, batch=2, side="left" if name in DECODER else "right")
+    prompt = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    board = Switchboard(model)
+    with board.decide(random_decisions(board, 2, 7, 0)[0]):
+        for beams in (1, 3):
+            arguments = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams}
+            offloaded = model.generate(**prompt, **arguments, cache_implementation="offloaded")
+            assert torch.equal(offloaded, model.generate(**prompt, **arguments))
