@@ -21,7 +21,7 @@ from sd_gym.inference.second_answers import final_output, final_texts, generate_
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.rollout import Keep, StagedRollout
 from sd_gym.switch import FlopsModel, PassState, Switchboard, first_layer_input
-from sd_gym.switch.model_patches import ending
+from sd_gym.switch.model_patches import CONTINUOUS, ending
 
 PASS_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # inputs of a pass that a head judges
 CACHES = ("cache", "past_key_values")  # names in different versions of transformers
@@ -104,7 +104,7 @@ class Attached:
         self._owns_board, self.board = existing is None, existing or Switchboard(model)
         self._flops = FlopsModel(self.board)
         self._decisions = Decisions(self._head, self._flops)
-        methods = {"forward": self._forward, "generate": self._generate}
+        methods = {"forward": self._forward, "generate": self._generate, "init_continuous_batching": self._refused}
         self._replaced = {name: vars(model).get(name) for name in methods if hasattr(model, name)}
         compiled = {name: getattr(model, name) for name in self._replaced}  # by model.forward = torch.compile(...)
         self._inner = {name: getattr(now, "_torchdynamo_orig_callable", now) for name, now in compiled.items()}
@@ -258,6 +258,9 @@ class Attached:
         with self.board.decide(*self._of_cache[cache]):
             return self._inner["forward"](*args, **kwargs)
 
+    def _refused(self, given: dict[str, Any], *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(f"{CONTINUOUS}; call generate(), or sd_gym.detach(model) to generate densely")
+
     def _generate(self, given: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         with ending(given.get("streamer")):
             return self._decided_and_generated(given, *args, **kwargs)
@@ -348,10 +351,10 @@ class Decisions(local):
         self.resumed = np.zeros(0, dtype=np.int64)  # the switches from which these rows went on, ``[n]``
         self._lengths: tuple[Tensor, Tensor] | None = None
         self._targets: tuple[int | None, int | None] = None, None
+        self._beams = 1
         self._ranked = False
 
     def record(self, skip: NDArray, token_level: NDArray, lengths: tuple[Tensor, Tensor], ranked: bool) -> None:
-        self._beams = 1
         """Store decisions; ``lengths``: of the inputs and of the tokens that stay, each ``[n]``."""
         self.skip, self.token_level, self.went_on = skip, token_level, np.zeros(len(skip), dtype=np.bool_)
         self._lengths, self._targets, self._beams, self._ranked = lengths, (None, None), 1, ranked

@@ -17,6 +17,8 @@ from sd_gym.switch.decision import Decision, Pass
 from sd_gym.switch.sublayer_patch import SublayerPatch, is_gathering
 from sd_gym.switch.tokens import DroppedTokens, TokenPass
 
+CONTINUOUS = "continuous batching, as in generate_batch(), runs in a thread of its own, without decisions"
+
 
 @dataclass(eq=False)
 class LayerPatch:
@@ -125,6 +127,13 @@ def run_generate(scope: Scope, decision: Decision | None, inner: Callable, *args
 
 @contextmanager
 def ending(streamer: Any) -> Iterator[None]:
+def refuse_batching(decision: Decision | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Run ``model.init_continuous_batching``; ``NotImplementedError`` under a decision."""
+    if decision is not None:
+        raise NotImplementedError(f"{CONTINUOUS}; call generate(), or leave the block to generate densely")
+    return inner(*args, **kwargs)
+
+
     """End a streamer, once, if there is an error; otherwise its reader waits forever."""
     try:
         yield

@@ -9,7 +9,14 @@ from transformers import PreTrainedModel
 
 from sd_gym.switch.architectures import Architecture, Switch
 from sd_gym.switch.context import MethodPatch, Scope
-from sd_gym.switch.model_patches import LayerPatch, expand_inputs, run_decoder, run_encoder, run_generate
+from sd_gym.switch.model_patches import (
+    LayerPatch,
+    expand_inputs,
+    refuse_batching,
+    run_decoder,
+    run_encoder,
+    run_generate,
+)
 from sd_gym.switch.sublayer_patch import Place, SublayerPatch
 
 At = tuple[str, int]  # stack and index of a layer
@@ -56,9 +63,12 @@ class Patches:
             for name, run in (("encoder", run_encoder), ("decoder", run_decoder)):
                 self.for_stacks.append(self._add(model.base_model.get_submodule(name), "forward", run))
         if hasattr(model, "generate"):
-            generate = partial(run_generate, scope)
-            for name, run in (("generate", generate), ("_expand_inputs_for_generation", expand_inputs)):
-                self.for_generating.append(self._add(model, name, run))
+            generating: dict[str, Callable[..., Any]] = {
+                "generate": partial(run_generate, scope),
+                "_expand_inputs_for_generation": expand_inputs,
+                "init_continuous_batching": refuse_batching,
+            }
+            self.for_generating += [self._add(model, name, run) for name, run in generating.items()]
         first_stack = architecture.stacks[0].name
         self._for_tokens = [number for (stack, _), number in self.of_layer.items() if stack == first_stack]
         self._for_tokens += self.for_stacks

@@ -77,3 +77,13 @@ def test_gradients_reach_the_encoder_after_a_pass_without_them(name):
         gradients.append([p.grad for path, p in model.named_parameters() if "encoder." in path and p.grad is not None])
     assert gradients[0]
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+def test_continuous_batching_is_refused_under_a_decision():
+    model = make_model("llama")
+    board = Switchboard(model)
+    with (
+        board.decide(mixed(board, 1)),
+        pytest.raises(NotImplementedError, match=r"generate_batch\(\).*without decisions; call generate\(\)"),
+    ):
+        model.init_continuous_batching()  # as generate_batch() does
