@@ -48,9 +48,9 @@ class Plan:
 
     batch: int  # rows that are decided on; 1 stands for all rows of any batch
     tag: bytes  # identifies the decision
-    # Rows that run, int64 ``[kept]`` on the model's device (``None``: all), by how often ``generate()`` repeats each
-    # row, and by switch.
-    rows: dict[int, list[Tensor | None]]
+    rows: list[Tensor | None]  # rows that run, int64 ``[kept]``, by switch; ``None``: all
+    # ``rows``, by how often ``generate()`` repeats each row, and by device.
+    copies: dict[tuple[int, torch.device], list[Tensor | None]]
     empty: frozenset[int]  # numbers of the switches that no row runs
     idle: frozenset[tuple[str, int]]  # stack and index of each layer that is skipped as a whole
     needs: tuple[int, ...]  # numbers of the patches that it needs
@@ -68,19 +68,19 @@ class Plan:
         for number, part in zip(mixed.tolist(), parts, strict=False):
             rows[number] = part
         empty = frozenset(np.flatnonzero(counts == 0).tolist())
-        return cls(len(skip), skip.tobytes(), {1: rows}, empty, idle, needs)
+        return cls(len(skip), skip.tobytes(), rows, {(1, device): rows}, empty, idle, needs)
 
-    def repeated(self, repeats: int) -> list[Tensor | None]:
-        """``rows`` of a batch in which each row is repeated."""
-        if repeats not in self.rows:
+    def repeated(self, repeats: int, device: torch.device) -> list[Tensor | None]:
+        """``rows`` of a batch in which each row is repeated, on a device."""
+        key = repeats, device
+        if key not in self.copies:
             with torch.inference_mode(False):
-                self.rows[repeats] = [
-                    None
-                    if rows is None
-                    else (rows[:, None] * repeats + torch.arange(repeats, device=rows.device)).flatten()
-                    for rows in self.rows[1]
+                beams = torch.arange(repeats, device=device)
+                self.copies[key] = [
+                    None if rows is None else (rows.to(device)[:, None] * repeats + beams).flatten()
+                    for rows in self.rows
                 ]
-        return self.rows[repeats]
+        return self.copies[key]
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +136,7 @@ class PendingDecision:
             mask = torch.cat([mask, mask.new_zeros(batch, length - mask.shape[1])], dim=1)
         if tokens is None:
             return mask
-        index, valid = tokens.view(batch)
+        index, valid = tokens.view(hidden)
         return mask.gather(1, index) * valid
 
 
@@ -240,9 +240,9 @@ class Decision:
             "the batch, in its order, or a single row for all (only in generate() does a row stand for its beams)"
         )
 
-    def rows_of(self, number: int, total: int) -> Tensor | None:
-        """Rows of a batch of ``total`` that run switch ``number``; ``None``: all."""
-        return self.plan.repeated(self.repeats_in(total))[number]
+    def rows_of(self, number: int, hidden: Tensor) -> Tensor | None:
+        """Rows of the batch ``hidden`` that run switch ``number``, on its device; ``None``: all."""
+        return self.plan.repeated(self.repeats_in(hidden.shape[0]), hidden.device)[number]
 
 
 def replays(frame: FrameType | None) -> int:

@@ -66,7 +66,8 @@ class LayerPatch:
             raise NotImplementedError(f"{reason}; leave output_hidden_states and output_attentions out, or drop none")
         decision.repeats_in(len(hidden_states(args, kwargs)))
         additive = self.model.config._attn_implementation == "eager"  # adds its mask to the scores
-        decision.state.tokens = TokenPass(tokens, args, kwargs, additive=additive, generating=decision.generating)
+        goes_on = decision.generating and hasattr(decision.state, "tokens")
+        decision.state.tokens = TokenPass(tokens, args, kwargs, additive=additive, goes_on=goes_on)
 
     def _skipped(self, decision: Decision, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """The layer's output where no row runs any sublayer; the cache counts its positions."""
@@ -81,7 +82,7 @@ class LayerPatch:
         return hidden
 
 
-def run_encoder(decision: Decision | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+def run_encoder(scope: Scope, decision: Decision | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
     """Run the encoder of an encoder-decoder, whose output is marked with the dropped tokens; or resume after it."""
     if decision is None:
         return inner(*args, **kwargs)
@@ -89,7 +90,8 @@ def run_encoder(decision: Decision | None, inner: Callable, *args: Any, **kwargs
         output = BaseModelOutput(last_hidden_state=decision.resume_from.encoded)
     else:
         output = inner(*args, **kwargs)
-    if decision.tokens is not None:
+        decision = scope.current()  # which may have been made in this pass
+    if decision is not None and decision.tokens is not None:
         decision.tokens.mark(output[0])
     return output
 
@@ -106,7 +108,7 @@ def run_decoder(decision: Decision | None, inner: Callable, *args: Any, **kwargs
         if decision.is_at(("decoder", 0), between=True):
             decision = decision.settled(encoded, cache_among(args, kwargs))
     if decision is not None and decision.tokens is not None:
-        kwargs = decision.tokens.before_decoder(kwargs)
+        kwargs = decision.tokens.before_decoder(kwargs, generating=decision.generating)
     return inner(*args, **kwargs)
 
 
@@ -125,8 +127,6 @@ def run_generate(scope: Scope, decision: Decision | None, inner: Callable, *args
         return inner(*args, **kwargs)
 
 
-@contextmanager
-def ending(streamer: Any) -> Iterator[None]:
 def refuse_batching(decision: Decision | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
     """Run ``model.init_continuous_batching``; ``NotImplementedError`` under a decision."""
     if decision is not None:
@@ -134,6 +134,8 @@ def refuse_batching(decision: Decision | None, inner: Callable, *args: Any, **kw
     return inner(*args, **kwargs)
 
 
+@contextmanager
+def ending(streamer: Any) -> Iterator[None]:
     """End a streamer, once, if there is an error; otherwise its reader waits forever."""
     try:
         yield
@@ -148,4 +150,6 @@ def expand_inputs(decision: Decision | None, inner: Callable, *args: Any, **kwar
     """Run ``model._expand_inputs_for_generation``, whose argument is how often each row is repeated for its beams."""
     if decision is not None and decision.generating:
         decision.repeats = args[0] if args else kwargs.get("expand_size", 1)
+        if decision.tokens is not None and kwargs.get("encoder_outputs") is not None:
+            decision.tokens.check(kwargs["encoder_outputs"][0])
     return inner(*args, **kwargs)

@@ -60,7 +60,7 @@ class Patches:
                 patch = LayerPatch(model, layer, place, attentions, norms, reads_input, restores)
                 self.of_layer[place] = self._add(layer, "forward", patch.run)
         if not single:
-            for name, run in (("encoder", run_encoder), ("decoder", run_decoder)):
+            for name, run in (("encoder", partial(run_encoder, scope)), ("decoder", run_decoder)):
                 self.for_stacks.append(self._add(model.base_model.get_submodule(name), "forward", run))
         if hasattr(model, "generate"):
             generating: dict[str, Callable[..., Any]] = {

@@ -36,7 +36,7 @@ class SublayerPatch:
         if decision is None:
             return inner(*args, **kwargs)
         hidden = hidden_states(args, kwargs)
-        if decision.plan.rows[1][self.number] is None and not self._drops(decision):
+        if decision.plan.rows[self.number] is None and not self._drops(decision):
             # All rows run. The patch is here for the cache, or for a decision of another thread, which may install or
             # remove it in the middle of a sublayer.
             decision.refuse_tracing()
@@ -101,7 +101,7 @@ class SublayerPatch:
         return (self._scattered(call, output[0]) if place.last else output[0], *shared, *weights)
 
     def _call(self, decision: Decision, hidden: Tensor) -> Call:
-        return Call(hidden, decision.rows_of(self.number, hidden.shape[0]), self._drops(decision))
+        return Call(hidden, decision.rows_of(self.number, hidden), self._drops(decision))
 
     def _drops(self, decision: Decision) -> bool:
         """Whether it attends to an input from which tokens are dropped."""
@@ -155,9 +155,9 @@ class SublayerPatch:
             bias = None
             if module.has_relative_attention_bias:
                 length, past = _query_length(decision, call), layer.length if layer is not None else 0
-                bias = module.compute_bias(length, past + length, device=self.model.device, past_seen_tokens=past)
+                bias = module.compute_bias(length, past + length, device=call.hidden.device, past_seen_tokens=past)
                 if call.drops:
-                    bias = decision.state.tokens.gather_square(bias, len(call.hidden))
+                    bias = decision.state.tokens.gather_square(bias, call.hidden)
             kwargs["position_bias"] = bias
         return (kwargs["position_bias"],)
 

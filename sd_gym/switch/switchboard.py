@@ -288,7 +288,13 @@ class Switchboard:
             raise ValueError(f"keep is for {len(keep)} rows and skip for {rows}; they must agree")
         if not keep.any(axis=1).all():
             raise ValueError("keep leaves a row without any token; keep at least one per row")
-        return None if keep.all() else DroppedTokens(keep, self.architecture.causal, self.model.device)
+        return None if keep.all() else DroppedTokens(keep, self.architecture.causal, self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the model's first weights are; the CPU if they are offloaded until a pass needs them."""
+        device = self.model.device
+        return torch.device("cpu") if device.type == "meta" else device
 
     def path_of(self, switch: Switch) -> str:
         """Path of a switch's layer in the model."""
@@ -313,7 +319,7 @@ class Switchboard:
         self, skip: np.ndarray, drops: bool, resumes: int | None = None, device: torch.device | None = None
     ) -> Plan:
         """The plan of ``skip``, bool ``[batch, switches]``; for ``drops`` and ``resumes`` see ``Patches.needs``."""
-        device = self.model.device if device is None else device  # slow, as the model searches its parameters
+        device = self._device if device is None else device  # slow, as the model searches its parameters
         key = skip.tobytes(), len(skip), drops, resumes, device
         plan = self._plans.get(key)
         if plan is None:

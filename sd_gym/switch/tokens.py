@@ -117,35 +117,42 @@ class DroppedTokens:
         self.tag = keep.tobytes()  # identifies the kept tokens
         # After its kept tokens, each row has some of its dropped tokens as padding, which is never attended to.
         order = np.argsort(~keep, axis=1, kind="stable")[:, : self.kept]
-        self._index = torch.from_numpy(order).to(device)
-        self._valid = torch.from_numpy(np.arange(self.kept) < counts[:, None]).to(device)
+        self._pair = (
+            torch.from_numpy(order).to(device),
+            torch.from_numpy(np.arange(self.kept) < counts[:, None]).to(device),
+        )
         self.ragged = bool(counts.min() < self.kept)  # whether the rows keep different numbers of tokens
-        self._views: dict[int, tuple[Tensor, Tensor]] = {1: (self._index, self._valid)}
+        self._views = {(1, device): self._pair}
 
-    def view(self, total: int) -> tuple[Tensor, Tensor]:
-        """Indices and validity ``[total, kept]`` for a batch in which each row is repeated ``total / batch`` times."""
-        repeats = total // self.batch
-        if repeats not in self._views:
-            pair = (self._index.repeat_interleave(repeats, dim=0), self._valid.repeat_interleave(repeats, dim=0))
-            self._views[repeats] = pair
-        return self._views[repeats]
+    def view(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices and validity ``[total, kept]``, on the device of ``hidden [total, ...]``, where rows are repeated."""
+        key = len(hidden) // self.batch, hidden.device
+        if key not in self._views:
+            index, valid = (values.to(key[1]).repeat_interleave(key[0], dim=0) for values in self._pair)
+            self._views[key] = index, valid
+        return self._views[key]
 
     def mark(self, encoded: Tensor) -> None:
         """Mark an encoder's output with the tokens that it was computed from."""
         vars(encoded)["_kept_tokens"] = self.tag
 
-    def before_decoder(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def check(self, encoded: Tensor) -> None:
+        """Raise ``ValueError`` if an encoder's output has not the mark of these tokens."""
+        if getattr(encoded, "_kept_tokens", None) != self.tag:
+            raise ValueError(
+                f"the encoder's output has {encoded.shape[1]} tokens and was made under another decision than the one "
+                f"in force, which keeps up to {self.kept}, or is a copy; run the encoder under the same keep as the "
+                "decoder, and pass its output on as it is"
+            )
+
+    def before_decoder(self, kwargs: dict[str, Any], *, generating: bool) -> dict[str, Any]:
         """Arguments of a decoder, with the mask of the encoder's shorter output."""
         encoded = kwargs.get("encoder_hidden_states")
         if encoded is None:
             return kwargs
-        tag = getattr(encoded, "_kept_tokens", self.tag)  # an expanded or copied output has no mark
-        if encoded.shape[1] != self.kept or tag != self.tag:
-            raise ValueError(
-                f"the encoder's output has {encoded.shape[1]} tokens and was made under another decision than the one "
-                f"in force, which keeps up to {self.kept}; run the encoder under the same keep as the decoder"
-            )
-        index, valid = self.view(len(encoded))
+        if not generating:  # generate() repeats the output for its beams, which has no mark then
+            self.check(encoded)
+        index, valid = self.view(encoded)
         mask = kwargs.get("encoder_attention_mask")
         if mask is not None:
             mask = mask.gather(1, index) * valid
@@ -157,38 +164,38 @@ class DroppedTokens:
 class TokenPass:
     """One forward pass that drops tokens; it reads the shapes from the first layer's ``args`` and ``kwargs``.
 
-    ``additive``: whether the attention adds its mask to the scores; ``generating``: whether ``generate()`` runs. Raises
-    ``ValueError`` if the input has another length than ``tokens``.
+    ``additive``: whether the attention adds its mask to the scores; ``goes_on``: whether ``generate()`` has read the
+    prompt, so what it has written may follow. Raises ``ValueError`` if the input has another length than ``tokens``.
     """
 
     def __init__(
-        self, tokens: DroppedTokens, args: tuple, kwargs: dict[str, Any], *, additive: bool, generating: bool
+        self, tokens: DroppedTokens, args: tuple, kwargs: dict[str, Any], *, additive: bool, goes_on: bool
     ) -> None:
         hidden = hidden_states(args, kwargs)
-        total, self.query_length = hidden.shape[:2]  # positions of the pass, dropped ones included
+        self.query_length = hidden.shape[1]  # positions of the pass, dropped ones included
         self._tokens, self._additive = tokens, additive
-        self._whole = self.query_length >= tokens.length  # otherwise a decoding step, and the cache holds the prompt
         cache = cache_among(args, kwargs)
         past = cache.get_seq_length() if cache is not None else 0
-        fits = past >= tokens.length if past else self.query_length == tokens.length or (generating and self._whole)
-        if not fits:
+        self._whole = not past  # otherwise the cache holds the input, and the pass a step or another turn
+        before = past or self.query_length
+        if not (before >= tokens.length if past or goes_on else before == tokens.length):
             raise ValueError(
                 f"tokens are dropped from inputs of {tokens.length} tokens, but the model got {self.query_length}"
                 + (f" after {past} in its cache" if past else "")
                 + "; keep needs one column per token of the padded input (1 at padding and at an answer after a prompt)"
             )
         self._keys = past + self.query_length
-        self._index_of_keys, self._valid_keys = self._extended(total, self._keys)
+        self._index_of_keys, self._valid_keys = self._extended(hidden, self._keys)
         self._memo: list[tuple[Tensor, Tensor]] = []
         # Without padding, models omit the mask; rows that keep different numbers of tokens need one.
         self._own_mask = None
         if tokens.ragged:
             self._own_mask = self._make_mask(self._index_of_keys, self._valid_keys, hidden.dtype)
 
-    def gather_square(self, values: Tensor, total: int) -> Tensor:
+    def gather_square(self, values: Tensor, hidden: Tensor) -> Tensor:
         """Rows and columns of kept tokens of ``[1 or total, heads, query, query]``: ``[total, heads, kept, kept]``."""
-        index = self._extended(total, self.query_length)[0]
-        compact = _take(_take(values.expand(total, -1, -1, -1), index, -1), index, -2)
+        index = self._extended(hidden, self.query_length)[0]
+        compact = _take(_take(values.expand(len(hidden), -1, -1, -1), index, -1), index, -2)
         self._memo.append((compact, compact))  # later layers get it unchanged
         return compact
 
@@ -216,17 +223,19 @@ class TokenPass:
         if not self._whole:
             return output
         hidden = output[0] if isinstance(output, tuple) else output
-        index = self._index_of_keys[:, :, None].expand_as(hidden)
-        kept = hidden.masked_fill(~self._valid_keys[:, :, None], 0) if self._tokens.ragged else hidden
-        full = hidden.new_zeros(len(hidden), self.query_length, hidden.shape[-1]).scatter(1, index, kept)
+        index, valid = (of_keys.to(hidden.device)[:, :, None] for of_keys in (self._index_of_keys, self._valid_keys))
+        kept = hidden.masked_fill(~valid, 0) if self._tokens.ragged else hidden
+        full = hidden.new_zeros(len(hidden), self.query_length, hidden.shape[-1]).scatter(
+            1, index.expand_as(hidden), kept
+        )
         return (full, *output[1:]) if isinstance(output, tuple) else full
 
-    def _extended(self, total: int, positions: int) -> tuple[Tensor, Tensor]:
+    def _extended(self, hidden: Tensor, positions: int) -> tuple[Tensor, Tensor]:
         """Indices and validity of the kept ones among ``positions``; generated tokens are always kept."""
-        index, valid = self._tokens.view(total)
+        index, valid = self._tokens.view(hidden)
         if positions == self._tokens.length:
             return index, valid
-        new = torch.arange(self._tokens.length, positions, device=index.device).expand(total, -1)
+        new = torch.arange(self._tokens.length, positions, device=index.device).expand(len(hidden), -1)
         return torch.cat([index, new], dim=1), torch.cat([valid, torch.ones_like(new, dtype=torch.bool)], dim=1)
 
     def _make_mask(self, index: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,6 @@
 """A decision is for the rows and the pass that it was made for, whatever runs the model."""
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -7,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sd_gym.switch import Switchboard
 from tests.conftest import make_inputs, make_model
-from tests.switch.conftest import logits, mixed
+from tests.switch.conftest import logits, mixed, random_decisions
 
 
 @torch.inference_mode()
@@ -141,3 +142,17 @@ def test_checkpointing_by_hand_around_a_model_under_a_decision_is_refused(kind, 
     output = replayed(inside)
     output.pow(2).sum().backward()
     torch.testing.assert_close(embedded.grad, expected)
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "llama"])
+def test_offloaded_weights_are_switched_as_others(kind):
+    model, inputs = make_model(kind), make_inputs(kind)
+    board = Switchboard(model)
+    skip, keep = random_decisions(board, 5, 7, 0)
+    expected = [logits(board, skip, inputs, kept) for kept in (None, keep)]
+    board.remove()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    board = Switchboard(model)
+    assert model.device.type == "meta"
+    for kept, logits_of_kept in zip((None, keep), expected, strict=True):
+        assert torch.equal(logits(board, skip, inputs, kept), logits_of_kept)

@@ -16,7 +16,7 @@ from sd_gym.switch import (
     rarity_scores,
 )
 from tests.conftest import DECODER, ENCODER_DECODER, TINY, make_inputs, make_model, row_of
-from tests.switch.conftest import fresh_cache
+from tests.switch.conftest import fresh_cache, mixed
 
 
 @given(length=st.integers(1, 12), share=st.floats(0, 0.99), seed=st.integers(0, 1000), droppable=st.floats(0, 1))
@@ -170,3 +170,50 @@ def test_tokens_to_keep_stay_the_same_in_a_loop_of_decoding(name, cached):
     dense = model.get_encoder()(inputs["input_ids"], attention_mask=inputs["attention_mask"])
     with board.decide(skip, keep), pytest.raises(ValueError, match="run the encoder under the same keep"):
         model(**{**step, "encoder_outputs": dense, "cache": None})
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", DECODER)
+@torch.inference_mode()
+def test_a_later_turn_may_be_longer_than_the_input_whose_tokens_were_dropped(name, attention):
+    model = make_model(name, attention)
+    ids = make_inputs(name, batch=2, source=12)["input_ids"]
+    board = Switchboard(model)
+    skip, keep = mixed(board, 2), np.ones((2, 5), int)
+    keep[0, 1:3] = keep[1, 2] = 0
+    logits = []
+    with board.decide(skip, keep):
+        for parts in ([7], [1] * 7):
+            cache = fresh_cache(name)
+            turns = [model(part, cache=cache, use_cache=True).logits for part in ids.split([5, *parts], dim=1)]
+            logits.append(torch.cat(turns[1:], dim=1))
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_keep_that_is_narrower_than_the_prompt_is_refused(use_cache):
+    model, keep = make_model("llama"), np.array([[1, 0, 1, 1, 1]])
+    board = Switchboard(model)
+    with board.decide(np.zeros((1, len(board))), keep), pytest.raises(ValueError, match=r"of 5 tokens.*got 7; keep"):
+        model.generate(torch.full((1, 7), 5), max_new_tokens=2, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODER)
+@torch.inference_mode()
+def test_an_encoder_that_dropped_no_tokens_is_refused_where_one_row_keeps_all(name):
+    """Its output has the expected length, but other positions."""
+    model, inputs = make_model(name), make_inputs(name, batch=2)
+    board = Switchboard(model)
+    skip, keep = np.zeros((2, len(board)), int), np.ones((2, 7), int)
+    keep[1, 1:4] = 0
+    decoder = {"attention_mask": inputs["attention_mask"]}
+    dense = model.get_encoder()(inputs["input_ids"], **decoder)
+    write = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
+    with board.decide(skip, keep):
+        own = model.get_encoder()(inputs["input_ids"], **decoder)
+        expected = model.generate(inputs["input_ids"], **decoder, **write)
+        assert torch.equal(model.generate(encoder_outputs=own, **decoder, **write), expected)
+        with pytest.raises(ValueError, match="run the encoder under the same keep"):
+            model.generate(encoder_outputs=dense, **decoder, **write)
+        with pytest.raises(ValueError, match="run the encoder under the same keep"):
+            model(encoder_outputs=dense, decoder_input_ids=inputs["decoder_input_ids"], **decoder)
