@@ -53,7 +53,7 @@ def tabulate(
             "(the env's), codebook:FILE [default: all if there are at most 4,096, otherwise random:64]."
         ),
     ] = [],
-    instances: Annotated[int | None, Option(min=1, help="Largest number of instances per split.")] = None,
+    instances: Annotated[int | None, Option(min=1, help="Use the first so many instances of each split.")] = None,
     seed: Annotated[int, Option(help="Of random:N.")] = 0,
     pca: Annotated[int | None, Option(min=1, help="Reduce observations to this many principal components.")] = None,
     share: Annotated[bool, Option(help="Leave out the data's ids, words and paths.")] = False,

@@ -134,11 +134,12 @@ class DroppedTokens:
 
     def mark(self, encoded: Tensor) -> None:
         """Mark an encoder's output with the tokens that it was computed from."""
-        vars(encoded)["_kept_tokens"] = self.tag
+        if not torch.compiler.is_compiling():  # there the decoder, in the same trace, reads what the encoder gave
+            vars(encoded)["_kept_tokens"] = self.tag
 
     def check(self, encoded: Tensor) -> None:
         """Raise ``ValueError`` if an encoder's output has not the mark of these tokens."""
-        if getattr(encoded, "_kept_tokens", None) != self.tag:
+        if not torch.compiler.is_compiling() and getattr(encoded, "_kept_tokens", None) != self.tag:
             raise ValueError(
                 f"the encoder's output has {encoded.shape[1]} tokens and was made under another decision than the one "
                 f"in force, which keeps up to {self.kept}, or is a copy; run the encoder under the same keep as the "

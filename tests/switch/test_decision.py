@@ -38,16 +38,18 @@ def test_a_single_row_of_decisions_stands_for_all(name):
 def test_compiled_models_follow_decisions(kind, attention):
     model, inputs = make_model(kind, attention), make_inputs(kind)
     board = Switchboard(model)
-    decisions = [mixed(board, 5, seed) for seed in range(2)]
+    keep = np.random.default_rng(0).random((5, 7)) < 0.7
+    keep[:, 0] = True
+    decisions = [(mixed(board, 5, seed), kept) for seed, kept in enumerate((None, keep))]
     with torch.inference_mode():
         dense = model(**inputs).logits
-        expected = [logits(board, skip, inputs) for skip in decisions]
+        expected = [logits(board, skip, inputs, kept) for skip, kept in decisions]
         torch.compiler.reset()
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         for _ in range(2):
             assert torch.equal(compiled(**inputs).logits, dense)
-            for skip, right in zip(decisions, expected, strict=True):
-                with board.decide(skip):
+            for (skip, kept), right in zip(decisions, expected, strict=True):
+                with board.decide(skip, kept):
                     assert torch.equal(compiled(**inputs).logits, right)
 
 
