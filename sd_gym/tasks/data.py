@@ -120,8 +120,8 @@ def load_split(
         if fields is None:
             instances.left_out += 1
             continue
-        options = {"difficulty": _difficulty(fields.get("difficulty"), origin)}
-        options["unanswerable"] = data.unanswerable or not labelled  # the answer is not known yet
+        unanswerable = data.unanswerable or not labelled  # the answer is not known yet
+        options = {"difficulty": _difficulty(fields.get("difficulty"), origin), "unanswerable": unanswerable}
         instances.append(family.instance(fields, f"{split}-{number}", origin, **options))
         instances.rows.append(position)
     if not instances:
