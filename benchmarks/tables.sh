@@ -46,10 +46,3 @@ awk -F'"document": "|", "summary"' '!seen[$2]++' "$DATA/rnnlg/train.jsonl" > rnn
 sd-gym tabulate SD/Summarization-Custom-v0 --output table-rnnlg --decisions codebook:envs_configs/tables/summarization-rnnlg/codebook.json \
   --instances 2500 --pca 64 --share --references --set backbone=pegasus-rnnlg --set dataset=rnnlg-unique "${rnnlg[@]}" \
   --set "splits={train: 'train[:10540]', validation: 'train[10540:12290]', test: 'train[12290:]'}"
-
-# Not in the package: quality is ROUGE of the generated text (docs/results_answer.md). No mask skips more than two decoder layers.
-python -c "import json, sys; masks = [m for m in json.load(sys.stdin) if sum(m[8:20]) <= 6]; json.dump(masks, sys.stdout)" \
-  < envs_configs/tables/summarization-rnnlg/codebook.json > masks-rouge.json
-sd-gym tabulate SD/Summarization-Custom-v0 --output table-rouge --decisions codebook:masks-rouge.json --instances 2500 --pca 32 --share \
-  --set "stages=[first, answer]" --set backbone=pegasus-rnnlg --set dataset=rnnlg-unique "${rnnlg[@]}" --set quality=metric \
-  --set metric=rouge --set "splits={train: 'train[:10540]', validation: 'train[10540:12290]', test: 'train[12290:]'}"
