@@ -7,8 +7,9 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -126,11 +127,16 @@ def damaged_checkpoint(file: Path, error: Exception) -> str:
 def written(path: str | Path) -> tuple[tuple[str, int, int], ...]:
     """Name, time and size of a file, or of each file in a folder; the value changes when one of them is written again.
 
-    Empty if there is none, as for an id of the Hugging Face hub.
+    Of the folders in it ``data`` counts alone, where copies of hub data sets have their files. Empty if there is none,
+    as for an id of the Hugging Face hub.
     """
-    path = Path(path)
-    files = [file for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()]
-    return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    path, found = Path(path), []
+    for file in sorted([*path.glob("*"), *path.glob("data/*")]) if path.is_dir() else [path]:
+        with suppress(FileNotFoundError):  # another program may have removed it
+            status = file.stat()
+            if S_ISREG(status.st_mode):
+                found.append((file.name, status.st_mtime_ns, status.st_size))
+    return tuple(found)
 
 
 def sha256(file: Path) -> str:

@@ -237,10 +237,7 @@ class Scoring:
             return {}
         of_texts = METRICS.find(name).of_texts
         if of_texts or self._head.gives != "label":  # accuracy of a class's name as a text
-            references, compared = (
-                [self._instances[row].references for row in rows],
-                name if of_texts else "exact_match",
-            )
+            references = [self._instances[row].references for row in rows]
             compared = name if of_texts else "exact_match"
             means = text_metrics(compared, self._passes.answers(rows, decisions), references)
             return means if of_texts else {name: means["exact_match"]}

@@ -291,7 +291,8 @@ class Batcher:
         for entry, answer in zip(group, answers, strict=True):
             entry.finish(answer)
         now = loop.time()
-        self._dial.answered(point, sum(row.is_dialled for row in rows))
+        answered = (row for row, answer in zip(rows, answers, strict=True) if not isinstance(answer, Exception))
+        self._dial.answered(point, sum(row.is_dialled for row in answered))
         if not any(isinstance(answer, Exception) for answer in answers):
             key, tokens = self._size(group, point)
             pace = (now - started) / tokens

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from sd_gym.switch.architectures import Switch, UnsupportedArchitectureError, architecture_of
+from sd_gym.switch.architectures import Switch, architecture_of
 from sd_gym.switch.cache import restore_layers
 from sd_gym.switch.context import Block, Scope, StaleBoardError
 from sd_gym.switch.decision import Decision, PendingDecision, Plan
@@ -72,11 +72,6 @@ class Switchboard:
         self.model = model
         self.architecture = architecture_of(model.config.model_type)
         stacks = self.architecture.stacks
-        if getattr(model.config, "is_decoder", False) and stacks[-1].name == "encoder":
-            raise UnsupportedArchitectureError(
-                f"a {type(model).__name__} with is_decoder=True is not supported: a {model.config.model_type} is "
-                "switched as an encoder; take a decoder-only model"
-            )
         self.switches = [
             Switch(f"{stack.name}.{index}.{sublayer.kind}", stack.name, index, layer, sublayer, stack is stacks[0])
             for stack in stacks
@@ -288,7 +283,8 @@ class Switchboard:
             raise ValueError(f"keep is for {len(keep)} rows and skip for {rows}; they must agree")
         if not keep.any(axis=1).all():
             raise ValueError("keep leaves a row without any token; keep at least one per row")
-        return None if keep.all() else DroppedTokens(keep, self.architecture.causal, self._device)
+        causal = self.architecture.causal or getattr(self.model.config, "is_decoder", False)  # BERT may decode
+        return None if keep.all() else DroppedTokens(keep, causal, self._device)
 
     @property
     def _device(self) -> torch.device:

@@ -141,9 +141,9 @@ class DroppedTokens:
         """Raise ``ValueError`` if an encoder's output has not the mark of these tokens."""
         if not torch.compiler.is_compiling() and getattr(encoded, "_kept_tokens", None) != self.tag:
             raise ValueError(
-                f"the encoder's output has {encoded.shape[1]} tokens and was made under another decision than the one "
-                f"in force, which keeps up to {self.kept}, or is a copy; run the encoder under the same keep as the "
-                "decoder, and pass its output on as it is"
+                f"the encoder's output, of {encoded.shape[1]} tokens, was made under another decision than the one in "
+                f"force, which keeps up to {self.kept}, was copied, or comes from an encoder that was compiled alone; "
+                "run the encoder under the same keep as the decoder, and pass its output on as it is"
             )
 
     def before_decoder(self, kwargs: dict[str, Any], *, generating: bool) -> dict[str, Any]:

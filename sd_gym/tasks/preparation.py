@@ -46,6 +46,7 @@ from sd_gym.version import __version__
 CUT_OFF = "preparing.json"  # has the settings while a preparation runs
 BACKBONE_ROWS = 0.6  # share of the training split
 HELD_OUT = 2000  # the most rows that it is validated on
+SHARED = 0.05  # share of rows that other data sets may have in common
 
 OnStep = Callable[[int, dict[str, float]], None]
 
@@ -232,7 +233,8 @@ def _parts(
     train, logits = splits["train"], skip_logits or {}
     known = backbone_rows(backbone)
     own = np.isin(row_hashes(train), known)
-    if 2 * own.sum() <= len(known):  # it was not prepared before, or on other data, which may share some rows
+    # It was not prepared before, or on other data, which may share some rows.
+    if 2 * own.sum() <= len(known) and own.mean() < SHARED:
         own |= backbone_part(train, rows)
 
     def part(positions: NDArray) -> tuple[Instances, NDArray | None]:

@@ -185,18 +185,18 @@ def test_what_was_left_out_and_cut_is_reported(tmp_path, tiny_backbone):
     assert counted.items() <= report["rows"]["held out"].items()
 
 
-def test_other_data_that_share_a_row_are_divided_anew(tmp_path, tiny_backbone):
-    folder, used = tiny_backbone, []
-    for number, words in enumerate((range(40), range(39, 79))):  # row 39 is in both
-        rows = [{"text": f"the food was good {word}", "label": word % 2} for word in words]
-        (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        data = DataConfig(dataset=str(tmp_path / f"{number}.jsonl"))
-        backbone = BackboneConfig(name=str(folder), max_source_length=16)
-        folder = tmp_path / f"prepared-{number}"
-        report = prepare_backbone(backbone, data, "classification", folder, Recipe(1), rows=0.5)
-        used.append(report["rows"]["backbone"]["instances"])
-    assert used[0] == 16
-    assert used[1] in (16, 17)
+def test_prepared_again_a_part_of_the_data_keeps_its_rows_and_other_data_are_divided_anew(tmp_path, tiny_backbone):
+    def prepared(backbone, words, name, rows):
+        lines = [json.dumps({"text": f"the food was good {word}", "label": word % 2}) + "\n" for word in words]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+        data = DataConfig(dataset=str(tmp_path / f"{name}.jsonl"))
+        given = BackboneConfig(name=str(backbone), max_source_length=16)
+        report = prepare_backbone(given, data, "classification", tmp_path / name, Recipe(1), rows=rows)
+        return report["rows"]["backbone"]["instances"]
+
+    assert prepared(tiny_backbone, range(40), "first", 0.5) == 16  # of 32 in the training split
+    assert prepared(tmp_path / "first", range(39, 79), "other", 0.5) in (16, 17)  # they share one row
+    assert prepared(tmp_path / "first", range(20), "part", 1.0) < 16
 
 
 def test_rows_to_validate_on_are_from_the_whole_of_a_sorted_file(tmp_path, monkeypatch):

@@ -46,8 +46,11 @@ class Seq2SeqHead(Head):
         targets = tokenizer(text_target=texts, truncation=True, max_length=longest)
         tokens, cut = targets.input_ids, was_cut(targets, longest)
         for row in [number for number, instance in enumerate(instances) if instance.is_cut]:
-            whole = tokenizer(text_target=texts[row], truncation=True, max_length=longest + 1).input_ids
-            tokens[row], cut[row] = whole[:-1] or whole, True
+            limit = longest + tokenizer.num_special_tokens_to_add()
+            whole = tokenizer(text_target=texts[row], truncation=True, max_length=limit).input_ids
+            while len(whole) > 1 and whole[-1] in tokenizer.all_special_ids:
+                whole.pop()
+            tokens[row], cut[row] = whole[:longest], True
         return padded_targets(tokens, cut)
 
     def _further_inputs(self, encoded: Encoded, indices: NDArray) -> dict[str, Tensor]:
