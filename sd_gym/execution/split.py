@@ -88,7 +88,7 @@ class BackboneSplit:
         self.difficulty = np.array([instance.difficulty for instance in instances])
 
     def _check_output(self) -> None:
-        """Raise ValueError if the backbone's head cannot do the task, or not as ``backbone.answers`` says."""
+        """Raise ValueError if the head cannot do the task as ``backbone.answers`` says, or have its metric."""
         config, name, gives = self.config, self.reading.name, self.head.gives
         if gives not in self.task.gives:
             needed = f"{config.task} needs a {' or a '.join(self.task.gives)}"

@@ -138,7 +138,7 @@ class DroppedTokens:
             vars(encoded)["_kept_tokens"] = self.tag
 
     def check(self, encoded: Tensor) -> None:
-        """Raise ``ValueError`` if an encoder's output has not the mark of these tokens."""
+        """Raise ``ValueError`` if an encoder's output lacks the mark of these tokens."""
         if not torch.compiler.is_compiling() and getattr(encoded, "_kept_tokens", None) != self.tag:
             raise ValueError(
                 f"the encoder's output, of {encoded.shape[1]} tokens, was made under another decision than the one in "

@@ -117,7 +117,7 @@ def _f1(predictions: NDArray, labels: NDArray) -> float:
     """F1 of class 1, as GLUE defines it; other classes are the others."""
     from sklearn.metrics import f1_score
 
-    return float(f1_score(labels == 1, predictions == 1, zero_division=0))  # pyright: ignore[reportArgumentType]  (sic)
+    return float(f1_score(labels == 1, predictions == 1, zero_division=0))  # pyright: ignore[reportArgumentType]  (0 is right, too)
 
 
 def _matthews(predictions: NDArray, labels: NDArray) -> float:

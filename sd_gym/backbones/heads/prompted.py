@@ -71,6 +71,7 @@ class PromptedHead(Seq2SeqHead):
                 f"expected max_target_length above {len(end)}, the tokens of the stop, got {backbone.max_target_length}"
             )
         tokens = tokenizer([f" {instance.target}" for instance in instances], add_special_tokens=False).input_ids
+        # An empty text keeps its end: an answer is compared in one token at least.
         endless = [instance.is_cut and len(ids) > 0 for instance, ids in zip(instances, tokens, strict=True)]
         answers = [
             ids[: backbone.max_target_length] if has_no_end else [*ids[:room], *end]

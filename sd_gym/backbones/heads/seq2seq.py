@@ -48,7 +48,7 @@ class Seq2SeqHead(Head):
         for row in [number for number, instance in enumerate(instances) if instance.is_cut]:
             limit = longest + tokenizer.num_special_tokens_to_add()
             whole = tokenizer(text_target=texts[row], truncation=True, max_length=limit).input_ids
-            while len(whole) > 1 and whole[-1] in tokenizer.all_special_ids:
+            while len(whole) > 1 and whole[-1] in tokenizer.all_special_ids:  # mBART ends a text with two
                 whole.pop()
             tokens[row], cut[row] = whole[:longest], True
         return padded_targets(tokens, cut)
@@ -63,7 +63,7 @@ class Seq2SeqHead(Head):
         # Given labels, the model would compute a loss as well.
         decoder_input_ids = model.prepare_decoder_input_ids_from_labels(batch["labels"])
         if (start := model.generation_config.decoder_start_token_id) is not None:
-            decoder_input_ids[:, 0] = start  # mBART takes the last label, which ends no text that was cut
+            decoder_input_ids[:, 0] = start  # mBART takes the last label, but that of a cut text is a word
         return (call or model)(**model_inputs(batch), decoder_input_ids=decoder_input_ids, use_cache=False).logits
 
     def resume_points(self, board: Switchboard) -> list[int]:
