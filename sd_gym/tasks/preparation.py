@@ -354,7 +354,7 @@ def plot_preparation(report: dict[str, Any], file: Path) -> None:
         for name, marker in (("before", "s"), ("after", "o")):
             axes.plot([float(x) for x in values[name]], list(values[name].values()), marker=marker, label=name)
         axes.set(xlabel=label, ylabel=f"{report['measure']}, held-out rows")
-        axes.legend(loc="lower left")
+        axes.legend()
     by_step.plot([row["step"] for row in report["validation"]], [row["quality"] for row in report["validation"]], "o-")
     by_step.set(xlabel="step", ylabel=f"{report['measure']} under random decisions")
     for axes in (*curves, by_step):
