@@ -37,6 +37,7 @@ from sd_gym.policy import HIDDEN, DecisionPolicy, blinded
 from sd_gym.policy.observations import to_tensors
 
 ORDER_INSTANCES = 1000  # for the search of the path
+NETWORKS = 5  # that foresee the risk, each with other rows held out; the mean of their predictions is less chance
 PRICES = 2.0 ** (np.arange(-6, 4) / 3)  # prices of a lost instance over the env's own, with several stages
 Loss = Callable[[Tensor | slice], Tensor]  # of some instances
 SURE = 6.0  # highest log-odds of skipping, so that learning can still change decisions in a warm start
@@ -84,8 +85,8 @@ class ImitationAgent(Agent[ImitationSettings]):
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             self.network = self.new_policy().eval()
-            self.foresight = observation_layers(space, HIDDEN)
-        self._standardise_encoders(self.network, self.foresight)
+            self.foresight = [observation_layers(space, HIDDEN) for _ in range(NETWORKS)]
+        self._standardise_encoders(self.network, *self.foresight)
         self._initialise(self.network)
         self.priced: list[DecisionPolicy] = []  # with several stages, a policy per price of a lost instance
 
@@ -174,18 +175,23 @@ class ImitationAgent(Agent[ImitationSettings]):
         """
         highest = self.env.core.split("train").scoring.highest
         targets = torch.from_numpy(np.concatenate([lost, -lost], axis=1) / highest).clamp(0, 1)
-        head = nn.Linear(HIDDEN, targets.shape[1])  # it begins with the log-odds of the means
-        with torch.no_grad():
-            head.weight.zero_()
-            head.bias.copy_(targets.mean(dim=0).clamp(1e-4, 1 - 1e-4).logit())
-        network = nn.Sequential(self.foresight, head)
+        predicted = torch.zeros_like(targets)
+        for number, layers in enumerate(self.foresight):
+            head = nn.Linear(HIDDEN, targets.shape[1])  # it begins with the log-odds of the means
+            with torch.no_grad():
+                head.weight.zero_()
+                head.bias.copy_(targets.mean(dim=0).clamp(1e-4, 1 - 1e-4).logit())
+            network = nn.Sequential(layers, head)
+            order = np.roll(np.arange(len(rows)), number * len(rows) // NETWORKS)  # the first ones are held out
 
-        def loss(chosen: Tensor | slice) -> Tensor:
-            return F.binary_cross_entropy_with_logits(self._outputs(network, rows[chosen]), targets[chosen])
+            def loss(chosen: Tensor | slice, network: nn.Module = network, order: NDArray = order) -> Tensor:
+                some = order[chosen]
+                return F.binary_cross_entropy_with_logits(self._outputs(network, rows[some]), targets[some])
 
-        self._fit(network, loss, "imitation/risk_loss", len(rows), logger)
-        with torch.no_grad():
-            losing, gaining = self._outputs(network, rows).sigmoid().chunk(2, dim=1)
+            self._fit(network, loss, f"imitation/risk_loss_{number}", len(rows), logger)
+            with torch.no_grad():
+                predicted += self._outputs(network, rows).sigmoid() / NETWORKS
+        losing, gaining = predicted.chunk(2, dim=1)
         return (losing - gaining) * highest
 
     @torch.no_grad()

@@ -111,6 +111,6 @@ def test_a_run_that_begins_again_hides_what_was_there(custom, tmp_path, monkeypa
     events = plugin_event_accumulator.EventAccumulator(
         str(tmp_path / "run")
     ).Reload()  # as TensorBoard itself reads them
-    for tag in ("config/text_summary", "imitation/risk_loss", "validation/reward"):
+    for tag in ("config/text_summary", "imitation/risk_loss_0", "validation/reward"):
         steps = [event.step for event in events.Tensors(tag)]
         assert steps == sorted(set(steps)), tag

@@ -89,9 +89,23 @@ def test_where_nothing_is_foreseen_the_mean_risk_stays(env, tmp_path):
     torch.testing.assert_close(risk, torch.tensor([[0.25, -0.25]]).expand(40, 2), rtol=0, atol=2e-4)
 
 
+def test_the_networks_of_the_risk_hold_different_rows_out(env, tmp_path, monkeypatch):
+    agent, held_out = make_agent("imitation", env, epochs=1), []
+    rows, outputs = np.arange(min(40, len(env.core.split("train")))), agent._outputs
+
+    def seen(network, some):
+        held_out.extend(some if len(some) == len(rows) // 10 else [])  # no minibatch is as small
+        return outputs(network, some)
+
+    monkeypatch.setattr(agent, "_outputs", seen)
+    agent._foresee(rows, np.zeros((len(rows), 2), dtype=np.float32), configure(str(tmp_path), []))
+    assert len(set(held_out)) == len(agent.foresight) * (len(rows) // 10)
+
+
 def test_a_blind_imitation_finds_the_best_mask_of_the_path(env, tmp_path):
     agent, seen = make_agent("blind-imitation", env, epochs=200, learning_rate=0.01, weight_decay=0.0), []
-    agent.foresight.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].any().item()))
+    for network in agent.foresight:
+        network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].any().item()))
     agent.learn(1, configure(str(tmp_path), []), lambda rollout: None)
     assert seen
     assert not any(seen)
