@@ -187,7 +187,7 @@ class Selection:
         """The points of each policy, up to the first one that is hopeless on policy rows."""
         core, few = self.core, policy_rows(self.core, FEW_ROWS)
         epsilon = core.config.reward.epsilon * (UNLABELLED if core.config.data.policy_labels == "dense" else 1)
-        rows = few if core.is_staged else policy_rows(core)
+        rows = few if core.is_staged and core.config.table is None else policy_rows(core)
         paths = []
         for _, path in groupby(points, key=lambda version: id(version if version.of is None else version.of)):
             versions = list(path)

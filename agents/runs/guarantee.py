@@ -12,17 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 POINTS = 30  # of a sequence, at most
-FINER = 2.0  # exponent of the levels: steps become shorter towards the boldest point, where losses are likely
-NOISE = 0.5  # a point is left out if a cheaper one loses less by this many standard errors
+ERRORS = 3.0  # standard errors in the bound of a loss: points that change few answers pass more tests
 
 
 def sequence(flops: NDArray, losses: NDArray, path: NDArray, most: int = POINTS) -> NDArray:
     """The order to test operating points in, from dense to bold; it is estimated on other rows than those of the tests.
 
-    The range from dense to the fewest FLOPs is cut into ``most`` levels, finer towards the end. Each level keeps the
-    point that loses least. So the first steps lose almost nothing, and the last ones are short. A point is left out if
-    a cheaper one loses less, by more than chance. Ties stay, as rows that a policy has learned on may show no loss.
-    Versions of one policy do not exclude each other: they are in order already.
+    The range from dense to the fewest FLOPs is cut into ``most`` equal levels. Each level keeps the point whose loss
+    has the lowest upper bound, as the tests ask for a bound, too (Laufer-Goldshtein et al. 2023, "Efficiently
+    controlling multiple risks with Pareto testing"). A point is left out if a cheaper one has a lower bound, by more
+    than chance. Ties stay, as rows that a policy has learned on may show no loss. Versions of one policy do not exclude
+    each other: they are in order already.
 
     Args:
         flops: Mean FLOPs over dense FLOPs, ``[points]``.
@@ -36,16 +36,16 @@ def sequence(flops: NDArray, losses: NDArray, path: NDArray, most: int = POINTS)
     cheaper = np.flatnonzero(flops < 1)
     if not len(cheaper):
         return cheaper
-    loss = losses.mean(axis=1)
+    bound = losses.mean(axis=1) + ERRORS * losses.std(axis=1) / losses.shape[1] ** 0.5
     boldness = (1 - flops[cheaper]) / (1 - flops[cheaper].min())  # 0: dense, 1: the boldest point
-    level = np.minimum(most * (1 - (1 - boldness) ** (1 / FINER)), most - 1).astype(np.int64)
-    by_level = np.lexsort((flops[cheaper], loss[cheaper], level))
+    level = np.minimum(most * boldness, most - 1).astype(np.int64)
+    by_level = np.lexsort((flops[cheaper], bound[cheaper], level))
     best = cheaper[by_level[np.unique(level[by_level], return_index=True)[1]]]  # the first one of each level
-    more = loss[best][:, None] - loss[best]  # loss of each point minus that of each other one
+    more = bound[best][:, None] - bound[best]  # bound of each point minus that of each other one
     covariance = np.atleast_2d(np.cov(losses[best], bias=True))
     variance = np.diag(covariance)
     error = np.sqrt(np.maximum(variance[:, None] + variance - 2 * covariance, 0) / losses.shape[1])
-    dominated = (more > NOISE * error) & (path[best][:, None] != path[best])
+    dominated = (more > error) & (path[best][:, None] != path[best])
     efficient: list[int] = []  # from bold to dense
     for point in reversed(range(len(best))):
         if not dominated[point, efficient].any():
