@@ -48,6 +48,8 @@ class DecisionPolicy(nn.Module):
         per_stage: Whether each of several stages has its own hidden layers.
         channels: Channels of the ``TokenEncoder``; ``None``: observations are flat.
         token_width: Width of a token, with tokens and several stages; else ``None``.
+        steps: How many steps of a path lead to the choice of each logit, so many margins it costs (``with_margin``);
+            ``None``: one for all choices but the first of a component.
 
     Attributes:
         token_encoder: From tokens to features; the identity for flat observations.
@@ -81,6 +83,7 @@ class DecisionPolicy(nn.Module):
         per_stage: bool = False,
         channels: int | None = None,
         token_width: int | None = None,
+        steps: list[int] | None = None,
     ) -> None:
         super().__init__()
         if (token_width is not None) != (channels is not None and len(stages) > 1):
@@ -92,7 +95,7 @@ class DecisionPolicy(nn.Module):
         self.nvec, self.switches = [int(size) for size in nvec], list(switches)
         self.blind, self.noise = blind, noise
         self.network, self.hidden, self.per_stage = network, hidden, per_stage
-        self.channels, self.token_width = channels, token_width
+        self.channels, self.token_width, self.steps = channels, token_width, steps
         features = observation_size
         if channels is None:
             self.token_encoder = nn.Identity()
@@ -195,12 +198,17 @@ class DecisionPolicy(nn.Module):
 
     @torch.inference_mode()
     def preference(self, observations: Observations) -> NDArray:
-        """Log-odds of each component's best choice against running, float32 ``[n, components]``.
+        """Margins at which decisions change (``with_margin``), in log-odds, float32 ``[n, margins]``.
 
-        With such a margin (``with_margin``) the component runs. Minus infinity if running is the only choice. For a
-        policy with one stage and no codebook.
+        Each component has one, that of its best choice against running, minus infinity if that is the only choice. With
+        ``steps`` each step has one, against the choice before it. For a policy with one stage and no codebook.
         """
-        choices = self._padded(self(to_tensors(observations, self.head.weight.device)))
+        logits = self(to_tensors(observations, self.head.weight.device))
+        if self.steps is not None:
+            component = np.repeat(np.arange(len(self.nvec)), self.nvec)
+            _, along = np.unique(np.stack([component, self.steps]), axis=1, return_index=True)
+            return np.diff(logits.cpu().numpy()[:, along], axis=1)[:, np.diff(component[along]) == 0]
+        choices = self._padded(logits)
         return (F.pad(choices[..., 1:], (0, 1), value=-torch.inf).amax(dim=2) - choices[..., 0]).cpu().numpy()
 
     @torch.no_grad()
@@ -215,6 +223,8 @@ class DecisionPolicy(nn.Module):
 
         At the answer stage it accepts only where it prefers accepting by as much.
         """
+        if self.steps is not None:
+            return self._preferring(np.arange(len(self.steps)), -margin * np.array(self.steps))
         cautious = np.cumsum([0, *self.nvec[:-1]])  # the first choice of each component is to run
         cautious[-1] += self.stages[-1] == ANSWER  # where the second choice is to go on
         return self._preferring(cautious, margin)
@@ -223,10 +233,10 @@ class DecisionPolicy(nn.Module):
         """A copy that accepts an answer only where it prefers accepting by more than ``margin`` in log-odds."""
         return self._preferring(np.array([-1]), margin)
 
-    def _preferring(self, choices: NDArray, margin: float) -> DecisionPolicy:
-        copy = deepcopy(self)
+    def _preferring(self, choices: NDArray, margin: float | NDArray) -> DecisionPolicy:
+        copy, bias = deepcopy(self), self.head.bias
         with torch.no_grad():
-            copy.head.bias[torch.from_numpy(choices)] += margin
+            copy.head.bias[torch.from_numpy(choices)] += torch.as_tensor(margin, dtype=bias.dtype, device=bias.device)
         return copy
 
     @torch.inference_mode()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sd_gym.agents.imitation.path_logits import component_logits, step_logits
+from sd_gym.agents.imitation.path_logits import AVOIDED, above_hull, component_logits, step_logits
 
 from sd_gym.policy import DecisionPolicy
 
@@ -34,8 +34,10 @@ def test_a_bound_on_the_logits_ends_the_path_at_the_best_mask(path, multiplier):
 
 def test_steps_that_only_pay_together_have_one_rate():
     risk = torch.tensor([[0.0, 0.10, 0.02, 0.52]])  # the second mask alone is worse than the third, which is cheaper
-    rates = step_logits(risk, torch.tensor([1.0, 0.9, 0.8, 0.3])).exp()
-    torch.testing.assert_close(rates, torch.tensor([[10.0, 10.0, 1.0]]))
+    flops = torch.tensor([1.0, 0.9, 0.8, 0.3])
+    steps = step_logits(risk, flops)
+    torch.testing.assert_close(steps.exp(), torch.tensor([[10.0, 10.0, 1.0]]))
+    torch.testing.assert_close(above_hull(risk, flops, steps), torch.tensor([[0.09, 0.0, 0.0]]))
 
 
 def test_many_instances_have_the_rates_of_each_alone(monkeypatch):
@@ -51,12 +53,18 @@ def test_a_policy_takes_the_steps_with_positive_logits(taken):
     path = np.array([[0, 0, 0], [0, 1, 0], [0, 1, 1], [1, 1, 1], [1, 1, 2]])
     steps = torch.linspace(1, -1, 4) + 0.01 + (taken - 2) * 2 / 3
     assert (steps > 0).sum() == taken
-    logits = component_logits(steps[None], path, nvec)
+    logits = component_logits(steps[None], torch.zeros(1, 4), path, nvec)
     policy = DecisionPolicy(1, nvec.tolist(), ["a", "b"])
     np.testing.assert_array_equal(policy.choose(logits)[0], path[taken])
 
 
 def test_a_step_of_several_components_raises_all_of_them():
     nvec, path = np.array([2, 2, 2, 2]), np.array([[0, 0, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]])
-    logits = component_logits(torch.tensor([[2.0, -1.0, -3.0]]), path, nvec)
+    logits = component_logits(torch.tensor([[2.0, -1.0, -3.0]]), torch.ones(1, 3), path, nvec)
     assert logits.tolist() == [[0, -1, 0, 2, 0, 2, 0, -3]]
+
+
+def test_choices_off_the_path_and_bad_ends_are_avoided():
+    path = np.array([[0], [1], [3], [4]])  # the mask of choice 2 is not on it
+    logits = component_logits(torch.ones(1, 3), torch.tensor([[0.5, 0.0, 0.0]]), path, np.array([5]))
+    assert logits.tolist() == [[0, 0.5, 1 - AVOIDED, 2, 3]]
