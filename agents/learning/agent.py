@@ -180,7 +180,9 @@ class Agent(BaseAgent[SettingsT]):
         own = self.settings if isinstance(self.settings, LearnerSettings) else LearnerSettings.model_construct()
         self._network, self._channels = own.network, own.channels
         self.per_stage = type(self).per_stage and len(env.core.stages) > 1 and self._network is None
-        self.start = None if own.start is None else self._load_start(own.start)
+        self.start: DecisionPolicy | None = None
+        if own.start is not None:
+            self.start = self._load_start(own.start)
 
     @classmethod
     def make_settings(cls, settings: dict[str, Any], blind: bool = False) -> AgentSettings:
@@ -214,7 +216,7 @@ class Agent(BaseAgent[SettingsT]):
 
     def new_policy(self, *, blind: bool | None = None, noise: Noise = "none") -> DecisionPolicy:
         """An untrained policy for this env; ``blind=None``: blind if the agent is."""
-        core, channels = self.env.core, self.channels
+        core, channels, start = self.env.core, self.channels, self.start
         width, flat = token_width(core.observation_space), flat_size(core.observation_space)
         with torch.random.fork_rng(devices=[]):  # exporting a policy does not change the agent's random state
             torch.manual_seed(self.seed)
@@ -225,6 +227,7 @@ class Agent(BaseAgent[SettingsT]):
                 blind=self.blind if blind is None else blind,
                 noise=noise,
                 network=self._network,
+                codebook=None if start is None or start.codebook is None else start.codebook.tolist(),
                 stages=core.stages,
                 per_stage=self.per_stage,
                 channels=channels,
@@ -269,11 +272,22 @@ class Agent(BaseAgent[SettingsT]):
             network.initialise(learning_bias(self.env.core, self.settings.initial_skip_rate))
 
     def _load_start(self, folder: Path) -> DecisionPolicy:
-        """The policy of a warm start; one with a single stage is converted to several."""
+        """The policy of a warm start; one with a single stage is converted to several, without an answer stage."""
         start, core = DecisionPolicy.load(folder), self.env.core
+        if start.codebook is not None and (start.noise != "none" or (start.stages == ["first"] and core.is_staged)):
+            raise ValueError(
+                f"the policy in {folder} cannot be a start here: it decides only among a few masks. Take a run of "
+                "static rather than of hull, and one that was not reduced"
+            )
+        if start.blind and not self.blind and start.head.weight.any():
+            raise ValueError(
+                f"the policy in {folder} cannot be a start here: it has learned blind, and this agent sees. Take a run "
+                "of an agent that sees, or train a blind one"
+            )
         if self.channels is not None and start.channels is not None and self._channels is None:
             self.channels = start.channels
-        if core.stages[0] == "first" and len(core.stages) > 1 and start.stages == ["first"]:
+        # What decides once has no preference at an answer.
+        if core.stages[0] == "first" and core.is_staged and not core.has_answer_stage and start.stages == ["first"]:
             self.per_stage = True
             return self._staged_start(start, folder)
         self.per_stage = start.per_stage and len(core.stages) > 1

@@ -4,10 +4,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from sd_gym.agents.experiment.run import _reduced
 from sd_gym.agents.registry import make_agent
 
 from sd_gym.policy import DecisionPolicy
-from tests.agents.conftest import STAGED, STAGES, staged_settings
+from tests.agents.conftest import STAGED, STAGES, bold, staged_settings, walked
 
 
 def test_a_warm_start_is_refined_slowly(env, tmp_path):
@@ -63,3 +64,35 @@ def test_a_start_of_one_stage_decides_nearly_as_it_did(staged_env, algo, tmp_pat
     two = gym.make_vec(STAGED, num_envs=2, **{**staged_settings(staged_env), "stages": ["encoder.1"]}).unwrapped
     with pytest.raises(ValueError, match=r"cannot be a start here: its stages is \['first'\]"):
         make_agent("ppo", two, start=tmp_path)
+
+
+@pytest.mark.parametrize("algo", ["ppo", "reinforce"])
+def test_a_start_that_decides_among_few_masks_keeps_them(staged_env, algo, tmp_path):
+    policy, core = bold(staged_env, tmp_path), staged_env.core
+    few = _reduced(policy, 2, core)
+    few.save(tmp_path)
+    wanted, came = (walked(core, one)[2] for one in (few, make_agent(algo, staged_env, start=tmp_path).policy()))
+    np.testing.assert_array_equal(came, wanted)
+    assert (walked(core, policy)[2] != wanted).any()
+
+
+def test_a_start_that_would_not_decide_as_it_did_is_refused(make_env, tmp_path):
+    env = make_env()
+    policy = make_agent("ppo", env).policy()
+    policy.save(tmp_path / "seeing")
+    policy.blind = True
+    policy.save(tmp_path / "blind")
+    make_agent("blind-ppo", env, start=tmp_path / "blind")
+    with pytest.raises(ValueError, match="it has learned blind, and this agent sees"):
+        make_agent("ppo", env, start=tmp_path / "blind")
+    with pytest.raises(ValueError, match=r"its stages is \['first'\], expected \['first', 'answer'\]"):
+        make_agent("ppo", make_env(stages=["first", "answer"]), start=tmp_path / "seeing")
+    policy.codebook, policy.blind = torch.tensor([[0] * 7, [1] * 6 + [0]]), False
+    policy.save(tmp_path / "reduced")
+    make_agent("ppo", env, start=tmp_path / "reduced")
+    with pytest.raises(ValueError, match="only among a few masks"):
+        make_agent("ppo", make_env(stages=STAGES), start=tmp_path / "reduced")
+    policy.noise = "hash"
+    policy.save(tmp_path / "mixture")
+    with pytest.raises(ValueError, match="only among a few masks"):
+        make_agent("ppo", env, start=tmp_path / "mixture")
