@@ -98,17 +98,20 @@ def searched_masks(folder: Path, nvec: NDArray) -> NDArray:
     return read_masks(file, nvec)
 
 
-def nested_path(folder: Path, nvec: NDArray) -> NDArray:
+def nested_path(folder: Path, core: Core) -> NDArray:
     """The masks of a run from dense to nothing, each skipping one candidate more than the previous one.
 
     Raises ``ValueError`` if they are no such path; see ``searched_masks``.
     """
-    masks = searched_masks(folder, nvec)
-    nothing = np.flatnonzero((masks == nvec - 1).all(axis=1))
+    masks = searched_masks(folder, core.nvec)
+    nothing = np.flatnonzero((masks == core.nvec - 1)[:, : core.n_skips].all(axis=1))
     path = masks[: nothing[0] + 1] if len(nothing) else masks[:0]
     steps = np.diff(path, axis=0)
     if len(path) < 2 or path[0].any() or (steps < 0).any() or (steps > 1).any() or not steps.any(axis=1).all():
-        raise ValueError(f"the masks in {folder} are no path from dense to nothing")
+        raise ValueError(
+            f"the masks in {folder} are no path from dense to nothing (static tries all masks where they are few). "
+            "Leave path out, and imitation searches its own"
+        )
     return path
 
 

@@ -47,8 +47,8 @@ class ImitationSettings(LearnerSettings):
     """Settings of imitation.
 
     Attributes:
-        path: Folder of a run of ``static`` or ``imitation`` whose masks are the path; ``None``: search a path on the
-            training split.
+        path: Folder of a run of ``imitation`` whose masks are the path, or of ``static`` where it does not try all
+            masks; ``None``: search a path on the training split.
         per: What a step of a searched path skips: a ``sublayer``, or a whole ``layer``.
         instances: Largest number of training instances that run under the masks of the path.
         epochs: Passes over them, for the risk and for the policy; the best epoch on a held-out tenth is used.
@@ -96,7 +96,7 @@ class ImitationAgent(Agent[ImitationSettings]):
         split = core.split("train")
         rows = np.random.default_rng(self.seed).permutation(len(split))[: self.settings.instances]
         if self.settings.path is not None:
-            self.path = nested_path(self.settings.path, core.nvec)
+            self.path = nested_path(self.settings.path, core)
         else:
             self.path = greedy_path(core, split, rows[:ORDER_INSTANCES], on_round, per=self.settings.per)
         (self._learn_stages if core.is_staged else self._learn_once)(rows, on_round, logger)

@@ -4,14 +4,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from sd_gym.agents import make_agent
-from sd_gym.agents.baselines.static import MASKS
+from sd_gym.agents.baselines.static import MASKS, nested_path
 from sd_gym.agents.experiment.run import train
 from sd_gym.agents.learning.decisions import score_decisions
 from sd_gym.agents.runs.verdict import Verdict, verdict
 from stable_baselines3.common.logger import configure
 
 import sd_gym
-from sd_gym.envs.actions import read_masks
+from sd_gym.envs.actions import read_masks, write_masks
 from tests.agents.baselines.conftest import everything, nobody
 
 
@@ -48,3 +48,15 @@ def test_a_table_of_some_masks_knows_no_layers(settings, tmp_path):
     env = gym.make_vec("SD/Table-v0", num_envs=1, table=str(tmp_path / "table")).unwrapped
     with pytest.raises(ValueError, match="per=layer"):
         make_agent("static", env, per="layer").learn(1, configure(str(tmp_path), []), nobody)
+
+
+@pytest.mark.parametrize("stages", [["first"], ["first", "encoder.1", "answer"]])
+def test_a_path_ends_where_everything_is_skipped_though_answers_are_accepted(stages, settings, tmp_path):
+    core = gym.make_vec("SD/Classification-Custom-v0", num_envs=1, **settings, stages=stages).unwrapped.core
+    skipped = np.tril(np.ones((7, 6), dtype=np.int64), -1)
+    path = np.pad(skipped, ((0, 0), (0, len(core.nvec) - 6)))
+    write_masks(np.concatenate([path, path[:3]]), tmp_path / MASKS)  # as static does, which finds another one
+    np.testing.assert_array_equal(nested_path(tmp_path, core), path)
+    write_masks(path[:-1], tmp_path / MASKS)
+    with pytest.raises(ValueError, match="Leave path out"):
+        nested_path(tmp_path, core)
