@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from sd_gym.agents.baselines.static import StaticAgent
 from sd_gym.agents.experiment.run import OnProgress, check_same_run, is_setting, split_settings, train
+from sd_gym.agents.imitation.agent import ImitationAgent
 from sd_gym.agents.registry import BLIND, agent_class, agent_names, is_control, make_settings
 from sd_gym.agents.runs.folder import STARTS, read_description
 from sd_gym.agents.runs.verdict import CONFIDENCE
@@ -119,7 +121,7 @@ def plan_comparison(
         for part in filter(None, (algo, start)):
             agent_class(part)  # raises if the name is unknown
         if start:
-            _start_key(algo)
+            _start_key(algo, start)
             names[start] = None
         names[name] = None
     of_agents = {key for name in names for key in agent_class(_parts(name)[0]).Settings.model_fields}
@@ -134,7 +136,7 @@ def plan_comparison(
                 known = agent_class(algo).Settings.model_fields
                 own = {key: value for key, value in settings.items() if is_setting(key) or key in known}
                 if start:
-                    own[_start_key(algo)] = folders[env] / f"{start}-{seed if agent_class(start).draws else 0}"
+                    own[_start_key(algo, start)] = folders[env] / f"{start}-{seed if agent_class(start).draws else 0}"
                 runs.append(PlannedRun(env, algo, folders[env] / f"{name}-{seed}", steps, seed, own, confidence))
     return runs
 
@@ -161,12 +163,16 @@ def _parts(name: str) -> tuple[str, str]:
     return algo, start
 
 
-def _start_key(algo: str) -> str:
-    """The setting that names the run that an agent starts from; raises ``ValueError`` if it has none."""
-    for key in reversed(STARTS):
+def _start_key(algo: str, start: str) -> str:
+    """The setting that names the run that an agent starts from: ``path`` if that run has masks, else ``start``.
+
+    Raises ``ValueError`` if it has no such setting.
+    """
+    has_masks = issubclass(agent_class(start), StaticAgent | ImitationAgent)
+    for key in reversed(STARTS) if has_masks else ["start"]:
         if key in agent_class(algo).Settings.model_fields:
             return key
-    raise ValueError(f"{algo} cannot start from another run")
+    raise ValueError(f"{algo} cannot start from a run of {start}")
 
 
 def _blind(algos: Sequence[str]) -> list[str]:

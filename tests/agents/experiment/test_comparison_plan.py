@@ -42,6 +42,21 @@ def test_the_plan_has_every_agent_and_control_with_the_same_seeds():
     assert warm.settings == {"start": Path("out/Classification-Custom/imitation-1")}
 
 
+@pytest.mark.parametrize(
+    ("algo", "start", "key"),
+    [
+        ("imitation", "static", "path"),
+        ("imitation", "ppo", "start"),
+        ("imitation", "blind-imitation", "path"),
+        ("hull", "imitation", "path"),
+        ("ppo", "static", "start"),
+    ],
+)
+def test_an_agent_takes_masks_from_those_who_have_them_and_weights_from_others(algo, start, key):
+    runs = plan_comparison([CUSTOM], [f"{algo}-from-{start}"], controls=False, seeds=1, output=Path("out"))
+    assert runs[-1].settings == {key: Path(f"out/Classification-Custom/{start}-0")}
+
+
 def test_an_id_with_the_module_is_the_plain_id():
     plans = [plan_comparison([env], ["ppo"], seeds=1) for env in (CUSTOM, f"sd_gym:{CUSTOM}")]
     assert plans[0] == plans[1]
@@ -60,7 +75,8 @@ def test_a_blind_agent_begins_with_what_sees_nothing_and_settings_go_to_who_has_
     [
         ({"algos": ["pp0"]}, "did you mean 'ppo'"),
         ({"algos": ["ppo-from-statc"]}, "did you mean 'static'"),
-        ({"algos": ["dense-from-static"]}, "dense cannot start from another run"),
+        ({"algos": ["dense-from-static"]}, "dense cannot start from a run of static"),
+        ({"algos": ["hull-from-ppo"]}, "hull cannot start from a run of ppo"),
         ({"envs": [CUSTOM, "SD/Clasification-Mini-v0"]}, "did you mean 'SD/Classification-Mini-v0'"),
         ({"settings": {"n_stepz": 3}}, "unknown setting 'n_stepz'"),
     ],
