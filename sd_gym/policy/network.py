@@ -288,8 +288,9 @@ class DecisionPolicy(nn.Module):
 
     @cached_property
     def _layer_flops(self) -> int:
-        body = self.body.of_stage[0] if self.per_stage else self.body  # all stages have the same layers
-        return counted_flops(nn.Sequential(body, self.head), len(self.stages), self.features)[0]
+        if self.network is None:  # selection has a policy for each mask, and counting takes milliseconds
+            return 2 * len(self.stages) * self.hidden * (self.features + self.hidden + sum(self.nvec))
+        return counted_flops(nn.Sequential(self.body, self.head), len(self.stages), self.features)[0]
 
     @property
     def flops_per_token(self) -> int:
