@@ -9,7 +9,7 @@ from torch import Tensor
 LEAST_SAVED = 1e-4  # least saving of a step, as a share of the dense FLOPs
 LEAST_RISK = 1e-6  # least risk of a step, so that the exchange rate is finite
 AVOIDED = 6.0  # log-odds against choices that should not be made
-PART = 1024  # instances per computation of exchange rates, which each have one for any two masks
+RATES = 2**22  # exchange rates per computation; each instance has one for any two masks
 
 
 def step_logits(risk: Tensor, flops: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def step_logits(risk: Tensor, flops: Tensor) -> Tensor:
     masks = torch.arange(len(flops))
     later = masks[:, None] < masks[None, :]
     slopes = []
-    for part in risk.split(PART):
+    for part in risk.split(max(1, RATES // len(flops) ** 2)):
         rate = torch.where(later, (part[:, None, :] - part[:, :, None]) / saved, torch.inf)
         # The slope of a hull by the minimax formula of isotonic regression: the maximum over the starts of a segment of
         # the minimum over its ends.

@@ -42,9 +42,23 @@ def test_steps_that_only_pay_together_have_one_rate():
 
 def test_many_instances_have_the_rates_of_each_alone(monkeypatch):
     risk, flops = torch.rand(7, 5).cumsum(dim=1), torch.linspace(1, 0, 5)
-    monkeypatch.setattr("sd_gym.agents.imitation.path_logits.PART", 3)
+    monkeypatch.setattr("sd_gym.agents.imitation.path_logits.RATES", 3 * 5**2)
     alone = torch.cat([step_logits(row[None], flops) for row in risk])
     torch.testing.assert_close(step_logits(risk, flops), alone, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("masks", [8, 512])
+def test_of_a_long_path_fewer_instances_are_computed_at_once(masks, monkeypatch):
+    sizes, inner = [], torch.where
+
+    def noting(*arguments):
+        sizes.append((rates := inner(*arguments)).numel())
+        return rates
+
+    monkeypatch.setattr(torch, "where", noting)
+    step_logits(torch.rand(20, masks), torch.linspace(1, 0.1, masks))
+    assert sum(sizes) == 20 * masks**2
+    assert max(sizes) <= 2**22
 
 
 @pytest.mark.parametrize("taken", range(5))
