@@ -72,7 +72,7 @@ def evaluate(
         **_means(core, split, scored, CONFIDENCE),
         "quality_difference_interval": difference_interval(scored["quality"], scored["quality_ref"], highest),
         "highest_quality": highest,
-        "fewest_instances": fewest_instances(epsilon, highest),
+        "fewest_instances": fewest_instances(epsilon, highest) if epsilon else None,  # None: no number is enough
         "losses_allowed": losses_allowed(len(split), epsilon, highest=highest),
         "decisions_hash": decisions_hash(decisions),
         "epsilon": epsilon,

@@ -110,9 +110,11 @@ def train(
     Raises:
         FileExistsError: If the folder holds a finished run, an interrupted one without ``resume``, or anything else;
             ``FolderInUseError`` if another process uses it.
-        ValueError: If a name or setting is unknown, the data of a split are malformed, or the run to resume is another
-            one, on other data, or damaged.
+        ValueError: If a name or setting is unknown, ``steps`` is below 1, the data of a split are malformed, or the run
+            to resume is another one, on other data, or damaged.
     """
+    if steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps}")
     env_id = plain_id(env_id)
     folder = default_folder(env_id, algo, seed) if output is None else Path(output)
     with locked(folder):

@@ -195,8 +195,11 @@ class Combinations:
         return torch.from_numpy(np.stack(columns, axis=1).astype(np.float32))
 
     def _risk(self) -> Tensor:
-        """The predicted loss of each instance under each combination; dense loses none. With tokens, the true loss."""
-        if self.embedded is not None:  # trees do not read tokens
+        """The predicted loss of each instance under each combination; dense loses none.
+
+        With tokens, which trees do not read, or with a single instance, the true loss.
+        """
+        if self.embedded is not None or len(self.rows) < 2:
             return self.outcomes.lost
         from sklearn.ensemble import HistGradientBoostingRegressor  # it takes a second to import
         from sklearn.model_selection import PredefinedSplit, cross_val_predict

@@ -47,7 +47,8 @@ def result_tables(title: str, result: dict[str, Any]) -> Iterator[RenderableType
             f"Goodput: {result['goodput']:.1%} [{low:.1%}, {high:.1%}] of the requests were answered in time, in "
             f"{result.get('episodes', 'all')} episodes."
         )
-    power = f"a verdict needs at least {result['fewest_instances']:,} instances."
+    fewest = result["fewest_instances"]
+    power = f"a verdict needs {'an epsilon above 0' if fewest is None else f'at least {fewest:,} instances'}."
     if (allowed := result["losses_allowed"]) is not None:
         answers = f"{allowed:,} answer{'s' * (allowed != 1)}"
         power = f"with at most {answers} lost and none gained, the quality is still shown to be kept."

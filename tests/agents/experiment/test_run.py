@@ -185,6 +185,21 @@ def test_the_reduced_run_stands_beside_the_one_it_was_made_of(run, tmp_path):
     assert "is not empty" in again.output
 
 
+def test_where_nothing_may_be_lost_no_number_of_instances_is_enough(tmp_path):
+    options = ["--algo", "dense", "--output", str(tmp_path / "run"), "--set", "epsilon=0"]
+    done = CliRunner().invoke(app, ["train", TREC, *options])
+    assert done.exit_code == 0, done.output
+    assert "a verdict needs an epsilon above 0." in done.output
+    text = (tmp_path / "run" / "result.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["fewest_instances"] is None
+
+
+def test_without_steps_nothing_is_learned(tmp_path):
+    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
+        train(TREC, "ppo", tmp_path / "run", steps=0)
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_decides_at_random_is_not_reduced(run, tmp_path):
     policy = DecisionPolicy.load(run)
     policy.noise = "hash"

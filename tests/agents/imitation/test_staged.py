@@ -164,3 +164,9 @@ def test_each_price_gives_an_operating_point_that_takes_only_combinations_that_w
         decisions, _ = env.core.rollout(env.core.split("train"), rows, point.policy.decide)
         for of_stage, components in zip(ways, env.core.steps.components, strict=False):
             assert {tuple(row) for row in decisions[:, components]} <= {tuple(way) for way in of_stage[:, components]}
+
+
+def test_the_risk_of_a_single_instance_is_its_loss(env):
+    core = env.core
+    known = Combinations(core, np.zeros(1, dtype=np.int64), path_of(core), lambda seen: seen, None, lambda _: None, 0)
+    assert torch.equal(known.risk, known.outcomes.lost)
