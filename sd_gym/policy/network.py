@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,22 @@ from sd_gym.policy.token_encoder import TokenEncoder, flops_per_token
 from sd_gym.registry import naming_imports
 
 HIDDEN = 64
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _deciding(method: Method) -> Method:
+    """Runs a policy's method without gradients, and in float32, in which it was tested, also under autocast."""
+
+    @wraps(method)
+    @torch.inference_mode()
+    def run(policy: DecisionPolicy, *args: Any, **kwargs: Any) -> Any:
+        device = policy._places.device.type
+        if not torch.is_autocast_enabled(device):  # much faster than a context manager
+            return method(policy, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return method(policy, *args, **kwargs)
+
+    return cast("Method", run)
 
 
 class DecisionPolicy(nn.Module):
@@ -178,13 +194,13 @@ class DecisionPolicy(nn.Module):
         chosen = torch.zeros(logits.shape[1], len(masks), device=logits.device)
         return logits @ chosen.scatter_(0, places, (masks.T >= 0).to(chosen.dtype))
 
-    @torch.inference_mode()
+    @_deciding
     def decide(self, observations: Observations | Tensor) -> NDArray:
         """Decisions, int64 ``[n, components]``, for observations ``[n, features]``, or those of ``TokenEncoder``."""
         tensors = to_tensors(observations, self.head.weight.device)
         return self.choose(with_noise(self(tensors), tensors, self.noise)).cpu().numpy()
 
-    @torch.inference_mode()
+    @_deciding
     def skip_logits(self, observations: Observations) -> NDArray:
         """Log-odds of skipping each switch, float32 ``[n, switches]``; at a stage, only its own switches count.
 
@@ -196,7 +212,7 @@ class DecisionPolicy(nn.Module):
         choices = self._padded(self(to_tensors(observations, self.head.weight.device)))[:, : len(self.switches)]
         return (choices[..., 1] - choices[..., 0]).cpu().numpy()
 
-    @torch.inference_mode()
+    @_deciding
     def preference(self, observations: Observations) -> NDArray:
         """Margins at which decisions change (``with_margin``), in log-odds, float32 ``[n, margins]``.
 
@@ -239,7 +255,7 @@ class DecisionPolicy(nn.Module):
             copy.head.bias[torch.from_numpy(choices)] += torch.as_tensor(margin, dtype=bias.dtype, device=bias.device)
         return copy
 
-    @torch.inference_mode()
+    @_deciding
     def reduced(
         self, size: int, observations: Observations, components: Sequence[NDArray] | None = None
     ) -> DecisionPolicy:

@@ -94,3 +94,19 @@ def test_a_codebook_is_saved_and_checked(tmp_path):
         small.skip_logits(seen)
     with pytest.raises(ValueError, match="at least one decision"):
         policy.reduced(0, seen)
+
+
+@pytest.mark.parametrize("kind", ["plain", "codebook", "per stage", "tokens"])
+def test_under_autocast_a_policy_decides_as_without(kind):
+    stages = {"stages": ["first", "middle"], "per_stage": True} if kind == "per stage" else {}
+    policy, _ = policy_of(0, **stages, channels=5 if kind == "tokens" else None)
+    seen = np.random.default_rng(0).normal(size=(2000, 4)).astype(np.float32)
+    if kind == "tokens":
+        seen = {"tokens": seen.reshape(200, 10, 4), "mask": np.ones((200, 10), dtype=np.int8)}
+    if kind == "codebook":
+        policy = policy.reduced(8, seen)
+    asked = [policy.decide] if kind == "codebook" else [policy.decide, policy.skip_logits, policy.preference]
+    for ask in asked:
+        wanted = ask(seen)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            np.testing.assert_array_equal(ask(seen), wanted)
