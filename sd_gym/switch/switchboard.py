@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from sd_gym.switch.architectures import Switch, architecture_of
+from sd_gym.switch.architectures import Switch, UnsupportedArchitectureError, architecture_of
 from sd_gym.switch.cache import restore_layers
 from sd_gym.switch.context import Block, Scope, StaleBoardError
 from sd_gym.switch.decision import Decision, PendingDecision, Plan
@@ -40,7 +40,8 @@ class Switchboard:
         switches: The switches, in the order of the skip vector.
 
     Raises:
-        UnsupportedArchitectureError: If the architecture has no entry, or the model lacks a stack that it names.
+        UnsupportedArchitectureError: If the architecture has no entry, or the model lacks a stack that it names, or has
+            a cross-attention that it does not name.
         RuntimeError: If the model already carries a switchboard.
         TypeError: If the model contains no Hugging Face model, or is from ``sentence_transformers``, which sorts rows.
 
@@ -72,6 +73,12 @@ class Switchboard:
         self.model = model
         self.architecture = architecture_of(model.config.model_type)
         stacks = self.architecture.stacks
+        kinds = {sublayer.kind for stack in stacks for sublayer in stack.sublayers}
+        if getattr(model.config, "add_cross_attention", False) and "cross_attention" not in kinds:
+            raise UnsupportedArchitectureError(
+                f"the cross-attention of a {type(model).__name__} (config.add_cross_attention) has no switch; use a "
+                "model without it, or an encoder-decoder such as bart or t5"
+            )
         self.switches = [
             Switch(f"{stack.name}.{index}.{sublayer.kind}", stack.name, index, layer, sublayer, stack is stacks[0])
             for stack in stacks

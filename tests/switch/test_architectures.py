@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     BartConfig,
     BartForCausalLM,
     BertConfig,
@@ -44,3 +46,15 @@ def test_a_bert_that_decodes_sees_no_later_token_when_some_are_dropped():
         one, other = (board.model(torch.tensor([[5, 6, 7, 8, last]])).logits[0] for last in (9, 10))
     assert torch.equal(one[:4], other[:4])
     assert not torch.equal(one[4], other[4])
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "electra", "gpt2"])
+def test_a_cross_attention_without_a_switch_is_refused(name):
+    for across in (False, True):
+        config = AutoConfig.for_model(name, is_decoder=True, add_cross_attention=across, **TINY[name])
+        model = AutoModelForCausalLM.from_config(config)
+        if across:
+            with pytest.raises(UnsupportedArchitectureError, match="has no switch; use a model without it"):
+                Switchboard(model)
+        else:
+            Switchboard(model)
