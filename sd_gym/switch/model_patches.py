@@ -37,6 +37,7 @@ class LayerPatch:
 
     def __post_init__(self) -> None:
         self.first = self.reads_input and self.place[1] == 0
+        self.config = self.model.config.get_text_config()
 
     def run(self, decision: Decision | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
         """Run the layer."""
@@ -67,7 +68,9 @@ class LayerPatch:
         decision.repeats_in(len(hidden_states(args, kwargs)))
         additive = self.model.config._attn_implementation == "eager"  # adds its mask to the scores
         goes_on = decision.generating and hasattr(decision.state, "tokens")
-        decision.state.tokens = TokenPass(tokens, args, kwargs, additive=additive, goes_on=goes_on)
+        # A decoder-only model may attend in both directions, by its configuration or by an argument of this call.
+        causal = tokens.causal and getattr(self.config, "is_causal", True)
+        decision.state.tokens = TokenPass(tokens, args, kwargs, additive=additive, causal=causal, goes_on=goes_on)
 
     def _skipped(self, decision: Decision, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """The layer's output where no row runs any sublayer; the cache counts its positions."""

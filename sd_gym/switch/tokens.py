@@ -165,16 +165,17 @@ class DroppedTokens:
 class TokenPass:
     """One forward pass that drops tokens; it reads the shapes from the first layer's ``args`` and ``kwargs``.
 
-    ``additive``: whether the attention adds its mask to the scores; ``goes_on``: whether ``generate()`` has read the
-    prompt, so what it has written may follow. Raises ``ValueError`` if the input has another length than ``tokens``.
+    ``additive``: whether the attention adds its mask to the scores; ``causal``: as of ``DroppedTokens``, in this pass;
+    ``goes_on``: whether ``generate()`` has read the prompt, so what it has written may follow. Raises ``ValueError`` if
+    the input has another length than ``tokens``.
     """
 
     def __init__(
-        self, tokens: DroppedTokens, args: tuple, kwargs: dict[str, Any], *, additive: bool, goes_on: bool
+        self, tokens: DroppedTokens, args: tuple, kwargs: dict[str, Any], *, additive: bool, causal: bool, goes_on: bool
     ) -> None:
         hidden = hidden_states(args, kwargs)
         self.query_length = hidden.shape[1]  # positions of the pass, dropped ones included
-        self._tokens, self._additive = tokens, additive
+        self._tokens, self._additive, self._causal = tokens, additive, causal
         cache = cache_among(args, kwargs)
         past = cache.get_seq_length() if cache is not None else 0
         self._whole = not past  # otherwise the cache holds the input, and the pass a step or another turn
@@ -241,7 +242,7 @@ class TokenPass:
 
     def _make_mask(self, index: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
         allowed = valid[:, None, None, :]
-        if self._tokens.causal and self._whole:
+        if self._causal and self._whole:
             allowed = allowed & (index[:, None, None, :] <= index[:, None, :, None])
         if not self._additive:
             return allowed

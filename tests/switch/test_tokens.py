@@ -94,6 +94,25 @@ def test_without_a_mask_rows_that_keep_different_numbers_of_tokens_are_as_alone(
         torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("configured", [True, False])
+@torch.inference_mode()
+def test_a_decoder_that_attends_in_both_directions_does_so_when_tokens_are_dropped(attention, configured):
+    """As its configuration says, or an argument of the call."""
+    model, ids = make_model("llama", attention), make_inputs("llama", batch=3)["input_ids"]
+    settings = {} if configured else {"is_causal": False}
+    if configured:
+        model.config.is_causal = False
+    board, keep = Switchboard(model), np.ones((3, 7), int)
+    keep[0, [2, 4, 5]] = keep[1, 3] = 0
+    with board.decide(np.zeros((3, len(board)), int), keep):
+        together = model(ids, **settings).logits
+    for row, kept in enumerate(torch.from_numpy(keep).bool()):
+        positions = torch.nonzero(kept).T
+        alone = model(ids[[row]][:, kept], position_ids=positions, **settings).logits[0]
+        torch.testing.assert_close(together[row, kept], alone, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["bert", "mbart", "llama"])
 @torch.inference_mode()
 def test_layers_see_fewer_tokens(name):
