@@ -58,6 +58,7 @@ def attach(
         The model, with the ``Decisions`` of its last call in this thread as ``model.decisions``.
 
     Raises:
+        TypeError: If the model is wrapped or compiled; by PEFT it may be.
         ValueError: If model, weights or tokenizer are not the policy's, or there is no such operating point.
 
     Example:
@@ -66,6 +67,11 @@ def attach(
         >>> model.decisions.flops_ratio  # doctest: +SKIP
         array([0.41, 0.12, 0.33])
     """
+    if not isinstance(model, PreTrainedModel) and not type(model).__module__.startswith("peft."):
+        raise TypeError(
+            f"attach needs the Hugging Face model itself, got a {type(model).__name__}; attach first, then wrap or "
+            "compile it"
+        )
     if not isinstance(policy, SkipPolicy):
         policy = SkipPolicy.from_pretrained(policy)
     policy = policy.at(max_loss=max_loss, max_flops=max_flops)
@@ -85,7 +91,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         ValueError: If there is no policy.
-        RuntimeError: If another thread is in the middle of a call.
+        RuntimeError: If a call is running, as in another thread, or another tool has replaced a method.
     """
     attached = vars(model).get("_attached")
     if attached is None:
@@ -116,8 +122,11 @@ class Attached:
     def detach(self) -> None:
         """Restore the methods."""
         places = vars(self.model)
-        if any(places.get(name) is not wrapper for name, wrapper in self._wrappers.items()):
-            raise RuntimeError("another thread runs a call, or another tool replaced forward() or generate(); end that")
+        now = {name: getattr(places.get(name), "__func__", places.get(name)) for name in self._wrappers}
+        if now != self._wrappers or (self._owns_board and self.board.is_in_use):
+            raise RuntimeError(
+                "a call or decide() block is still running, or another tool replaced forward() or generate(); end that"
+            )
         for name in (*self._wrappers, "_attached", "decisions"):
             del places[name]
         places.update({name: method for name, method in self._replaced.items() if method is not None})
@@ -132,6 +141,8 @@ class Attached:
         signature = inspect.signature(inner)
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            if args and args[0] is self.model:  # accelerate's unwrap_model() has made this a method
+                args = args[1:]
             if self.board.is_deciding:
                 return inner(*args, **kwargs)
             given = kwargs
@@ -156,6 +167,8 @@ class Attached:
         target = _first_given(given, ("decoder_input_ids", "labels"))
         if len(self.board.architecture.stacks) > 1 and target is not None and target.ndim > 1:
             self._decisions.record_target(target.shape[1])
+        if isinstance(logits := given.get("logits_to_keep"), int) and self._head.gives == "text":
+            self._decisions.logits_to_keep = logits
         for filled in output if isinstance(output, tuple) else [getattr(output, "cache", None)]:
             if isinstance(filled, Cache):
                 self._of_cache[filled] = in_force
@@ -275,6 +288,12 @@ class Attached:
         if given.get("attention_mask") is None and ids is not None:
             given = {**given, "attention_mask": self._inferred_mask(ids, given)}
         shown = self._policy_input(given, ids)
+        chunk = setting(self.model, given, "prefill_chunk_size")
+        if self.policy.is_staged and self.board.architecture.causal and chunk is not None:
+            raise ValueError(
+                "this policy decides while the prompt is read, so generate() has to read it as a whole; leave "
+                f"prefill_chunk_size={chunk} out"
+            )
         if self.policy.sees_answer:
             return self._written(given, shown)
         in_pass = shown.is_as_given and len(self.board.architecture.stacks) > 1
@@ -353,11 +372,13 @@ class Decisions(local):
         self._targets: tuple[int | None, int | None] = None, None
         self._beams = 1
         self._ranked = False
+        self.logits_to_keep = 0  # positions that the head of a decoder-only model ran on, from the end; 0: all
 
     def record(self, skip: NDArray, token_level: NDArray, lengths: tuple[Tensor, Tensor], ranked: bool) -> None:
         """Store decisions; ``lengths``: of the inputs and of the tokens that stay, each ``[n]``."""
         self.skip, self.token_level, self.went_on = skip, token_level, np.zeros(len(skip), dtype=np.bool_)
         self._lengths, self._targets, self._beams, self._ranked = lengths, (None, None), 1, ranked
+        self.logits_to_keep = 0
 
     def record_target(self, length: int, again: int | None = None, *, beams: int = 1) -> None:
         """Store how many tokens were generated, or read as a target, and how many when rows went on."""
@@ -387,6 +408,6 @@ class Decisions(local):
         return flops_share(ran, whole)
 
     def _costs(self, source: NDArray, kept: NDArray, target: int | None) -> tuple[NDArray, NDArray]:
-        one_pass = source, source, kept
+        one_pass = source, np.minimum(source, self.logits_to_keep or source), kept
         lengths = one_pass if target is None else self._head.lengths(source, np.full_like(source, target), kept)
         return self._flops.costs(*lengths, beams=self._beams)

@@ -115,11 +115,13 @@ def run_decoder(decision: Decision | None, inner: Callable, *args: Any, **kwargs
     return inner(*args, **kwargs)
 
 
-def run_generate(scope: Scope, decision: Decision | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
+def run_generate(scope: Scope, decision: Decision | None, inner: Any, *args: Any, **kwargs: Any) -> Any:
     """Run ``model.generate`` under the decision that was in force at its start."""
     streamer = kwargs.get("streamer")
     if decision is None:
-        if streamer is not None and scope.entry() is None and current_thread() is not main_thread():
+        attached = getattr(inner.__self__.replaced, "is_attached", False)  # whose policy is about to decide
+        alone = not attached and scope.entry() is None and current_thread() is not main_thread()
+        if streamer is not None and alone:
             warnings.warn(
                 "this thread generates densely, but a decision is in force in another thread. To use that decision "
                 "here, start this thread with target=contextvars.copy_context().run, args=(model.generate,)",

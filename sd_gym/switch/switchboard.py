@@ -310,6 +310,11 @@ class Switchboard:
         """Whether a decision is in force here, including one under which everything runs."""
         return self._scope.entry() is not None
 
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a decision that skips, or is still to be made, is in force in any thread or task."""
+        return bool(self._scope.family.needs)
+
     def remove(self) -> None:
         """Remove all switches: the model is unpatched, and the board can no longer decide."""
         self._scope.family.leave(self._scope)

@@ -3,10 +3,13 @@
 import copy
 import pickle
 import threading
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import convert_outputs_to_fp32, extract_model_from_parallel
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, TextIteratorStreamer
@@ -309,6 +312,45 @@ def test_threads_have_their_own_decisions():
     assert not wrong
 
 
+@pytest.mark.parametrize("stages", [["first"], ["every_layer"]], ids=["once", "staged"])
+def test_a_policy_is_not_removed_in_the_middle_of_a_call_of_another_thread(stages):
+    model, inputs = make_model("bert"), make_inputs("bert")
+    attach(model, make_policy(model, stages=stages))
+    wanted, came, inside, done = logits(model, inputs), [], threading.Event(), threading.Event()
+
+    def wait(*_):
+        inside.set()
+        assert done.wait(20)
+
+    hook = model.bert.encoder.layer[1].register_forward_pre_hook(wait)
+    thread = threading.Thread(target=lambda: came.append(logits(model, inputs)))
+    thread.start()
+    assert inside.wait(20)
+    with pytest.raises(RuntimeError, match="a call or decide\\(\\) block is still running"):
+        detach(model)
+    done.set()
+    thread.join()
+    hook.remove()
+    assert torch.equal(came[0], wanted)
+    model.bert.encoder.layer[1].register_forward_pre_hook(lambda *_: _no_place(None, None))
+    with pytest.raises(RuntimeError, match="no place"):
+        logits(model, inputs)
+    detach(model)  # no call runs
+
+
+def test_a_forward_that_accelerate_has_made_a_method_decides_and_is_removed():
+    model, inputs = make_model("bert"), make_inputs("bert")
+    dense = logits(model, inputs)
+    attach(model, make_policy(model))
+    wanted = logits(model, inputs)
+    model._original_forward = model.forward  # as Accelerator(mixed_precision="bf16").prepare(model) does
+    model.forward = convert_outputs_to_fp32(model.forward)
+    model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    assert torch.equal(logits(model, inputs), wanted)
+    assert torch.equal(model(*inputs.values()).logits, wanted)
+    assert torch.equal(logits(detach(model), inputs), dense)
+
+
 def test_a_users_decisions_come_first():
     model, inputs = make_model("bert"), make_inputs("bert")
     dense = logits(model, inputs)
@@ -330,6 +372,27 @@ def test_a_streamer_gets_the_text(tiny_tokenizer):
     text = "".join(streamer)
     thread.join()
     assert text.split() == tiny_tokenizer.decode(wanted[0, 3:]).split()
+
+
+def test_threads_that_stream_at_once_are_not_told_that_they_generate_densely():
+    model, ids, texts = make_model("llama"), torch.tensor([[4, 5, 6]]), []
+    attach(model, make_policy(model))
+
+    def stream(put):
+        streamer = SimpleNamespace(put=put, end=lambda: None)
+        settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
+        texts.append(model.generate(ids, streamer=streamer, **settings))
+
+    def stream_in_thread(_):
+        if not texts:
+            thread = threading.Thread(target=stream, args=(lambda _: None,))
+            thread.start()
+            thread.join()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*generates densely")
+        stream(stream_in_thread)
+    assert torch.equal(*texts)
 
 
 def test_a_streamers_reader_does_not_wait_for_a_call_that_is_refused(tiny_tokenizer):
@@ -379,6 +442,9 @@ def test_what_cannot_work_is_refused():
     with pytest.raises(ValueError, match="the weights are not those"):
         attach(other, policy)
     attach(other, policy, check_weights=False)
+    for wrapped in (torch.compile(other, backend="eager"), torch.nn.DataParallel(other)):
+        with pytest.raises(TypeError, match=f"got a {type(wrapped).__name__}; attach first"):
+            attach(wrapped, policy)
     deeper = type(model)(type(model.config)(**{**model.config.to_dict(), "num_hidden_layers": 4}))
     with pytest.raises(ValueError, match="the model has 8 switches"):
         attach(deeper, policy)
@@ -408,11 +474,14 @@ def test_what_an_encoder_has_run_densely_is_refused(name):
         model(**inputs, encoder_outputs=encoded)
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert", "llama", "gpt2", "bart", "t5"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [*((name, {}) for name in ["bert", "distilbert", "llama", "gpt2", "bart", "t5"]), ("llama", {"logits_to_keep": 3})],
+)
 @pytest.mark.parametrize("stages", [["first"], ["every_layer"]], ids=["once", "staged"])
-def test_flops_are_those_that_a_counter_counts(name, stages):
+def test_flops_are_those_that_a_counter_counts(name, how, stages):
     """Of several stages nothing runs twice, but for the head."""
-    model, inputs = make_model(name, "eager"), make_inputs(name, batch=4)
+    model, inputs = make_model(name, "eager"), {**make_inputs(name, batch=4), **how}
     policy, counted = make_policy(model, stages=stages), {}
     own = policy.network.flops + judging(model, policy, inputs)
     for dense in (True, False):
@@ -448,3 +517,17 @@ def test_continuous_batching_is_refused():
     attach(model, make_policy(model))
     with pytest.raises(NotImplementedError, match=r"without decisions; call generate\(\), or sd_gym.detach"):
         model.init_continuous_batching()  # as generate_batch() does
+
+
+@pytest.mark.parametrize("stages", [["first"], ["every_layer"]], ids=["once", "staged"])
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_prompt_is_read_in_chunks_unless_the_policy_decides_while_it_is_read(name, stages):
+    model, ids = make_model(name), torch.tensor([[4, 5, 6, 7, 8]])
+    attach(model, make_policy(model, stages=stages))
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False}
+    if name == "llama" and stages != ["first"]:
+        with pytest.raises(ValueError, match="leave prefill_chunk_size=2 out"):
+            model.generate(ids, prefill_chunk_size=2, **settings)
+    else:
+        whole = model.generate(ids, **settings)
+        assert torch.equal(model.generate(ids, prefill_chunk_size=2, **settings), whole)
