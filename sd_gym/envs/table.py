@@ -6,6 +6,7 @@ Nothing here needs torch, a backbone or a data set.
 from __future__ import annotations
 
 from functools import cached_property, lru_cache
+from operator import index
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from sd_gym.envs.table_files import (
     JUDGED,
     PROJECTION,
     SPENT,
+    damage_told,
     observations_at,
     read_description,
     table_folder,
@@ -110,7 +112,7 @@ class TableSplit:
         self.encoded = SimpleNamespace(**{key: self._whole(key) for key in LENGTHS})
         is_balanced = self.config.quality.kind == "balanced"
         self.scoring = TableScoring(self.tensors, len(core.masks), core.answers_of, is_balanced=is_balanced)
-        points = core.description.get("resume_points", [0])
+        points = [*map(index, core.description.get("resume_points", [0]))]
         self.costs = TableCosts(self.tensors, core.masks, core.masks_of, core.goes_on, points)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -239,14 +241,16 @@ class TableCore(Core[TableSplit]):
     @cached_property
     def stage_observation(self) -> TableStages | FirstObservation:
         """The observations at the stages."""
-        return TableStages(self, self._ways, self.description["judges"]) if self._ways else FirstObservation(self)
+        with damage_told(self.folder):
+            return TableStages(self, self._ways, self.description["judges"]) if self._ways else FirstObservation(self)
 
     def split(self, name: str) -> TableSplit:
         """A split by name, mapped into memory on first use; raises ``ValueError`` for an unknown name."""
         if name not in self._splits:
             if name not in self.description["splits"]:
                 raise ValueError(f"{self.folder} has no split {name!r}; it has {', '.join(self.description['splits'])}")
-            self._splits[name] = TableSplit(self, name)
+            with damage_told(self.folder):
+                self._splits[name] = TableSplit(self, name)
         return self._splits[name]
 
     def masks_of(self, decisions: Array) -> Array:
@@ -292,7 +296,7 @@ class TableCore(Core[TableSplit]):
         arrays = {name: np.array(values) for name, values in map_arrays(file).items()}
         of_table = all_decisions(self.nvec)
         env = {"id": described["env"], "table": None, "action": "multi_discrete", "codebook": None}
-        try:
+        with damage_told(self.folder):
             protection, context = described["protection"], described.get("context")
             return Export(
                 self.config.model_copy(update=env),
@@ -306,13 +310,13 @@ class TableCore(Core[TableSplit]):
                 context=context and ProtectedTokens.from_json(context),
                 ranking_costs_flops=RANKINGS.find(self.config.tokens.ranking).costs_flops,
             )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{self.folder} is damaged: {error}; copy it again") from error
 
 
 def table_core(config: EnvConfig) -> TableCore:
     """The core of a configuration that has a ``table``; a new one if the table has been made again."""
-    return _table_core(config, written(table_folder(config.table or "") / "table.json"))
+    folder = table_folder(config.table or "")
+    with damage_told(folder):
+        return _table_core(config, written(folder / "table.json"))
 
 
 @lru_cache(maxsize=8)

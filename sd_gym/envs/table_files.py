@@ -20,10 +20,12 @@
   original env or on texts. It is missing if no policy can leave that env.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sd_gym.errors import short
+from sd_gym.errors import one_line, short
 from sd_gym.files import read_json
 from sd_gym.registration import CONFIG_FOLDER
 
@@ -44,6 +46,15 @@ def table_folder(name: str | Path) -> Path:
     """The folder of a table: of the package, such as ``tables/summarization-mini``, or a path."""
     bundled = CONFIG_FOLDER / name
     return bundled if bundled.is_dir() else Path(name)
+
+
+@contextmanager
+def damage_told(folder: Path) -> Iterator[None]:
+    """Turn the errors that missing or wrong values in a table's files lead to into a ``ValueError`` that names it."""
+    try:
+        yield
+    except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{folder} is damaged ({type(error).__name__}: {one_line(error)}); copy it again") from error
 
 
 def read_description(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """A damaged table is told."""
 
+import copy
 import json
 import shutil
+from functools import reduce
+from operator import getitem
 
 import gymnasium as gym
 import numpy as np
@@ -49,6 +52,30 @@ DAMAGES = {
     "no projection": (lambda folder: edited(folder, pca=3), r"no projection\.safetensors"),
     "other masks": (lambda folder: (folder / "codebook.json").write_text("[[0, 0]]"), "expected 7: one for each of"),
 }
+
+
+@pytest.mark.parametrize("value", [None, "x", [1], -1, ...], ids=str)
+def test_any_wrong_or_missing_value_is_told_or_does_no_harm(value, small_table, tmp_path):
+    folder = tmp_path / "table"
+    shutil.copytree(small_table, folder)
+    whole, told = json.loads((folder / "table.json").read_text()), 0
+    parts = [(), *((part,) for part in ("backbone", "observation", "splits")), ("splits", "train")]
+    for part in parts:
+        for key in reduce(getitem, part, whole):
+            described = copy.deepcopy(whole)
+            values = reduce(getitem, part, described)
+            values[key] = value
+            if value is ...:
+                del values[key]
+            (folder / "table.json").write_text(json.dumps(described))
+            try:
+                env = gym.make(ID, table=str(folder), disable_env_checker=True)
+                for split in ("train", "test"):
+                    env.reset(seed=0, options={"split": split})
+                    env.step(env.action_space.sample())
+            except (ValueError, FileNotFoundError):
+                told += 1
+    assert told > len(parts)
 
 
 @pytest.mark.parametrize("what", DAMAGES)
