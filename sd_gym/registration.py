@@ -12,6 +12,7 @@ from gymnasium.envs.registration import parse_env_id
 from sd_gym.registry import Registry, UnknownNameError, unknown
 
 CONFIG_FOLDER = Path(str(files("sd_gym.envs_configs")))
+NULLS = "", "~", "null", "Null", "NULL"  # how YAML writes that a key has no value
 OBSERVATIONS: Registry[type] = Registry(
     "observation", {"pooled": "sd_gym.envs.spaces:Pooled", "tokens": "sd_gym.envs.spaces:Tokens"}
 )
@@ -45,21 +46,27 @@ def env_id(file: Path) -> str:
 
 
 def is_of_table(file: Path) -> bool:
-    """Whether the env of a configuration file is a table env: it, or one that it extends, has a line ``table: ...``."""
+    """Whether the env of a configuration file is a table env; see ``sd_gym.envs.config.is_table``."""
+    table = _inherited(file, "table")
+    return table is not None and (table not in NULLS or _inherited(file, "task") is None)
+
+
+def _inherited(file: Path, key: str) -> str | None:
+    """``_line`` of a file, or of the first one that it extends and that has the key."""
     files = [file]
-    while _line(files[-1], "table") is None:
+    while (value := _line(files[-1], key)) is None:
         name = _line(files[-1], "extends")
         places = [] if name is None else [files[-1].parent / name, CONFIG_FOLDER / name]
         base = next((place for place in places if place.is_file()), None)
         if base is None or base in files:
-            return False
+            return None
         files.append(base)
-    return True
+    return value
 
 
 def _line(file: Path, key: str) -> str | None:
     """The value in the line of a key; parsing no YAML keeps ``import sd_gym`` fast."""
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():  # the YAML is checked later
+    for line in file.read_text(encoding="utf-8-sig", errors="replace").splitlines():  # the YAML is checked later
         if line.startswith(f"{key}:"):
             return line.removeprefix(f"{key}:").partition(" #")[0].strip(" \"'")
     return None
@@ -114,7 +121,7 @@ def all_ids() -> list[str]:
 def shipped_tables() -> dict[str, str]:
     """Folders of the tables in the package, by env id."""
     folders = {identity: _line(config_of(identity), "table") for identity in ENVS.built_in()}
-    return {identity: folder for identity, folder in folders.items() if folder not in (None, "null")}
+    return {identity: folder for identity, folder in folders.items() if folder not in (None, *NULLS)}
 
 
 def register_env(file: str | Path) -> str:

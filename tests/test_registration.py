@@ -5,6 +5,7 @@ import pytest
 
 import sd_gym
 from sd_gym.envs import ConfigError, SwitchableEnv, TableEnv
+from sd_gym.envs.listing import page_of
 from tests.conftest import write_env
 
 pytestmark = pytest.mark.usefixtures("own_names")
@@ -58,6 +59,35 @@ def test_an_env_that_extends_another_one(reviews, tiny_backbone, tmp_path):
         (tmp_path / "bad.yaml").write_text(f"id: Own/Bad-v0\nextends: {name}\n")
         with pytest.raises(ConfigError, match=message):
             gym.make(sd_gym.register_env(tmp_path / "bad.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "kind"),
+    [
+        ("extends: classification_mini.yaml\ntable: null", SwitchableEnv),
+        ("extends: classification_mini.yaml\ntable:", SwitchableEnv),
+        ("extends: table.yaml\ntable: ~  # passed later", TableEnv),
+        ("extends: classification_trec_table.yaml\ntable: null", TableEnv),
+        ("table: null", TableEnv),  # as table.yaml itself
+    ],
+)
+def test_an_env_without_the_name_of_a_table(lines, kind, tmp_path):
+    (tmp_path / "own.yaml").write_text(f"id: Own/Tableless-v0\n{lines}\n")
+    env_id, table = sd_gym.register_env(tmp_path / "own.yaml"), {"table": "tables/classification-trec"}
+    if kind is SwitchableEnv:
+        with pytest.raises(ConfigError, match="this env computes outcomes and takes no table"):
+            gym.make(env_id, **table)
+        table = {"train_size": 20}
+    env = gym.make(env_id, **table)
+    env.reset(seed=0)
+    assert type(env.unwrapped) is kind
+
+
+@pytest.mark.parametrize("first", ["id: Own/Marked-v0", "# Mine.\nid: Own/Marked-v0"])
+def test_a_file_may_begin_with_a_byte_order_mark(first, tmp_path):
+    (tmp_path / "own.yaml").write_text(f"{first}\nextends: classification_mini.yaml\n", encoding="utf-8-sig")
+    assert sd_gym.register_env(tmp_path / "own.yaml") == "Own/Marked-v0"
+    assert page_of("Own/Marked-v0").about == ("Mine." if first.startswith("#") else "")
 
 
 def test_yaml_files_that_are_no_envs(reviews, tiny_backbone, tmp_path):

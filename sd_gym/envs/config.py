@@ -17,13 +17,14 @@ from sd_gym.registration import CONFIG_FOLDER
 # What can be chosen for an env of a table; all other keys are as in the original env. For ``stages``, all that can be
 # chosen is ["first"].
 TABLE_KEYS = ("split", "stages", *(key for key in KEYS if key.startswith("reward.") and key != "reward.dense"))
+PATHS = "data.dataset", "backbone.name", "codebook", "table"  # the keys whose values may be paths
 EXTENDS = "extends"  # the key of a YAML file that names another one, which has the values of missing keys
 
 
 def make_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
     """Check the values of a configuration, in any spelling of the keys; raises ``ConfigError``."""
     values = dotted(values, origin)
-    if ("table" in values and "task" not in values) or values.get("table") is not None:
+    if is_table(values):
         return _table_config(values, origin)
     for key, example in (("data.dataset", "dataset"), ("backbone.name", "backbone")):
         if values.get(key, "") is None:
@@ -34,6 +35,11 @@ def make_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
     from sd_gym.execution.config import checked_config  # imports torch, which an env of a table does not need
 
     return checked_config(values, origin)
+
+
+def is_table(values: Mapping[str, Any]) -> bool:
+    """Whether values by dotted key are those of a table env: they have a ``table``, or its key and no ``task``."""
+    return values.get("table") is not None or ("table" in values and "task" not in values)
 
 
 def _table_config(values: dict[str, Any], origin: str) -> EnvConfig:
@@ -75,19 +81,14 @@ def load_config(file: str | Path, overrides: Mapping[str, Any]) -> EnvConfig:
         ConfigError: If a key or value is wrong.
     """
     bundled = CONFIG_FOLDER / file
-    values = located_values(bundled if bundled.is_file() else Path(file))
+    values = read_values(bundled if bundled.is_file() else Path(file))
     origin = str(values.get("id", file))
-    if overrides.get("table") is not None and "table" not in values:
+    if overrides.get("table") is not None and not is_table(values):
         raise ConfigError(
             f"{origin}: config key 'table': this env computes outcomes and takes no table; for a folder with a table, "
             "use SD/Table-v0"
         )
     return make_config({**values, **dotted(overrides, origin)}, origin)
-
-
-def located_values(file: Path) -> dict[str, Any]:
-    """``read_values``, with paths that are relative to a user's file made absolute."""
-    return located(read_values(file), file, ("data.dataset", "backbone.name", "codebook", "table"))
 
 
 def located(values: dict[str, Any], file: Path, keys: Sequence[str]) -> dict[str, Any]:
@@ -101,7 +102,8 @@ def located(values: dict[str, Any], file: Path, keys: Sequence[str]) -> dict[str
 def read_values(file: Path, extending: Sequence[Path] = ()) -> dict[str, Any]:
     """The unchecked values of a YAML file by dotted key, merged into those of the file that it ``extends``.
 
-    That file may extend another one. It is a name without a folder: a file in the same folder, or in the package.
+    That file may extend another one. It is a name without a folder: a file in the same folder, or in the package. Paths
+    that are relative to a user's file are absolute.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -110,7 +112,7 @@ def read_values(file: Path, extending: Sequence[Path] = ()) -> dict[str, Any]:
     own = read_yaml(file)
     chain = [*extending, file]  # the files that extend each other
     base = read_values(_base_file(chain, own.pop(EXTENDS)), chain) if EXTENDS in own else {}
-    return {**base, **dotted(own, str(own.get("id", file)))}
+    return {**base, **located(dotted(own, str(own.get("id", file))), file, PATHS)}
 
 
 def _base_file(chain: list[Path], name: Any) -> Path:
@@ -143,7 +145,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-3 as a number, and refuses aliases: a few lines of them can make a value of any size."""
+    """Reads 1e-3 as a number, and refuses repeated keys, and aliases: a few of them can make a value of any size."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -151,7 +153,13 @@ class _Loader(yaml.SafeLoader):
             raise ComposerError(
                 None, None, f"the alias *{alias.anchor} is not read here; write its value out", alias.start_mark
             )
-        return super().compose_node(parent, index)
+        node = super().compose_node(parent, index)
+        keys = set[tuple[str, str]]()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if (name := (key.tag, str(key.value))) in keys:
+                raise ComposerError(None, None, f"the key {key.value!r} is there twice; join the two", key.start_mark)
+            keys.add(name)
+        return node
 
 
 # PyYAML follows YAML 1.1, where 1e-3 is a string, as it has no dot.
@@ -161,9 +169,10 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """The value of a YAML text; raises ``ConfigError`` if it is not YAML, or has aliases (``*name``)."""
+    """The value of a YAML text; raises ``ConfigError`` if it is not YAML, or has aliases (``*name``) or a key twice."""
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: malformed numbers and dates
-        hint = """a text with ':' or '{' has to be in quotes, as in 'prompt="{source} Summary:"'"""
-        raise ConfigError(f"{origin}: not YAML ({one_line(error)}); {hint}") from error
+        hint = """; a text with ':' or '{' has to be in quotes, as in 'prompt="{source} Summary:"'"""
+        hint = "" if isinstance(error, ComposerError) else hint
+        raise ConfigError(f"{origin}: not YAML ({one_line(error)}){hint}") from error

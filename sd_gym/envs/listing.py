@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sd_gym.config import dotted
-from sd_gym.envs.config import load_config, located_values
+from sd_gym.envs.config import is_table, load_config, read_values
 from sd_gym.envs.infos import checked_split
 from sd_gym.envs.serving.config import make_serving_config
-from sd_gym.envs.table_files import read_description, table_folder
+from sd_gym.envs.table_files import damage_told, read_description, table_folder
 from sd_gym.registration import SERVING, config_of
 from sd_gym.tasks.splits import Splits
 
@@ -49,7 +49,8 @@ def page_of(env_id: str) -> Page:
     if env_id in SERVING:
         return _serving_page(env_id)
     file = config_of(env_id)
-    values = located_values(file)
+    values = read_values(file)
+    tabulated = is_table(values)
     description = read_description(table_folder(values["table"])) if values.get("table") is not None else None
     if description is not None:
         given = {key: value for key, value in values.items() if value is not None}
@@ -57,12 +58,13 @@ def page_of(env_id: str) -> Page:
     tested = (dict(values.get("data.splits") or {})).get("test", "test")
     data = f"{values.get('data.dataset') or 'yours'}{'' if tested == 'test' else f', tested on its {tested}'}"
     facts = {"task": str(values.get("task", "of the table"))}
-    facts["data set"] = f"{data}, tabulated" if "table" in values else data
+    facts["data set"] = f"{data}, tabulated" if tabulated else data
     facts["backbone"] = str(values.get("backbone.name") or "yours")
     facts["stages"] = ", ".join(values.get("stages") or ["of the table"])
     if description is not None:
-        facts["decisions"] = str(description["masks"] or "all")
-        counts = [f"{split['instances']:,} {name}" for name, split in description["splits"].items()]
+        with damage_told(table_folder(values["table"])):
+            facts["decisions"] = str(description["masks"] or "all")
+            counts = [f"{split['instances']:,} {name}" for name, split in description["splits"].items()]
         facts["instances"] = ", ".join(counts)
     facts |= {name: str(values[key]) for name, key in _FACTS.items() if values.get(key) is not None}
     about, versions = _comment(file, env_id)
@@ -80,7 +82,7 @@ def _serving_page(env_id: str) -> Page:
 
 def _comment(file: Path, env_id: str) -> tuple[str, list[str]]:
     """The comment at the top of a YAML file without the id, and its lines about versions."""
-    lines = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+    lines = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8-sig").splitlines())
     texts = [line.lstrip("# ") for line in lines]
     versions = [text for text in texts if _VERSION.match(text)]
     about = " ".join(text for text in texts if text not in versions).removeprefix(f"{env_id}: ")

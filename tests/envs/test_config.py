@@ -48,6 +48,25 @@ def test_a_users_flat_file_is_read_and_one_may_extend_another_of_the_other_form(
         gym.make(sd_gym.register_env(folder / "twice.yaml"))
 
 
+@pytest.mark.usefixtures("own_names")
+def test_only_a_files_own_values_are_paths_beside_it(tmp_path):
+    for name in ("mini", "procedural"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "own.yaml").write_text("id: Own/Inherits-v0\nextends: classification_mini.yaml\n")
+    assert read_values(tmp_path / "own.yaml")["backbone.name"] == "mini"
+    assert gym.make(sd_gym.register_env(tmp_path / "own.yaml"), train_size=20).reset(seed=0)
+    (tmp_path / "own.yaml").write_text("id: Own/Inherits-v0\nextends: classification_mini.yaml\nbackbone: mini\n")
+    assert read_values(tmp_path / "own.yaml")["backbone.name"] == str((tmp_path / "mini").resolve())
+
+
+@pytest.mark.parametrize(
+    "text", ["reward: {epsilon: 1}\nsplit: test\nreward: {penalty: 3}", "{'a': 1, reward: 2, reward: 2}"]
+)
+def test_a_key_that_is_there_twice_is_told(text):
+    with pytest.raises(ConfigError, match=r"the key 'reward' is there twice; join the two in .*, line \d"):
+        parse_yaml(text, "own.yaml")
+
+
 def test_the_files_of_the_package_are_nested():
     for file in map(config_of, registered_ids()):
         import yaml
