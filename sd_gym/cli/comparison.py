@@ -37,8 +37,13 @@ def compare(
     """
     imported = terminal.import_all(imports)
     from sd_gym.registration import all_ids, plain_id
+    from sd_gym.registry import UnknownNameError, unknown
 
     folders, failed = [Path(name) for name in what], []
+    with terminal.errors_as_lines():
+        for name in what:
+            if plain_id(name) not in all_ids() and not Path(name).exists():
+                raise UnknownNameError(f"no folder {name!r}, and {unknown('env', name, all_ids())}")
     if any(plain_id(name) in all_ids() for name in what):
         with terminal.errors_as_lines():
             from sd_gym.agents.experiment.comparison_plan import plan_comparison

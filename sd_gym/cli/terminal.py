@@ -34,6 +34,8 @@ ADVICE = {
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 
+NO_OPTIONS = "env_id", "env_or_run", "on_progress", "on_trial", "settings"  # arguments of functions behind commands
+
 Imports = Annotated[
     list[str],
     Option("--import", metavar="MODULE_OR_FILE", help="Import your module, .py file or env (.yaml) first."),
@@ -114,17 +116,25 @@ def settings_of(pairs: list[str], option: str = "--set", call: Callable[..., Any
     for key, value in pairs_of(pairs, option):
         pair = short(f"{key}={value}")
         if call is not None and key in signature(call).parameters:
-            raise ValueError(f"{option} {pair}: {key} is not a setting; use the option --{key}")
+            name = {"imports": "import", **dict.fromkeys(NO_OPTIONS)}.get(key, key)
+            advice = f"use the option --{name}" if name else "leave it out"
+            raise ValueError(f"{option} {pair}: {key} is not a setting; {advice}")
         settings[key] = parse_yaml(value, f"{option} {pair}")
     return settings
 
 
 def pairs_of(pairs: list[str], option: str) -> Iterator[tuple[str, str]]:
     """The keys and values of ``key=value`` pairs, as they are; a ``ValueError`` names the option."""
+    keys = set[str]()
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not separator or not key:
             raise ValueError(f"{option}: expected key=value, got {short(pair)}")
+        if key in keys:
+            raise ValueError(
+                f"{option}: {key} is there twice, the second time as {short(value)}; leave one of them out"
+            )
+        keys.add(key)
         yield key, value
 
 

@@ -109,7 +109,9 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone, monkey
         (["validate", ".", "--set", "epsilon=1"], "a run is replayed with its own settings"),
         (["report", ".", "-o", "report.md"], "expected a page with the suffix .html"),
         (["evaluate", "nowhere", "--split", "dev"], "'dev' is not one of 'train'"),
-        (["compare", "nowhere"], "no result.json"),
+        (["compare", "nowhere"], "no folder 'nowhere', and unknown env 'nowhere'"),
+        (["compare", "."], "no result.json"),
+        (["compare", ".", "SD/Classification-TREC-Tabel-v1"], "did you mean 'SD/Classification-TREC-Table-v1'"),
         (["prepare", "--backbone", "./no", "--dataset", "./no.jsonl", "--output", "out"], "no data at"),
     ],
 )

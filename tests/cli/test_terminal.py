@@ -3,11 +3,16 @@
 import io
 import os
 import time
+from inspect import signature
 
 import pytest
 from rich.console import Console
+from sd_gym.agents.experiment.run import train
+from sd_gym.agents.experiment.tabulation import tabulate
+from sd_gym.agents.experiment.tune import tune
+from typer.main import get_command
 
-from sd_gym.cli import terminal
+from sd_gym.cli import app, terminal
 
 
 @pytest.fixture
@@ -89,6 +94,16 @@ def test_a_busy_machine_is_said_to_be_busy_once(log, monkeypatch, load, threads,
 
 @pytest.mark.parametrize("option", ["--set", "--column"])
 def test_an_option_of_keys_and_values_names_itself(option):
-    for pairs in (["foo"], ["=1"], ["a=[1"]):
+    for pairs in (["foo"], ["=1"], ["a=[1"], ["a=1", "b=1", "a=2"]):
         with pytest.raises(ValueError, match=option):
             terminal.settings_of(pairs, option)
+
+
+@pytest.mark.parametrize(("command", "function"), [("train", train), ("tune", tune), ("tabulate", tabulate)])
+def test_the_advice_names_only_options_that_the_command_has(command, function):
+    options = [option for one in get_command(app).commands[command].params for option in one.opts]
+    for key in signature(function).parameters:
+        with pytest.raises(ValueError, match=f"{key} is not a setting; ") as told:
+            terminal.settings_of([f"{key}=1"], call=function)
+        advice = str(told.value).rpartition("; ")[2]
+        assert advice == "leave it out" or advice.removeprefix("use the option ") in options
