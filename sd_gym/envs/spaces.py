@@ -78,14 +78,20 @@ class Standardised(Observation):
 
     @abstractmethod
     def features(self, split: BackboneSplit, rows: Array) -> Array:
-        """Numbers ``[n, features]`` of the instances ``rows [n]``."""
+        """Finite numbers ``[n, features]`` of the instances ``rows [n]``; ValueError is raised for others."""
 
     def observe(self, split: BackboneSplit, rows: Array) -> Array:
         """Standardised features, float32 ``[n, features]``, each within ``OBSERVATION_LIMIT``."""
         return standardised(self._features(split, rows), self.mean, self.deviation)
 
     def _features(self, split: BackboneSplit, rows: Array) -> Array:
-        return np.asarray(self.features(split, rows), dtype=np.float32)
+        features = np.asarray(self.features(split, rows), dtype=np.float32)
+        if features.ndim != 2 or len(features) != len(rows) or not np.isfinite(features).all():
+            raise ValueError(
+                f"{type(self).__name__}.features has to give finite numbers [{len(rows)}, features], got "
+                f"{list(features.shape)}{'' if np.isfinite(features).all() else ', some of them NaN or infinite'}"
+            )
+        return features
 
 
 class Pooled(Standardised):
@@ -170,10 +176,17 @@ def flat_size(space: gym.Space) -> int:
 
 
 def put(observations: Any, rows: Array, new: Observations) -> None:
-    """Write the ``new`` observations of some rows into the observations of all, which have the same keys, if any."""
+    """Write the ``new`` observations of some rows into the observations of all, which have the same keys, if any.
+
+    Raises ``ValueError`` if they are not one per row, each of the shape of the space.
+    """
     if isinstance(new, dict):
         for name, values in new.items():
-            observations[name][rows] = values
+            put(observations[name], rows, values)
+    elif np.shape(new) != (shape := (len(rows), *observations.shape[1:])):
+        raise ValueError(
+            f"expected observations of the shape {list(shape)}, one per instance, got {list(np.shape(new))}"
+        )
     else:
         observations[rows] = new
 

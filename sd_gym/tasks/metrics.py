@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sd_gym.errors import short
 from sd_gym.registry import Registry
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 ACCURACY = "accuracy"
+SLACK = 1e-6  # libraries round: sacrebleu gives up to 100.00000000000004
 
 # From a text and its references to a score in [0, 1], or to several by name.
 TextMetric = Callable[[str, Sequence[str]], float | Mapping[str, float]]
@@ -44,12 +46,23 @@ class Metric:
 
 
 def text_scores(metric: str, answer: str, references: Sequence[str]) -> dict[str, float]:
-    """Scores of one text, by name; ValueError if the metric does not compare texts."""
+    """Scores of one text, by name; ValueError if the metric does not compare texts, or gives no score in [0, 1]."""
     function = METRICS.find(metric).of_text
     if function is None:
         raise ValueError(f"the metric {metric!r} does not compare texts")
-    scores = function(answer, references or ("",))
-    return dict(scores) if isinstance(scores, Mapping) else {metric: float(scores)}
+    given: Any = function(answer, references or ("",))
+    try:
+        scores = {
+            name: float(score) for name, score in (given if isinstance(given, Mapping) else {metric: given}).items()
+        }
+    except (TypeError, ValueError):
+        scores = {}
+    if not scores or not all(-SLACK <= score <= 1 + SLACK for score in scores.values()):
+        raise ValueError(
+            f"the metric {metric!r} has to give a score in [0, 1], or several by name, got {short(given)} for the text "
+            f"{short(answer)}"
+        )
+    return {name: min(max(score, 0.0), 1.0) for name, score in scores.items()}
 
 
 def text_quality(metric: str, answer: str, references: Sequence[str]) -> float:

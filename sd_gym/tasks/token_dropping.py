@@ -55,6 +55,7 @@ class TokenDropping:
             raise ValueError(
                 f"the ranking {self._ranked_by!r} has to give a number for each token, "
                 f"{list(self._encoded.input_ids.shape)}, got {list(scores.shape)}"
+                f"{', some of them NaN' if np.isnan(scores).any() else ''}"
             )
         return scores
 

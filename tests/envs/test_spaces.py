@@ -328,6 +328,28 @@ def test_what_may_be_registered(tiny):
         sd_gym.register_observation("numbers", lambda core: None)
 
 
+@pytest.mark.parametrize(
+    ("features", "got"),
+    [
+        (lambda self, split, rows: np.full((len(rows), 2), np.inf), r"\[\d+, 2\], some of them NaN or infinite"),
+        (lambda self, split, rows: split.encoded.source_length[rows], r"\[\d+\]$"),
+        (lambda self, split, rows: [[1.0, 2.0]], r"\[1, 2\]$"),
+    ],
+)
+def test_features_that_are_no_finite_numbers_per_row_are_told(tiny, features, got):
+    sd_gym.register_observation("lengths", type("Wrong", (Lengths,), {"features": features}))
+    with pytest.raises(ValueError, match=r"Wrong.features has to give finite numbers \[\d+, features\], got " + got):
+        gym.make(**tiny, observation="lengths")
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (3, 1), (3,)])
+def test_observations_of_another_shape_are_not_repeated(tiny, shape):
+    wrong = type("Wrong", (Apart,), {"observe": lambda self, split, rows: {"lengths": np.zeros(shape)}})
+    sd_gym.register_observation("apart", wrong)
+    with pytest.raises(ValueError, match=r"expected observations of the shape \[3, 2\], one per instance, got"):
+        gym.make_vec(**tiny, observation="apart", num_envs=3).reset(seed=0)
+
+
 def test_a_vector_reward(tiny):
     env = gym.make(**tiny, vector_reward=True).unwrapped
     env.reset(seed=0)

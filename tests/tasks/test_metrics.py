@@ -82,13 +82,35 @@ def test_quality_and_metrics_of_texts():
 
 @pytest.mark.usefixtures("own_names")
 def test_a_metric_of_texts_has_its_mean_and_several_scores_by_name():
-    sd_gym.register_metric("letters", of_text=lambda text, references: {"a": text.count("a"), "b": 0.0})
+    sd_gym.register_metric("letters", of_text=lambda text, references: {"a": text.count("a") / 2, "b": 0.0})
     from sd_gym.tasks.metrics import corpus_metric, text_metrics, text_quality
 
-    assert text_metrics("letters", ["aa", "b"], [["x"], ["y"]]) == {"a": 1.0, "b": 0.0}
-    assert text_quality("letters", "aa", ["x"]) == 1.0
+    assert text_metrics("letters", ["aa", "b"], [["x"], ["y"]]) == {"a": 0.5, "b": 0.0}
+    assert text_quality("letters", "aa", ["x"]) == 0.5
     with pytest.raises(ValueError, match="'letters' compares texts"):
         corpus_metric("letters", np.zeros(2), np.zeros(2))
+
+
+@pytest.mark.usefixtures("own_names")
+@pytest.mark.parametrize("given", [57.0, -0.5, np.nan, "x", None, {}, {"a": 1.0, "b": 57}, {"a": None}, [0.5, 0.5]])
+def test_a_metric_that_gives_no_score_between_0_and_1_is_told(given):
+    sd_gym.register_metric("own", of_text=lambda text, references: given)
+    from sd_gym.tasks.metrics import text_metrics, text_quality
+
+    for function, of in ((text_quality, ["a", ["b"]]), (text_metrics, [["a"], [["b"]]])):
+        with pytest.raises(
+            ValueError, match=r"the metric 'own' has to give a score in \[0, 1\], .*, got .* for the text"
+        ):
+            function("own", *of)
+
+
+@pytest.mark.usefixtures("own_names")
+@pytest.mark.parametrize("given", [np.float32(1), np.bool_(True), 1, 100.00000000000004 / 100, {"own": np.int64(1)}])
+def test_any_kind_of_number_is_a_score(given):
+    sd_gym.register_metric("own", of_text=lambda text, references: given)
+    from sd_gym.tasks.metrics import text_metrics
+
+    assert text_metrics("own", ["a"], [["b"]]) == {"own": 1.0}
 
 
 @pytest.mark.usefixtures("own_names")

@@ -26,8 +26,10 @@ def test_a_ranking_says_which_tokens_go_first(settings):
     left = words - words // 2
     assert kept.tolist() == [True] * (1 + left) + [False] * (words // 2) + [True]
     sd_gym.register_ranking("short", lambda encoded, board, rarity: np.zeros(3))
-    with pytest.raises(ValueError, match="'short' has to give a number for each token"):
-        _ = split_of(settings, token_ranking="short", token_shares=[0.0, 0.5]).tokens.scores
+    sd_gym.register_ranking("nan", lambda encoded, board, rarity: np.full(encoded.input_ids.shape, np.nan))
+    for name, got in (("short", r"\[3\]$"), ("nan", r"\[\d+, \d+\], some of them NaN")):
+        with pytest.raises(ValueError, match=f"'{name}' has to give a number for each token, .*, got {got}"):
+            _ = split_of(settings, token_ranking=name, token_shares=[0.0, 0.5]).tokens.scores
 
 
 @pytest.mark.usefixtures("own_names")
