@@ -165,7 +165,6 @@ class Steps:
         components: For each stage, the components that it decides. Their places in an action are in this order.
         nvec: Sizes of a decision's components.
         level: The component of the token level, which has the last place in an action, if a stage decides it.
-        answers: Whether the last step is the stage ``answer``.
 
     Attributes:
         choices: Sizes of an action's components.
@@ -173,8 +172,8 @@ class Steps:
         is_whole: Whether an action is the whole decision: one step makes all components, in order.
     """
 
-    def __init__(self, components: Sequence[Array], nvec: Array, *, level: int = -1, answers: bool = False) -> None:
-        self.components, self._nvec, self._answers = list(components), nvec, answers
+    def __init__(self, components: Sequence[Array], nvec: Array, *, level: int = -1) -> None:
+        self.components, self._nvec = list(components), nvec
         widest = max(int((own != level).sum()) for own in components)
         self._places = places = [np.where(own == level, widest, np.arange(len(own))) for own in components]
         self.is_whole = all(np.array_equal(own, np.arange(len(nvec))) for own in (*components, *places))
@@ -207,13 +206,6 @@ class Steps:
             return choices
         flat = observations["stage"] if isinstance(observations, dict) else observations
         return self.spread(flat[:, : len(self.components)].argmax(axis=1), choices)
-
-    def ends(self, stage: int) -> Array:
-        """The decision, int64 ``[components]``, that skips all after a stage, nothing before; it accepts the answer."""
-        ends = np.zeros(len(self._nvec), dtype=np.int64)
-        for components in self.components[stage + 1 : len(self.components) - self._answers]:
-            ends[components] = self._nvec[components] - 1
-        return ends
 
     def of_logits(self) -> tuple[Array | None, int]:
         """Places of an action's choices in a decision's logits, int64 ``[stages, sum(choices)]``, and their number N.

@@ -98,7 +98,7 @@ class BackboneCore(Core[BackboneSplit]):
         others = {"first": [level], ANSWER: [level + 1]}  # components that are no switches
         stages = zip(self.stages, self.columns, strict=True)
         own = [np.array([*range(at.start, at.stop), *others.get(name, ())], dtype=np.int64) for name, at in stages]
-        return Steps(own, self.nvec, level=level, answers=self.has_answer_stage)
+        return Steps(own, self.nvec, level=level)
 
     @cached_property
     def stage_observation(self) -> StageObservation | FirstObservation:

@@ -201,7 +201,7 @@ class TableCore(Core[TableSplit]):
         # Masks of whole layers are ordered by FLOPs, not by choices.
         self._order = None if "order" not in units else np.array(units["order"], dtype=np.int64)
         own = [np.array([stage]) for stage in range(len(self.stages))] if ways else [np.arange(len(self.nvec))]
-        self.steps = Steps(own, self.nvec, answers=self.has_answer_stage)
+        self.steps = Steps(own, self.nvec)
         backbone = described["backbone"]
         names = backbone["switches"]  # such as encoder.3.attention
         switches = [SimpleNamespace(name=name, index=int(name.split(".")[1])) for name in names]

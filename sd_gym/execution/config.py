@@ -43,7 +43,7 @@ def _problems(config: EnvConfig) -> Iterator[tuple[str, str]]:
     shares, stages, action, kinds = list(config.tokens.shares), list(config.stages), config.action, config.candidates
     if quality.metric not in task.metrics and not metric.own:
         yield "quality.metric", f"{config.task} is measured by {', '.join(task.metrics)}; got {quality.metric!r}"
-    if quality.kind == "metric" and (quality.metric == "exact_match" or not metric.of_texts):
+    if quality.kind == "metric" and (quality.metric == "exact_match" or metric.of_text is None):
         remedy = f"with {quality.metric!r} use exact_match, likelihood or, for classes, balanced"
         yield "quality.kind", f"'metric' scores texts, by rouge or squad; {remedy}"
     if quality.kind == "balanced" and not task.weighs_classes:

@@ -1,15 +1,13 @@
 """What decisions on the instances of a split cost."""
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import NDArray as Array
 
 from sd_gym.backbones import Backbone
 from sd_gym.backbones.heads import reading_ratio
 from sd_gym.data.encoded import Encoded
 from sd_gym.going_on import going_on_flops, parted, resumed_from
 from sd_gym.tasks.token_dropping import TokenDropping
-
-Array = NDArray
 
 
 class Costs:

@@ -6,14 +6,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import NDArray as Array
 from torch import Tensor
 
 from sd_gym.backbones import Backbone
 from sd_gym.switch import PassState
 from sd_gym.switch.stages import EVERY_LAYER, StageReached
-
-Array = NDArray
 
 
 class MaskTree:

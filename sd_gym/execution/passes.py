@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import NDArray as Array
 
 from sd_gym.backbones import Backbone
 from sd_gym.backbones.heads.seq2seq import judged_text, until_end
@@ -19,7 +19,6 @@ from sd_gym.switch import PassState, passes
 from sd_gym.switch.stages import BETWEEN
 from sd_gym.tasks.token_dropping import TokenDropping
 
-Array = NDArray
 Value = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # a function of each row's logits and labels
 PASS_TOKENS = 2**15  # padded tokens of a forward pass at most, which bounds its memory
 SHARED_ROWS = 256  # of passes that many masks share

@@ -1,23 +1,20 @@
 """The quality of the backbone's answers under decisions; each is computed once."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import NDArray as Array
 
 from sd_gym.backbones.heads.answers import LEAST_LIKELIHOOD
 from sd_gym.config import QualityConfig
-from sd_gym.data.encoded import Encoded
-from sd_gym.data.instance import Instance
 from sd_gym.execution.passes import Passes, columns
 from sd_gym.going_on import answering
 from sd_gym.switch import PassState
 from sd_gym.tasks.metrics import ACCURACY, METRICS, corpus_metric, text_metrics, text_quality
 
-Array = NDArray
 AT_ONCE = 1024  # rows that the dense backbone is scored on together
 KNOWN = 2**18  # qualities that are remembered at most, about 60 MB; the least recently used are forgotten
 Key = tuple[int, bytes]  # a row, and its decision
@@ -29,11 +26,9 @@ class Scoring:
     With the answer stage decisions may be ``[n, switches + 2]``: where a row goes on, the answer is the dense one.
     """
 
-    def __init__(
-        self, settings: QualityConfig, passes: Passes, instances: Sequence[Instance], encoded: Encoded
-    ) -> None:
+    def __init__(self, settings: QualityConfig, passes: Passes) -> None:
         self._settings, self._passes, self._head = settings, passes, passes.head
-        self._instances, self._encoded = instances, encoded
+        self._instances, self._encoded = passes.instances, passes.encoded
         self._measure = self._head.measured_by(settings.kind)
         self._dense: tuple[dict[Key, float], Array] | None = None  # dense qualities and likelihoods of all rows
         self.load_scores(None)
@@ -235,7 +230,7 @@ class Scoring:
         name, kind = self._settings.metric, self._settings.kind
         if kind == "agreement" or name == "exact_match" or (name == ACCURACY and kind == "exact_match"):
             return {}
-        of_texts = METRICS.find(name).of_texts
+        of_texts = METRICS.find(name).of_text is not None
         if of_texts or self._head.gives != "label":  # accuracy of a class's name as a text
             references = [self._instances[row].references for row in rows]
             compared = name if of_texts else "exact_match"

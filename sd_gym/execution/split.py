@@ -8,7 +8,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import NDArray as Array
 from transformers import PreTrainedTokenizerBase
 
 from sd_gym.backbones import Backbone, load_backbone
@@ -29,8 +29,6 @@ from sd_gym.tasks.metrics import ACCURACY, METRICS
 from sd_gym.tasks.ranking import in_batches, training_rarity
 from sd_gym.tasks.splits import Splits, answered_densely
 from sd_gym.tasks.token_dropping import TokenDropping
-
-Array = NDArray
 
 
 class BackboneSplit:
@@ -82,7 +80,7 @@ class BackboneSplit:
         )
         self.costs = Costs(backbone, encoded, self.tokens, self.reading.num_beams)
         self.passes = Passes(backbone, instances, encoded, self.tokens, self.reading)
-        self.scoring = Scoring(config.quality, self.passes, instances, encoded)
+        self.scoring = Scoring(config.quality, self.passes)
         self.ids = np.array([instance.id for instance in instances], dtype=object)
         self.number_of = {instance.id: row for row, instance in enumerate(instances)}
         self.difficulty = np.array([instance.difficulty for instance in instances])
@@ -103,7 +101,7 @@ class BackboneSplit:
                 "config key 'quality': agreement compares greedy texts; expected num_beams=1, "
                 f"got {self.reading.num_beams}"
             )
-        if gives != "label" and kind != "agreement" and not METRICS.find(metric).of_texts and metric != ACCURACY:
+        if gives != "label" and kind != "agreement" and METRICS.find(metric).of_text is None and metric != ACCURACY:
             expected = f"which compares classes or scores; expected {ACCURACY}, or a metric of texts"
             raise ValueError(f"config key 'quality.metric': {name!r} gives a {gives}, got {metric!r}, {expected}")
 

@@ -88,7 +88,7 @@ class SkippingModel(TextModel):
         self.task, self._task = self.config.task, TASKS.find(self.config.task)
         self.fields, self.reference = self._task.inputs, self._task.reference
         self.optional, metric = self._task.optional is not None, self.config.quality.metric
-        self.metric = metric if METRICS.find(metric).of_texts else "exact_match"
+        self.metric = metric if METRICS.find(metric).of_text is not None else "exact_match"
         self.head, self.label_range = self.backbone.head.name, self.config.quality.label_range
         self.names = {int(number): str(name) for number, name in (self.model.config.id2label or {}).items()}
 

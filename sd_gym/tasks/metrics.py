@@ -39,11 +39,6 @@ class Metric:
     quality: str | None = None  # the name of the score that is a text's quality; ``None``: the mean of its scores
     own: bool = False  # whether a user registered it; then it applies to any task
 
-    @property
-    def of_texts(self) -> bool:
-        """Whether it compares texts."""
-        return self.of_text is not None
-
 
 def text_scores(metric: str, answer: str, references: Sequence[str]) -> dict[str, float]:
     """Scores of one text, by name; ValueError if the metric does not compare texts, or gives no score in [0, 1]."""

@@ -3,9 +3,8 @@
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import NDArray as Array
 
-Array = NDArray
 Arrivals = Literal["poisson", "bursts", "day"]
 BURST_LOADS = 1.2, 5.0  # bounds of the uniform distribution of a burst's rate over the mean rate
 BURST_SHARE = 0.2  # of the time

@@ -7,7 +7,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import NDArray as Array
 
 from sd_gym.config import validated
 from sd_gym.envs.serving.config import ServingConfig
@@ -16,7 +16,6 @@ from sd_gym.files import map_arrays, read_json, write_arrays, write_json
 from sd_gym.folders import MARKER
 from sd_gym.version import __version__
 
-Array = NDArray
 WEIGHTS, DIAL = "dial.safetensors", "dial.json"
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import NDArray as Array
 
 from sd_gym.config import ConfigError
 from sd_gym.envs.actions import Actions
@@ -15,7 +15,6 @@ from sd_gym.envs.serving.config import ServingConfig
 from sd_gym.envs.table import TableCore, table_core
 from sd_gym.registration import config_of
 
-Array = NDArray
 MEMORY = 1000.0  # answers over which the recent loss is averaged
 FEATURES = ("queue", "oldest_wait", "arrival_rate", "recent_loss")
 BOUND = 10.0  # of each feature

@@ -8,13 +8,12 @@ import numpy as np
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
-from numpy.typing import NDArray
+from numpy.typing import NDArray as Array
 
 from sd_gym.envs.infos import check_num_envs, check_shown, final_infos, info_of_one, infos_of_all, split_of
 from sd_gym.envs.serving.config import make_serving_config
 from sd_gym.envs.serving.queues import Queues
 
-Array = NDArray
 METADATA: dict[str, Any] = {"render_modes": [], "render_fps": 1}
 _ONE = np.zeros(1, dtype=np.int64)  # the only queue of a batch of one
 
