@@ -83,13 +83,14 @@ class SkippingModel(TextModel):
             vars(self.backbone)["weights"] = policy.card["backbone"]["weights"]
         if dtype is not None:  # transformers hides the signature
             self.model.to(_checked_dtype(dtype))  # pyright: ignore[reportArgumentType]
-        self.board, self.gives = self.backbone.board, self.backbone.head.gives
+        self.board, head = self.backbone.board, self.backbone.head
+        self.head, self.gives = head.name, "text" if head.gives == "text" else head.name
         self.longest = self.config.backbone.max_target_length
         self.task, self._task = self.config.task, TASKS.find(self.config.task)
         self.fields, self.reference = self._task.inputs, self._task.reference
         self.optional, metric = self._task.optional is not None, self.config.quality.metric
         self.metric = metric if METRICS.find(metric).of_text is not None else "exact_match"
-        self.head, self.label_range = self.backbone.head.name, self.config.quality.label_range
+        self.label_range = self.config.quality.label_range
         self.names = {int(number): str(name) for number, name in (self.model.config.id2label or {}).items()}
 
     def _answers(self, texts: list[list[str]], dense: bool, batch_size: int | None) -> list[Answer]:

@@ -57,6 +57,8 @@ def test_answers_are_those_of_a_call(task, ranking, stages, few, tmp_path, tiny_
         given = [list(text) if isinstance(text, tuple) else text for text in texts]
         came = list(threads.map(lambda one: served(client, "/predict", one), given))
         together = served(client, "/predict", [one if isinstance(one, dict | list) else [one] for one in given])
+        gives = {"scores": "score", "extracted": "span", "prompted": "text"}.get(task, "label")
+        assert client.get("/info").json()["gives"] == gives
     for answers in (came, together):
         assert [one["answer"] for one in answers] == [one.answer for one in wanted]
         np.testing.assert_array_equal([one["skip"] for one in answers], [one.skip for one in wanted])
