@@ -9,8 +9,6 @@ from sd_gym.agents.learning.agent import AgentSettings, NotApplicableError, Priv
 from sd_gym.agents.learning.decisions import SplitDecisions, Version, policy_rows, score_masks
 
 from sd_gym.envs.protocols import Split
-from sd_gym.envs.table import TableSplit
-from sd_gym.execution.split import BackboneSplit
 from sd_gym.going_on import stages_of_pass
 
 THRESHOLDS = np.r_[np.linspace(0.5, 0.95, 10), 0.97, 0.98, 0.99, 0.995, 0.999, 1.01]  # above 1: never
@@ -28,12 +26,7 @@ class Confidences:
         """Those of ``rows [n]`` under a decision ``[components]``, float64 ``[n]``, if the core ``sees_confidence``."""
         key = split.name, rows.tobytes(), mask.tobytes()
         if key not in self._known:
-            masks = np.tile(mask, (len(rows), 1))
-            assert isinstance(split, BackboneSplit | TableSplit)  # no agent uses it with other splits
-            if isinstance(split, TableSplit):
-                self._known[key] = split.confidence(rows, masks)
-            else:
-                self._known[key] = split.passes.confidence(rows, split.costs.masks(masks))
+            self._known[key] = split.confidence(rows, np.tile(mask, (len(rows), 1)))
         return self._known[key]
 
 

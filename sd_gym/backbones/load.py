@@ -45,19 +45,9 @@ class Backbone:
         """See ``positions_of``; looking for them takes half a millisecond."""
         return positions_of(self.model)
 
-    @property
-    def can_exit(self) -> bool:
-        """See the function ``can_exit``."""
-        return can_exit(self.head, self.board)
-
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
         """See ``Head.forward``."""
         return self.head.forward(self.board, inputs)
-
-
-def can_exit(head: Head, board: Switchboard) -> bool:
-    """Whether a head can classify the output of any layer: only with a single stack, an encoder or a decoder."""
-    return head.confidence is not None and len(board.architecture.stacks) == 1
 
 
 def resolve(name: str) -> str:

@@ -37,7 +37,7 @@ class BackboneCore(Core[BackboneSplit]):
     Raises:
         FileNotFoundError: If the data set, the backbone or the codebook does not exist.
         ConfigError: If the codebook or a stage does not fit this backbone.
-        sd_gym.tasks.data.DataError: If the data set is malformed.
+        sd_gym.errors.DataError: If the data set is malformed.
         sd_gym.switch.UnsupportedArchitectureError: If the backbone cannot be switched.
     """
 
@@ -87,7 +87,7 @@ class BackboneCore(Core[BackboneSplit]):
     @property
     def can_exit(self) -> bool:
         """Whether the head can judge the output of any layer."""
-        return self.backbone.can_exit
+        return self.backbone.head.can_exit(self.backbone.board)
 
     def _steps(self) -> Steps:
         """Each stage decides its switches, which are first in an action; ``first`` also the token level, which is last.
@@ -201,11 +201,11 @@ def backbone_core(config: EnvConfig) -> BackboneCore:
     metric, task = METRICS.find(config.quality.metric), TASKS.find(config.task)
     found = OBSERVATIONS.find(config.observation), metric, task, RANKINGS.find(config.tokens.ranking)
     read = config.data.dataset, config.backbone.name, *([config.codebook] if config.codebook else [])
-    return core_of(config, found, tuple(map(written, read)))
+    return _backbone_core(config, found, tuple(map(written, read)))
 
 
 @lru_cache(maxsize=8)
-def core_of(config: EnvConfig, found: tuple[Any, ...], read: tuple[Any, ...]) -> BackboneCore:
+def _backbone_core(config: EnvConfig, found: tuple[Any, ...], read: tuple[Any, ...]) -> BackboneCore:
     """The cached core of a configuration, what its names stand for, and what was ``written`` in its files."""
     return BackboneCore(config)
 

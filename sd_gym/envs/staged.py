@@ -27,7 +27,7 @@ class StageObservation:
     * the stage, one-hot;
     * the pass's share of the dense FLOPs, if all the rest is skipped and an answer has one token;
     * mean and maximum over positions of the hidden states, the number of positions and its logarithm;
-    * where the head can judge the output of a layer (``Backbone.can_exit``), the log-odds of its answer there, 0 before
+    * where the head can judge the output of a layer (``Head.can_exit``), the log-odds of its answer there, 0 before
       the first layer;
     * with the stage ``answer``, the head's judgement of its answer (``Answers.judgement``), 0 until that stage. It is
       not standardised. The rest of that stage is as at the stage before.
@@ -41,7 +41,7 @@ class StageObservation:
 
     def __init__(self, core: Core[BackboneSplit], columns: list[slice]) -> None:
         self.names, self.columns = core.stages, columns
-        self.judges = core.backbone.can_exit
+        self.judges = core.can_exit
         self.judgements = self.judges * sum(name not in ("first", ANSWER) for name in self.names)
         self._answer_size = len(core.backbone.head.judgement) if core.has_answer_stage else 0
         split = core.split("train")

@@ -100,7 +100,7 @@ class FirstLayerInput(nn.Module):
 
     def __init__(self, board: Switchboard) -> None:
         super().__init__()
-        self.model = without_skipped(board, np.zeros(len(board), dtype=bool))
+        self.model = twin_of(board.model)
         for stack in board.architecture.stacks:
             twin_at(self.model, path_of_layers(board, stack))._modules = {"0": _End()}
 

@@ -90,7 +90,6 @@ class Passes:
         """The columns of ``Head.best`` and then those of ``more``."""
         return columns(lambda logits, _: self.head.best(logits, self.longest), more)
 
-    @torch.inference_mode()
     def confidence(self, rows: Array, decisions: Array) -> Array:
         """Highest class probability of each row under decisions, float64 ``[n]``, of a backbone that classifies."""
         return self.in_passes(rows, decisions, lambda logits, labels: self._confidence(logits))
@@ -289,7 +288,7 @@ class Passes:
     def confidence_at(self, seen: PassState, rows: Array, decisions: Array) -> Array:
         """Highest class probability of each row if all is skipped from a stage on, float64 ``[n]``.
 
-        For a backbone that ``can_exit``; arguments as of ``resumed``.
+        For a head that ``can_exit``; arguments as of ``resumed``.
         """
         exits = decisions.copy()
         exits[:, self.backbone.board.decided_at([seen.stage])[seen.stage].start : -1] = 1

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sd_gym.execution.bank import FirstLayerInput, path_of_layers, without_skipped
+from sd_gym.execution.bank import FirstLayerInput, path_of_layers
 from sd_gym.inference.branches import Sides
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.features import pooled_features
@@ -20,7 +20,7 @@ from sd_gym.projection import OBSERVATION_LIMIT, Projection, standardised
 from sd_gym.switch import Switchboard
 from sd_gym.switch.architectures import Switch
 from sd_gym.switch.cache import hidden_states
-from sd_gym.switch.twin import twin_at
+from sd_gym.switch.twin import twin_at, twin_of
 
 EMBEDDINGS = "embeddings", "embeddings_project"  # modules of an encoder before its layers
 INPUTS = "input_ids", "attention_mask", "token_type_ids"  # of an encoder, in the order of a graph's inputs
@@ -51,7 +51,7 @@ class Switched(Graph):
         self, board: Switchboard, branches: list[list[int]], resumed: list[int], given: dict[str, Tensor]
     ) -> None:
         super().__init__()
-        self.model = without_skipped(board, np.zeros(len(board), dtype=bool))
+        self.model = twin_of(board.model)
         self._names, self._seen = dict[str, str](), dict[int, tuple[str, Tensor]]()
         layers = _layers(board, self.model)
         for branch in branches:
@@ -104,7 +104,7 @@ class Rest(Graph):
 
     def __init__(self, board: Switchboard, first: int) -> None:
         super().__init__()
-        self.model, self.before = without_skipped(board, np.zeros(len(board), bool)), _GivenHidden()
+        self.model, self.before = twin_of(board.model), _GivenHidden()
         parts = twin_at(self.model, self.model.base_model_prefix)._modules
         parts.update({name: self.before for name in EMBEDDINGS if name in parts})
         layers = _layers(board, self.model)

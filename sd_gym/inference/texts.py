@@ -157,7 +157,7 @@ class SkippingModel(TextModel):
     def own_flops(self, split: BackboneSplit) -> NDArray:
         """FLOPs of the policy itself on each input, ``[n]``."""
         tokens = np.minimum(split.encoded.source_length, self.policy.longest)
-        judged = sum(name != "first" for name in self.policy.stages_of_pass) if split.backbone.can_exit else 0
+        judged = sum(name != "first" for name in self.policy.stages_of_pass) if split.head.can_exit(self.board) else 0
         network = self.policy.network
         return network.flops + network.flops_per_token * tokens + judged * split.costs.head_flops(np.arange(len(split)))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_gym.backbones.heads import head_of
-from sd_gym.backbones.load import BUNDLED, can_exit, weights_hash
+from sd_gym.backbones.load import BUNDLED, weights_hash
 from sd_gym.errors import one_line
 from sd_gym.files import hash_of, read_tensors, write_arrays, write_text
 from sd_gym.going_on import ANSWER, stages_of_pass
@@ -191,7 +191,7 @@ class SkipPolicy:
                 except ValueError as error:
                     raise ValueError(f"this policy decides at stages of {backbone['name']}: {error}") from error
                 head = head_of(model)
-                width = pooled + len(self.network.stages) + 1 + can_exit(head, board)
+                width = pooled + len(self.network.stages) + 1 + head.can_exit(board)
                 width += len(head.judgement) * self.sees_answer
             elif self.network.channels is None:
                 width = pooled

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sd_gym.going_on import resumed_from
 from sd_gym.switch import PassState, Switchboard
-from sd_gym.switch.context import Block
 from sd_gym.switch.stages import BETWEEN, EVERY_LAYER
 
 
@@ -27,7 +26,7 @@ class Resumption:
     """
 
     def __init__(self, board: Switchboard, points: Sequence[int], decided: int) -> None:
-        self._board, self._points = board, points
+        self._points = points
         self._point_of = {
             name: columns.start
             for name, columns in board.decided_at([EVERY_LAYER]).items()
@@ -66,12 +65,6 @@ class Resumption:
             if state is not None and len(again) < len(rows):
                 state = state.rows(torch.from_numpy(again).to(state.hidden.device))
             yield rows[again], state
-
-    def blocks(self, goes_on: NDArray) -> Iterator[tuple[Tensor, Block]]:
-        """As ``parts``: the rows on the model's device, and the context manager for their pass."""
-        dense = np.zeros((1, len(self._board)), dtype=np.bool_)
-        for rows, state in self.parts(goes_on):
-            yield torch.from_numpy(rows).to(self._board.model.device), self._board.decide(dense, resume_from=state)
 
 
 def _at_all_positions(state: PassState, keep: NDArray | Tensor) -> PassState:

@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sd_gym.backbones.heads import Head, reading_ratio
-from sd_gym.backbones.load import can_exit
 from sd_gym.going_on import ANSWER
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.features import log_odds, pooled_features, stage_observation, token_observations
@@ -47,7 +46,7 @@ class StagedRollout:
     ) -> None:
         self._policy, self._board, self._head, self._flops = policy, board, head, flops
         self._length, self._keeps, self._judge, self._first = length, keeps, judge, first
-        self._judges, self._answer_size = can_exit(head, board), len(head.judgement) * policy.sees_answer
+        self._judges, self._answer_size = head.can_exit(board), len(head.judgement) * policy.sees_answer
         self._columns = board.decided_at(policy.stages_of_pass)
         self._passing = self._columns  # the switches of each stage at which the pass stops
         self._resumption: Resumption | None = None
@@ -81,7 +80,9 @@ class StagedRollout:
 
     def going_on(self) -> Iterator[tuple[Tensor, Block]]:
         """Parts of the rows that go on after skipping, int64 ``[rows]``, each with the context manager for its pass."""
-        return iter(()) if self._resumption is None else self._resumption.blocks(self.went_on)
+        dense = np.zeros((1, len(self._board)), dtype=np.bool_)
+        for rows, state in self.resumable():
+            yield torch.from_numpy(rows).to(self._board.model.device), self._board.decide(dense, resume_from=state)
 
     def _choose(self, state: PassState) -> tuple[NDArray, Keep]:
         """Decide if the stage is one of the policy's; ``Switchboard.decide_in_pass`` calls it."""

@@ -8,7 +8,6 @@ import torch
 
 import sd_gym
 from sd_gym.backbones.heads import head_of
-from sd_gym.backbones.load import can_exit
 from sd_gym.going_on import ANSWER
 from sd_gym.inference.bulk import run_file
 from sd_gym.policy import DecisionPolicy
@@ -34,7 +33,7 @@ def make_policy(model, *, shares=(0.0,), ranking="position", dense=False, seed=0
     of_tokens = (embedded.mean(axis=(0, 1)), embedded.std(axis=(0, 1))) if tokens else None
     width = 2 * model.config.hidden_size + 2
     if stages != ["first"]:  # at all of them it is standardised as at the first one
-        seen = np.pad(seen, ((0, 0), (0, int(can_exit(head_of(model), board)))), constant_values=0.1)
+        seen = np.pad(seen, ((0, 0), (0, int(head_of(model).can_exit(board)))), constant_values=0.1)
         seen = np.stack([seen] * len(stages), axis=1) + np.random.default_rng(0).normal(size=(64, len(stages), 1))
         if answers:
             said = np.tile([[[-1.0]], [[1.0]]], (32, len(stages), len(head_of(model).judgement)))

@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, TextIteratorStreamer
 
 from sd_gym.backbones.heads import head_of
-from sd_gym.backbones.load import can_exit
 from sd_gym.inference.attach import attach, detach
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.switch import FlopsModel, Switchboard
@@ -29,7 +28,7 @@ GENERATING = [*DECODER, *ENCODER_DECODER]
 def judging(model, policy, inputs):
     """FLOPs of the head's own judgements, of each input."""
     board = Switchboard(model)
-    times = sum(stage != "first" for stage in policy.network.stages) if can_exit(head_of(model), board) else 0
+    times = sum(stage != "first" for stage in policy.network.stages) if head_of(model).can_exit(board) else 0
     length = inputs["attention_mask"].sum(dim=1).numpy()
     always = FlopsModel(board).costs(length, length)[0]
     board.remove()

@@ -60,6 +60,10 @@ class Head(Encoding, Losses, Answers):
         """Numbers of the switches from which a pass that has answered can be run again, ascending."""
         return [columns.start for columns in board.decided_at([EVERY_LAYER]).values()]
 
+    def can_exit(self, board: Switchboard) -> bool:
+        """Whether it can classify the output of any layer: only with a single stack, an encoder or a decoder."""
+        return self.confidence is not None and len(board.architecture.stacks) == 1
+
     def lengths(self, source: NDArray, target: NDArray, kept: NDArray) -> tuple[NDArray, NDArray, NDArray]:
         """The arguments of ``FlopsModel.costs`` for a pass on inputs and answers of so many tokens, int ``[n]``.
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import sd_gym
 from sd_gym.cli import app
-from sd_gym.envs.core import core_of
+from sd_gym.envs.core import _backbone_core
 from sd_gym.envs.shared import shared_core
 
 CUSTOM = "SD/Classification-Custom-v0"
@@ -27,7 +27,7 @@ CUSTOM = "SD/Classification-Custom-v0"
 def run(hash_run, tmp_path):
     shutil.copytree(hash_run / "run", tmp_path / "run")
     yield tmp_path / "run"
-    core_of.cache_clear()
+    _backbone_core.cache_clear()
 
 
 def rows_of(run):

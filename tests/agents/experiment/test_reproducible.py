@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import sd_gym
 from sd_gym.cli import app
-from sd_gym.envs.core import core_of
+from sd_gym.envs.core import _backbone_core
 from sd_gym.execution.scoring import Scoring
 from tests.agents.conftest import cut_off
 
@@ -23,7 +23,7 @@ CUSTOM = "SD/Classification-Custom-v0"
 
 def forget():
     """What a new process does not know."""
-    core_of.cache_clear()
+    _backbone_core.cache_clear()
     torch.seed()
 
 
