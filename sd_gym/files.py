@@ -23,8 +23,8 @@ _DTYPES = {"BOOL": "?", "U8": "u1", "U16": "<u2", "I64": "<i8", "F16": "<f2", "F
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text; raises ``OSError`` on failure, as all functions here that write."""
-    _write(file, lambda temporary: temporary.write_text(text, encoding="utf-8", newline=""))
+    """Write a text."""
+    write_file(file, lambda temporary: temporary.write_text(text, encoding="utf-8", newline=""))
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -48,7 +48,7 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     copies = {name: value.contiguous().clone() for name, value in tensors.items()}
-    _write(file, lambda temporary: save_file(copies, temporary))
+    write_file(file, lambda temporary: save_file(copies, temporary))
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ def write_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
     from safetensors.numpy import save_file
 
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    _write(file, lambda temporary: save_file(contiguous, temporary))
+    write_file(file, lambda temporary: save_file(contiguous, temporary))
 
 
 def map_arrays(file: Path) -> dict[str, np.ndarray]:
@@ -103,7 +103,7 @@ def write_checkpoint(file: Path, value: dict[str, Any]) -> None:
     """Write nested tensors and plain values."""
     import torch
 
-    _write(file, lambda temporary: torch.save(value, temporary))
+    write_file(file, lambda temporary: torch.save(value, temporary))
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
@@ -155,7 +155,8 @@ def as_json(value: Any) -> str:
     return json.dumps(value, indent=2, default=_plain)
 
 
-def _write(file: Path, write: Callable[[Path], Any]) -> None:
+def write_file(file: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file by a function of a path; raises ``OSError`` on failure, as all functions here that write."""
     from safetensors import SafetensorError
 
     file.parent.mkdir(parents=True, exist_ok=True)

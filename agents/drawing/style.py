@@ -4,7 +4,6 @@ A figure becomes a PNG, or an SVG inside a page, with the colours of the page, l
 """
 
 import io
-import os
 import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
+
+from sd_gym.files import write_file
 
 INK, PAPER = "#1f2328", "#fdfdfc"
 RAN, LOST = "#0072b2", "#d55e00"
@@ -58,9 +58,7 @@ def agent_styles(agents: Iterable[str], controls: Iterable[str] = ()) -> dict[st
 
 def figure(height: float, *, width: float = WIDTH) -> Figure:
     """An empty figure of a size in inches; made and drawn on within ``style()``."""
-    picture = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(picture)
-    return picture
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def flops_limit(highest: float) -> float:
@@ -75,9 +73,7 @@ def style() -> AbstractContextManager[None]:
 
 def write_png(picture: Figure, file: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
-    temporary = file.with_suffix(".tmp.png")
-    picture.savefig(temporary, dpi=120)
-    os.replace(temporary, file)
+    write_file(file, lambda temporary: picture.savefig(temporary, format="png", dpi=120))
 
 
 def as_svg(picture: Figure, name: str, words: str) -> str:

@@ -103,7 +103,7 @@ def prepare(
             recipe,
             rows=rows,
             tokens=config.tokens,
-            quality=config.quality,
+            label_range=config.quality.label_range,
             skip_logits=skip_logits,
             resume=resume,
             checkpoint_minutes=checkpoint_minutes,

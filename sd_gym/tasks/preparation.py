@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import is_initialized
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
@@ -29,8 +28,8 @@ from sd_gym.backbones.draws import layer_importance
 from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.load import head_stored_with, load_model, save_backbone
 from sd_gym.backbones.prepare import Recipe, freeze_observation, prepare
-from sd_gym.config import SPLITS, BackboneConfig, DataConfig, QualityConfig, TokensConfig
-from sd_gym.files import as_json, read_json, write_json
+from sd_gym.config import SPLITS, BackboneConfig, DataConfig, TokensConfig
+from sd_gym.files import as_json, read_json, write_file, write_json
 from sd_gym.folders import MARKER, contents, foreign, locked
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.backbone_rows import backbone_part, backbone_rows, row_hashes, write_backbone_rows
@@ -60,7 +59,7 @@ def prepare_backbone(
     *,
     rows: float = BACKBONE_ROWS,
     tokens: TokensConfig = TokensConfig(),  # noqa: B008  (frozen)
-    quality: QualityConfig = QualityConfig(),  # noqa: B008
+    label_range: float = 1.0,
     skip_logits: Mapping[str, NDArray] | None = None,
     resume: bool = False,
     checkpoint_minutes: float = 10.0,
@@ -86,7 +85,7 @@ def prepare_backbone(
             for validation; if there are none, the validation split is.
         tokens: Shares of the tokens to drop, of which each row draws one, and the ranking of tokens. With
             ``attention``, it is that of the backbone before it is prepared.
-        quality: Only its ``label_range`` is used.
+        label_range: The config's ``quality.label_range``.
         skip_logits: The log-odds by which a policy skips each switch, float32 ``[n, switches]`` for ``train`` and
             ``validation``, to tune the backbone under it. See ``decisions_around`` and ``freeze_observation``.
         resume: Whether to continue from the checkpoint in ``output``, if there is one.
@@ -132,7 +131,7 @@ def prepare_backbone(
             **{key: getattr(reading, key) for key in ("prompt", "stop", "max_source_length", "max_target_length")},
             "token_shares": list(tokens.shares),
             "token_ranking": tokens.ranking,
-            "label_range": quality.label_range,
+            "label_range": label_range,
             "data": {name: splits[name].identity for name in SPLITS if name in splits},
             "rows": {name: split.provenance for name, split in encoded.items()},
             "backbone_rows": encoded["backbone"].instances.hash,
@@ -143,7 +142,7 @@ def prepare_backbone(
                 check_unchanged(output, cut_off["data"], splits)
                 _check_same(output, cut_off, settings)
             write_json(output / CUT_OFF, settings)
-        mean = MeanQuality(board, encoded["held out"], quality, reading, accelerator)
+        mean = MeanQuality(board, encoded["held out"], label_range, reading, accelerator)
         begin = on_phase if first else lambda phase: None
         begin("evaluating")
         before = mean.by_rate(_importance(board, encoded["held out"], recipe, accelerator)), mean.by_share()
@@ -173,7 +172,7 @@ def prepare_backbone(
             **settings,
             "steps_done": history.step,
             "validation": [{"step": step, "quality": value} for step, value in history.validation],
-            "measure": head_of(model).measured_by(None).name,
+            "measure": head_of(model).validated_by[1],
             "importance": None if importance is None else importance.tolist(),
             "quality": {"before": before[0], "after": after[0]},
             "quality_by_token_share": {"before": before[1], "after": after[1]},
@@ -348,7 +347,6 @@ def plot_preparation(report: dict[str, Any], file: Path) -> None:
     if report["quality_by_token_share"]["after"]:
         panels["share of tokens dropped"] = report["quality_by_token_share"]
     figure = Figure(figsize=(5 * (len(panels) + 1), 4), layout="constrained")
-    FigureCanvasAgg(figure)
     *curves, by_step = figure.subplots(1, len(panels) + 1)
     for axes, (label, values) in zip(curves, panels.items(), strict=True):
         for name, marker in (("before", "s"), ("after", "o")):
@@ -360,4 +358,4 @@ def plot_preparation(report: dict[str, Any], file: Path) -> None:
     for axes in (*curves, by_step):
         axes.set_ylim(0, 1.03)
         axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=100)
+    write_file(file, lambda temporary: figure.savefig(temporary, format="png", dpi=100))

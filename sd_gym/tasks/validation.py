@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sd_gym.backbones.draws import Drawing, decisions_around, layers_of, least_important
 from sd_gym.backbones.heads import Head
-from sd_gym.config import BackboneConfig, QualityConfig
+from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Encoded
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.data import Instances
@@ -54,7 +54,7 @@ class MeanQuality:
 
     board: Switchboard
     split: EncodedSplit
-    quality: QualityConfig
+    label_range: float
     reading: BackboneConfig
     accelerator: Accelerator
 
@@ -106,10 +106,11 @@ class MeanQuality:
         return float(reduced) / len(order)
 
     def _sum(self, logits: Tensor, labels: Tensor, rows: NDArray) -> float:
-        split, measure = self.split, self.split.head.measured_by(None)
+        split, head = self.split, self.split.head
+        measure = head.measured_by(head.validated_by[0])
         if measure.score is not None:
-            return float(measure.score(logits, labels, self.quality.label_range).sum())
-        spans = split.head.best(logits, self.reading.max_target_length).cpu().numpy()
-        answers = split.head.to_texts(split.instances, split.encoded, rows, spans)
+            return float(measure.score(logits, labels, self.label_range).sum())
+        spans = head.best(logits, self.reading.max_target_length).cpu().numpy()
+        answers = head.to_texts(split.instances, split.encoded, rows, spans)
         references = [split.instances[row].references for row in rows]
         return sum(text_quality("squad", text, right) for text, right in zip(answers, references, strict=True))

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from sd_gym.backbones.prepare import Recipe
 from sd_gym.cli import app
-from sd_gym.config import BackboneConfig, DataConfig, QualityConfig
+from sd_gym.config import BackboneConfig, DataConfig
 from sd_gym.envs.shared import shared_core
 from sd_gym.tasks import preparation
 from sd_gym.tasks.preparation import prepare_backbone
@@ -75,7 +75,7 @@ def test_a_regression_has_one_output(tmp_path, tiny_backbone):
     rows = [{"text": ["bad", "fine", "good"][n % 3], "label": [0.5, 2.5, 4.5][n % 3]} for n in range(40)]
     (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = DataConfig(dataset=str(tmp_path / "scores.jsonl"), overlap="allow")
-    settings = {"recipe": Recipe(120, 0.01), "quality": QualityConfig(label_range=5.0), "rows": 1.0}
+    settings = {"recipe": Recipe(120, 0.01), "label_range": 5.0, "rows": 1.0}
     backbone = BackboneConfig(name=str(tiny_backbone))
     report = prepare_backbone(backbone, source, "classification", tmp_path / "prepared", **settings)
     assert report["quality"]["after"]["0.0"] > 0.8  # always the middle, 2.5, would have 0.73

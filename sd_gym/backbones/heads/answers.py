@@ -25,7 +25,6 @@ class QualityMeasure(NamedTuple):
     score: Callable[[Tensor, Tensor, float], Tensor] | None
     is_relative: bool = False  # whether it counts relative to the dense backbone's
     is_balanced: bool = False  # whether it is weighed by class
-    name: str = ""  # name in the reports of ``sd-gym prepare``
 
     def loss(self, values: NDArray, label_range: float) -> NDArray:
         """The loss of values ``[n]``: the negative logarithm of likelihoods, the distance of other scores from 1."""
@@ -41,14 +40,8 @@ class Answers(ABC):
     answering: ClassVar[str | None] = None  # how it answers questions, as in the config key ``answers``
     validated_by: ClassVar[tuple[str, str]]  # the quality that ``sd-gym prepare`` validates by, and its name there
 
-    def measured_by(self, quality: str | None) -> QualityMeasure:
-        """How a quality of the config is measured; ``None``: the one that ``sd-gym prepare`` validates by.
-
-        ValueError if the head has no such quality.
-        """
-        if quality is None:
-            quality, name = self.validated_by
-            return self.measured_by(quality)._replace(name=name)
+    def measured_by(self, quality: str) -> QualityMeasure:
+        """How a quality of the config is measured; ValueError if the head has no such quality."""
         measures = {
             "exact_match": QualityMeasure(self.exact),
             "balanced": QualityMeasure(self.exact, is_balanced=True),

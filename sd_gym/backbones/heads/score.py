@@ -49,7 +49,7 @@ class ScoreHead(LabelHead):
         """Mean squared distance from the dense score."""
         return F.mse_loss(logits.float(), dense_logits.detach().float())
 
-    def measured_by(self, quality: str | None) -> QualityMeasure:
+    def measured_by(self, quality: str) -> QualityMeasure:
         """The quality ``likelihood`` is that of ``exact_match``, which is graded; ValueError for what needs classes."""
         if quality == "balanced":
             raise ValueError("'balanced' weighs classes, not scores")
