@@ -9,7 +9,7 @@ from sd_gym.agents.learning.agent import AgentSettings, NotApplicableError, OnRo
 from sd_gym.agents.learning.decisions import SplitDecisions, Version
 from stable_baselines3.common.logger import Logger
 
-from sd_gym.envs.exact import MULTIPLIERS, ROWS, Curve, lower_hull, outcomes_of_all
+from sd_gym.envs.exact import MULTIPLIERS, ROWS, Curve, lower_hull, oracle, outcomes_of_all
 from sd_gym.envs.protocols import Split
 from sd_gym.envs.table import TableCore, TableSplit
 
@@ -67,14 +67,10 @@ def full_information(split: TableSplit) -> Curve:
     An input gets the mask with the least FLOPs plus multiplier times predicted loss, for each of ``MULTIPLIERS``; dense
     belongs to the front. The cost of the prediction is not counted.
     """
-    forecast, sums = forecast_of(split.core), np.zeros((2, len(MULTIPLIERS)))
+    forecast = forecast_of(split.core)
     parts = forecast.parts(split)
-    for rows, loss, flops in outcomes_of_all(split):
-        predicted, at = forecast.losses(parts[rows]), np.arange(len(rows))
-        for column, multiplier in enumerate(MULTIPLIERS):
-            best = (flops + multiplier * predicted).argmin(axis=1)
-            sums[:, column] += loss[at, best].sum(), flops[at, best].sum()
-    return lower_hull(*np.column_stack([sums / len(split), [0.0, 1.0]]))
+    curve = oracle(split, lambda rows: forecast.losses(parts[rows]))
+    return lower_hull(np.append(curve.loss, 0.0), np.append(curve.flops, 1.0))
 
 
 class ForecastPoint(NamedTuple):

@@ -171,8 +171,7 @@ def evaluate(
             names = {"env": env_id, "algo": name or (origin.description["algo"] if origin else folder.resolve().name)}
             names |= {"named": name is not None or origin is not None, "agent_settings": {}}
             names["control"] = bool(origin and origin.description["control"])
-            data = {name: core.data[name].identity for name in splits}
-            description = run_description(names, core.config, core.backbone, data)
+            description = run_description(names, core.config, core.backbone, core.data, splits)
             if origin is not None and same_data:  # compare then counts it as the same seed as the run
                 description |= {key: origin.description[key] for key in KEPT if key in origin.description}
                 was = stored_config(origin.description["env_config"], str(policy))

@@ -159,7 +159,7 @@ def _train(
     for split in SPLITS:  # so errors in a split are raised before learning
         core.split(split)
     agent.env.reset(seed=names["seed"])
-    description = run_description(names, core.config, core.backbone, core.data.identity())
+    description = run_description(names, core.config, core.backbone, core.data)
     description["agent_settings"] = agent.settings.model_dump()
     description["origins"], description["origin_seeds"] = origins(description["agent_settings"])
     if unfinished is not None:

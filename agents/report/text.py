@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.report.collect import WORST, AgentRuns, EnvRuns
 from sd_gym.agents.runs.guarantee import in_points
-from sd_gym.agents.runs.statistics import FEWEST_RUNS, aggregate, enough_runs, probability_of_improvement
+from sd_gym.agents.runs.statistics import FEWEST_RUNS, Scores, aggregate, enough_runs, probability_of_improvement
 from sd_gym.agents.runs.verdict import changes_allowed, fewest_instances, losses_allowed
 
 # Keys of a result, with the factor and the format to show them.
@@ -18,6 +18,7 @@ FIGURES = (
     ("return", 1, "+.3f"),
     ("regret", 1, ".3f"),
 )
+SAVED = "z.1%"  # format of savings
 
 
 class Table(NamedTuple):
@@ -135,7 +136,7 @@ def results_table(env: EnvRuns) -> Table:
 
 def _row(agent: AgentRuns) -> list[str]:
     figures = [
-        _figures(scale * values, form) if len(values) else "-"
+        _mean([scale * values], form) if len(values) else "-"
         for key, scale, form in FIGURES
         for values in (agent.values(key), agent.values(key, as_learned=True))
     ]
@@ -149,14 +150,15 @@ def _row(agent: AgentRuns) -> list[str]:
         f"{int(agent.kept.sum())} of {len(agent.runs)}",
         ", ".join(f"{name} ({verdicts.count(name)})" if differ else name for name in dict.fromkeys(verdicts)),
         *figures,
-        _figures(agent.areas, ".3f"),
+        _mean([agent.areas], ".3f"),
         f"{np.mean(times):.0%}" if times else "-",
     ]
 
 
-def _figures(values: NDArray, form: str) -> str:
-    mean, low, high = aggregate([values])
-    return _interval(mean, low, high, form) if len(values) > 1 else f"{mean:{form}}"
+def _mean(scores: Scores, form: str) -> str:
+    """The mean over all envs, with the interval if there are several runs of each."""
+    mean, low, high = aggregate(scores)
+    return _interval(mean, low, high, form) if min(map(len, scores)) > 1 else f"{mean:{form}}"
 
 
 def agents_on_all(envs: Sequence[EnvRuns]) -> dict[str, list[AgentRuns]]:
@@ -171,7 +173,7 @@ def overall_tables(envs: Sequence[EnvRuns]) -> list[Table]:
     shared, rows, pairs = agents_on_all(envs), [], []
     for name, agents in shared.items():
         runs, kept = sum(len(agent.runs) for agent in agents), sum(int(agent.kept.sum()) for agent in agents)
-        rows.append([name, str(runs), _saved(agents), f"{kept} of {runs}"])
+        rows.append([name, str(runs), _mean(_scores(agents), SAVED), f"{kept} of {runs}"])
     tables = [Table("FLOPs saved with the quality kept, over all envs", ["agent", "runs", "saved", "kept"], rows)]
     for first, second in combinations(shared, 2):
         scores = _scores(shared[first]), _scores(shared[second])
@@ -186,13 +188,6 @@ def overall_tables(envs: Sequence[EnvRuns]) -> list[Table]:
     return tables
 
 
-def _saved(agents: list[AgentRuns]) -> str:
-    """Mean savings over all envs, with the interval if there are several runs of each."""
-    mean, low, high = aggregate(_scores(agents))
-    several = min(len(agent.runs) for agent in agents) > 1
-    return _interval(mean, low, high, "z.1%") if several else f"{mean:z.1%}"
-
-
 def overall_sentences(envs: Sequence[EnvRuns]) -> list[str]:
     """Which agent is best over all envs; empty if no learned agent has runs on several envs."""
     shared = agents_on_all(envs)
@@ -204,7 +199,7 @@ def overall_sentences(envs: Sequence[EnvRuns]) -> list[str]:
     controls = ", ".join(f"{name} {means[name][0]:.1%}" for name in shared if name not in learned)
     against = f"; the controls save: {controls}" if controls else ""
     return [
-        f"{first} saves most with the quality kept: {_saved(shared[first])} of the FLOPs{against}.",
+        f"{first} saves most with the quality kept: {_mean(_scores(shared[first]), SAVED)} of the FLOPs{against}.",
         *(_against(shared[first], shared[other]) for other in others),
     ]
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from sd_gym.config import SPLITS
 from sd_gym.errors import first_problem
-from sd_gym.files import read_json
+from sd_gym.files import hash_of, read_json
 from sd_gym.folders import MARKER
 from sd_gym.version import __version__
 
@@ -117,8 +117,13 @@ class _Result(_Means):
         return self
 
 
-def run_description(names: dict[str, Any], config: BaseModel, backbone: Any, data: dict[str, Any]) -> dict[str, Any]:
-    """``config.json``: what names the run, the env's config, and the command, versions, backbone and data of today."""
+def run_description(
+    names: dict[str, Any], config: BaseModel, backbone: Any, data: Any, splits: Sequence[str] = SPLITS
+) -> dict[str, Any]:
+    """``config.json``: what names the run, the env's config, and the command, versions, backbone and data of today.
+
+    ``data``: the core's. An error in one of the ``splits`` is raised.
+    """
     return {
         MARKER: __version__,
         **names,
@@ -126,7 +131,7 @@ def run_description(names: dict[str, Any], config: BaseModel, backbone: Any, dat
         "env_config": config.model_dump(),
         "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
         "weights": backbone.weights,
-        "data": data,
+        "data": {name: data[name].identity for name in splits},
     }
 
 
@@ -146,8 +151,7 @@ def origins(settings: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
             run = read_description(folder)
             what = {name: run.get(name) for name in ("env", "steps", "confidence", "weights", "env_config", "origins")}
             what["agent_settings"] = {name: of for name, of in run["agent_settings"].items() if name not in STARTS}
-            digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-            found[key], seeds[key] = f"{run['algo']}, {digest[:8]}", [run.get("seed"), run.get("origin_seeds")]
+            found[key], seeds[key] = f"{run['algo']}, {hash_of(what)[:8]}", [run.get("seed"), run.get("origin_seeds")]
     return found, seeds
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray as Array
 from sd_gym.agents.learning.agent import NotApplicableError
 from sd_gym.agents.runs.folder import run_description
 from sd_gym.agents.runs.guarantee import guarantee, on_other_rows
-from sd_gym.agents.runs.statistics import bootstrap_interval
+from sd_gym.agents.runs.statistics import bootstrap_interval, pareto_front
 from sd_gym.agents.runs.verdict import Verdict, difference_interval, fewest_instances, losses_allowed, verdict
 from sd_gym.agents.serving import controls
 from sd_gym.agents.serving.controls import Played, play
@@ -70,7 +70,7 @@ def train(described: dict[str, Any], folder: Path, settings: dict[str, Any], on_
     core = core_of(config)
     for events in folder.glob("events.out.tfevents.*"):  # an interrupted run starts again
         events.unlink()
-    write_json(folder / "config.json", run_description(described, config, core.backbone, core.data.identity()))
+    write_json(folder / "config.json", run_description(described, config, core.backbone, core.data))
     if algo == "foresight":
         result = _bound(config)
     else:
@@ -87,24 +87,19 @@ def train(described: dict[str, Any], folder: Path, settings: dict[str, Any], on_
     return result
 
 
-def _undominated(config: ServingConfig, networks: Sequence[Network]) -> tuple[list[Network], list[bool]]:
+def _undominated(config: ServingConfig, networks: Sequence[Network]) -> tuple[list[Network], Array]:
     """The networks that no other beats in loss and goodput on policy rows and training arrivals, from dense to bold.
 
     Also which of them are on the hull; selection uses the others as steps in between.
     """
     played = play(config, networks, "train", SEARCH_EPISODES)
     loss, goodput = played.shares @ expected_loss(config), played.goodput.mean(axis=1)
-    front, best = list[int](), -1.0
-    for number in np.lexsort((-goodput, loss)).tolist():
-        if goodput[number] > best:
-            front.append(number)
-            best = goodput[number]
-    on_hull = lower_hull(loss, -goodput).number.tolist()
-    return [networks[number] for number in front], [number in on_hull for number in front]
+    front = pareto_front(goodput, loss)
+    return [networks[number] for number in front], np.isin(front, lower_hull(loss, -goodput).number)
 
 
 def _selected(
-    config: ServingConfig, tried: Sequence[Network], on_hull: list[bool], confidence: float, folder: Path
+    config: ServingConfig, tried: Sequence[Network], on_hull: Array, confidence: float, folder: Path
 ) -> dict[str, Any]:
     """Select a dial by fixed-sequence testing on validation rows and arrivals, save it, and test all dials."""
     quality = outcomes(config, "validation").quality

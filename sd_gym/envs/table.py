@@ -42,14 +42,6 @@ if TYPE_CHECKING:  # it needs torch
 LENGTHS = "source_length", "source_cut", "target_cut"  # in the file of a split
 
 
-class TableData(dict[str, SimpleNamespace]):
-    """For each split of a table, the ``identity`` of its data set and rows."""
-
-    def identity(self) -> dict[str, dict[str, Any]]:
-        """The identity of each split."""
-        return {name: split.identity for name, split in self.items()}
-
-
 class TableObservation:
     """The observations that were made with the table, reduced by its ``projection`` if it has one."""
 
@@ -211,7 +203,7 @@ class TableCore(Core[TableSplit]):
         # Above 1 if ranking tokens may run a part of the backbone.
         self.highest_flops_ratio = 1.0 + (self.decision_nvec[-1] > 1) + self.has_answer_stage
         splits = described["splits"].items()
-        self.data = TableData({name: SimpleNamespace(identity=split["identity"]) for name, split in splits})
+        self.data = {name: SimpleNamespace(identity=split["identity"]) for name, split in splits}
         is_whole = self.exhaustive or units or (at_once and all_ways)
         self.actions = self._decision_space if is_whole else numbers_as_actions(int(self.steps.choices[0]))
         reduced = described.get("pca") is not None

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from sd_gym.config import SPLITS, DataConfig, EnvConfig
+from sd_gym.errors import DataError
 from sd_gym.tasks.backbone_rows import backbone_rows, row_hashes
-from sd_gym.tasks.data import DataError, Instances, check_splits, load_split
+from sd_gym.tasks.data import Instances, check_splits, load_split
 
 BACKBONE = "the backbone's rows"  # in ``Instances.also_in``
 
@@ -71,10 +72,6 @@ class Splits:
         except FileNotFoundError:
             return False
 
-    def identity(self) -> dict[str, dict[str, Any]]:
-        """``Instances.identity`` of each split; an error in one is raised."""
-        return {name: self[name].identity for name in SPLITS}
-
     def _take_out_backbone_rows(self, splits: dict[str, Instances]) -> None:
         """Leave out, count or refuse the backbone's rows: in ``train`` by ``policy_rows``, elsewhere by ``overlap``."""
         data = self._data
@@ -129,7 +126,7 @@ def answered_densely(config: EnvConfig) -> Collection[str]:
 def check_unchanged(run: Path, before: Mapping[str, Mapping[str, Any]], data: Splits) -> None:
     """Raise ``DataError`` if splits have changed since a run (or preparation) began.
 
-    ``before``: the earlier ``Splits.identity`` of some splits; empty: not known.
+    ``before``: the earlier ``Instances.identity`` of some splits; empty: not known.
     """
     now = {name: data[name].identity for name in before}
     differ = [name for name, was in before.items() if was["hash"] != now[name]["hash"]]

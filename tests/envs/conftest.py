@@ -228,7 +228,7 @@ def trained(task, ranking, folder, tokenizer, observation="pooled", stages=("fir
     core = gym.make_vec(env_id, num_envs=1, **settings).unwrapped.core
     policy = looking(core)
     names = {"env": env_id, "algo": "ppo", "steps": 1, "seed": 0}
-    description = run_description(names, core.config, core.backbone, {})
+    description = run_description(names, core.config, core.backbone, {}, ())
     artefact = export(core, policy, (), run_card(RESULT, json.loads(json.dumps(description, default=str))))
     artefact.save_pretrained(folder / "artefact")
     return core, policy, artefact, [texts_of(task, one) for one in rows["test"]]

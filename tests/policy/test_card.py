@@ -31,7 +31,7 @@ def saved(tmp_path_factory):
         torch.manual_seed(seed)
         size = core.observation_space.shape[-1]
         network = DecisionPolicy(size, core.nvec.tolist(), core.backbone.board.names).eval()
-        said = run_description({"env": ID, "algo": "ppo", "steps": 1, "seed": seed}, core.config, core.backbone, {})
+        said = run_description({"env": ID, "algo": "ppo", "steps": 1, "seed": seed}, core.config, core.backbone, {}, ())
         operating_points = [OperatingPoint(-0.5, 0.02, 0.03, 0.4, False), OperatingPoint(0.0, 0.01, 0.02, 0.5, True)]
         card = run_card(RESULT, json.loads(json.dumps(said, default=str)))
         export(core, network, operating_points, card).save_pretrained(folder / name)
