@@ -19,7 +19,8 @@ from sd_gym.backbones import Recipe
 from sd_gym.backbones.load import load_model, save_backbone
 from sd_gym.cli import app
 from sd_gym.config import BackboneConfig, DataConfig
-from sd_gym.tasks.data import DataError, load_split
+from sd_gym.errors import DataError
+from sd_gym.tasks.data import load_split
 from sd_gym.tasks.family import LONGEST_TEXT
 from sd_gym.tasks.preparation import prepare_backbone
 from tests.agents.conftest import cut_off

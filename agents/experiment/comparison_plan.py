@@ -13,8 +13,8 @@ import yaml
 from sd_gym.agents.baselines.static import StaticAgent
 from sd_gym.agents.experiment.run import OnProgress, check_same_run, is_setting, split_settings, train
 from sd_gym.agents.imitation.agent import ImitationAgent
-from sd_gym.agents.registry import BLIND, agent_class, agent_names, is_control, make_settings
-from sd_gym.agents.runs.folder import STARTS, read_description
+from sd_gym.agents.registry import agent_class, agent_names, is_control, make_settings
+from sd_gym.agents.runs.folder import BLIND, STARTS, read_description
 from sd_gym.agents.runs.verdict import CONFIDENCE
 from sd_gym.agents.serving import run as dials
 

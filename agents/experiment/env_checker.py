@@ -10,7 +10,7 @@ from gymnasium.utils.env_checker import check_env as gymnasium_check
 from gymnasium.utils.env_checker import data_equivalence
 
 from sd_gym.envs.actions import all_decisions, number_of_decisions
-from sd_gym.envs.report import SCORES
+from sd_gym.envs.protocols import SCORES
 from sd_gym.envs.single import SwitchableEnv
 
 EPISODES = 32  # episodes of each constant or random decision

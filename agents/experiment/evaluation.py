@@ -27,12 +27,12 @@ from sd_gym.agents.runs.verdict import (
 from sd_gym.backbones import Backbone
 from sd_gym.envs.core import BackboneCore
 from sd_gym.envs.exact import best_rewards, normalised_score
-from sd_gym.envs.protocols import Core, Split
-from sd_gym.envs.report import SCORES, by_facts, write_instances
+from sd_gym.envs.protocols import SCORES, Core, Split
+from sd_gym.envs.report import by_facts, write_instances
 from sd_gym.envs.table import TableCore, TableSplit
 from sd_gym.execution.passes import Passes
 from sd_gym.execution.split import BackboneSplit
-from sd_gym.inference.texts import StagedPasses
+from sd_gym.inference.staged_passes import StagedPasses
 from sd_gym.objectives import Objective
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy

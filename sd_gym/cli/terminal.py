@@ -105,21 +105,21 @@ def warnings_as_lines() -> Iterator[None]:
                 say(str(warning.message), "yellow")
 
 
-def settings_of(pairs: list[str], option: str = "--set", call: Callable[..., Any] | None = None) -> dict[str, Any]:
-    """``key=value`` pairs of an option as a dictionary of YAML values; a ``ValueError`` names the option.
+def settings_of(pairs: list[str], call: Callable[..., Any] | None = None) -> dict[str, Any]:
+    """``key=value`` pairs of ``--set`` as a dictionary of YAML values; a ``ValueError`` names the option.
 
     They are passed on to ``call``, whose own arguments are options of the command.
     """
     from sd_gym.envs.config import parse_yaml
 
     settings = {}
-    for key, value in pairs_of(pairs, option):
+    for key, value in pairs_of(pairs, "--set"):
         pair = short(f"{key}={value}")
         if call is not None and key in signature(call).parameters:
             name = {"imports": "import", **dict.fromkeys(NO_OPTIONS)}.get(key, key)
             advice = f"use the option --{name}" if name else "leave it out"
-            raise ValueError(f"{option} {pair}: {key} is not a setting; {advice}")
-        settings[key] = parse_yaml(value, f"{option} {pair}")
+            raise ValueError(f"--set {pair}: {key} is not a setting; {advice}")
+        settings[key] = parse_yaml(value, f"--set {pair}")
     return settings
 
 

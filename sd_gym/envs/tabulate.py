@@ -213,7 +213,7 @@ class TableMaker:
         if ways is not None and masks is not None:
             described |= {"stages": core.stages, "ways": ways, "judges": core.stage_observation.judgements}
             if core.has_answer_stage:
-                described["resume_points"] = core.split("train").costs.points
+                described["resume_points"] = core.split("train").costs.resume_points
                 described["judgement"] = list(core.backbone.head.judgement)
         if self.units is not None:
             described["units"] = self.units._asdict()

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sd_gym.config import CANDIDATES, ConfigError, EnvConfig, stored_config
+from sd_gym.errors import DataError
 from sd_gym.going_on import ANSWER
 from sd_gym.objectives import Objective
 from sd_gym.registration import OBSERVATIONS
-from sd_gym.tasks.data import DataError, check_splits
+from sd_gym.tasks.data import check_splits
 from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.metrics import METRICS
 from sd_gym.tasks.ranking import RANKINGS

@@ -19,7 +19,7 @@ class Costs:
     def __init__(self, backbone: Backbone, encoded: Encoded, tokens: TokenDropping, num_beams: int) -> None:
         self._backbone, self._encoded, self._tokens = backbone, encoded, tokens
         self._beams = 1 if backbone.head.judges_passes else num_beams
-        self.points, self._components = backbone.head.resume_points(backbone.board), len(backbone.board) + 1
+        self.resume_points, self._components = backbone.head.resume_points(backbone.board), len(backbone.board) + 1
         everything = np.arange(len(encoded))
         self._always, self._switched = self._costs(everything, np.zeros(len(encoded), dtype=np.int64))
 
@@ -56,7 +56,8 @@ class Costs:
 
     def going_on(self, rows: Array, masks: Array) -> Array:
         """FLOPs of going on after masks, int64 ``[n]``, for all rows; see ``sd_gym.going_on``."""
-        return going_on_flops(self._always[rows], self._switched[rows], resumed_from(self.masks(masks), self.points))
+        first = resumed_from(self.masks(masks), self.resume_points)
+        return going_on_flops(self._always[rows], self._switched[rows], first)
 
     def by_level(self) -> tuple[Array, Array]:
         """FLOPs that no switch saves, int64 ``[n, levels]``, and those of each switch, ``[n, levels, switches]``."""
@@ -83,7 +84,7 @@ class Costs:
             source, target = length[part], self._encoded.target_length[rows[part]]
             always, switched = self._costs_padded(len(part), source, target, kept[part])
             total += always.sum() + (switched * (1 - masks[part, :-1])).sum()
-        first = resumed_from(masks, self.points)
+        first = resumed_from(masks, self.resume_points)
         for start in np.unique(first[goes_on]):
             again = np.flatnonzero(goes_on & (first == start))
             source, target = length[again], self._encoded.target_length[rows[again]]

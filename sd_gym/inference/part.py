@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import NonNegativeInt, ValidationError
 
 from sd_gym.files import write_text
 from sd_gym.folders import LOCK, contents, locked
+from sd_gym.policy.network_files import Strict
 
 STATE, ANSWERS = "part.json", "answers.jsonl"
 BLOCK = 2**20  # bytes
@@ -26,10 +27,8 @@ class Line(NamedTuple):
     error: str = ""  # what is wrong with it
 
 
-class State(BaseModel):
+class State(Strict):
     """What made the answers, by the names that errors use, and how many there are."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     made_by: dict[str, str | dict[str, str]]
     line: NonNegativeInt = 0  # last line of the input that is answered

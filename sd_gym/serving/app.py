@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from sd_gym.errors import DataError
 from sd_gym.serving.batcher import Batcher, ClosedError, LateError, Limits, QueueFullError
-from sd_gym.serving.dial import Dial, Fixed
+from sd_gym.serving.dial import Fixed, ServerDial
 from sd_gym.serving.engine import Asked, BlockingEngine, InThread, OperatingPoints, Served
 from sd_gym.serving.metrics import Metrics
 from sd_gym.serving.requests import (
@@ -71,7 +71,7 @@ class Service:
         points: OperatingPoints,
         limits: Limits,
         settings: Settings,
-        dial: Dial | None = None,
+        dial: ServerDial | None = None,
     ) -> None:
         self.engine, self.points, self.settings, self._limits = engine, points, settings, limits
         self._thread, self._dial, self._served = InThread(engine), dial or Fixed(points.default), engine.served

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from sd_gym.serving.dial import Dial, Fixed
+from sd_gym.serving.dial import Fixed, ServerDial
 
 
 class QueueFullError(Exception):
@@ -136,7 +136,7 @@ class Batcher:
         engine: Engine,
         limits: Limits,
         cost: PassCost,
-        dial: Dial = Fixed(),  # noqa: B008  (it never changes)
+        dial: ServerDial = Fixed(),  # noqa: B008  (it never changes)
         on_group: Callable[[Group], None] = lambda group: None,
     ) -> None:
         self._engine, self._limits, self._cost, self._dial, self._on_group = engine, limits, cost, dial, on_group

@@ -10,7 +10,7 @@ import numpy as np
 from sd_gym.envs.serving import dial
 
 
-class Dial(Protocol):
+class ServerDial(Protocol):
     """Chooses the operating point of each group before the group is formed."""
 
     window: float  # seconds over which arrivals are counted

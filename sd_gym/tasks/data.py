@@ -11,10 +11,10 @@ from typing import Any
 
 from sd_gym.config import SPLITS, DataConfig
 from sd_gym.data.instance import Instance
-from sd_gym.errors import one_line, short
+from sd_gym.errors import DataError, one_line, short
 from sd_gym.registry import nearest
 from sd_gym.tasks.family import LARGEST, TASKS, Task, check_text, is_number
-from sd_gym.tasks.files import DataError, Rows, read_csv, read_jsonl
+from sd_gym.tasks.files import Rows, read_csv, read_jsonl
 from sd_gym.tasks.procedural import generate_split
 
 DIVISION = {8: "validation", 9: "test"}  # the split of a row of a single file, by its number's last digit

@@ -92,11 +92,13 @@ def test_a_busy_machine_is_said_to_be_busy_once(log, monkeypatch, load, threads,
     assert log.getvalue().count("OMP_NUM_THREADS=1") == said
 
 
-@pytest.mark.parametrize("option", ["--set", "--column"])
-def test_an_option_of_keys_and_values_names_itself(option):
+def test_an_option_of_keys_and_values_names_itself():
     for pairs in (["foo"], ["=1"], ["a=[1"], ["a=1", "b=1", "a=2"]):
-        with pytest.raises(ValueError, match=option):
-            terminal.settings_of(pairs, option)
+        with pytest.raises(ValueError, match="--set"):
+            terminal.settings_of(pairs)
+    for pairs in (["foo"], ["a=1", "a=2"]):
+        with pytest.raises(ValueError, match="--column"):
+            list(terminal.pairs_of(pairs, "--column"))
 
 
 @pytest.mark.parametrize(("command", "function"), [("train", train), ("tune", tune), ("tabulate", tabulate)])

@@ -14,9 +14,9 @@ import sd_gym
 from sd_gym.backbones.load import BUNDLED
 from sd_gym.envs import ConfigError, SwitchableEnv
 from sd_gym.envs.sb3 import SwitchableVecEnv
+from sd_gym.errors import DataError
 from sd_gym.registration import shipped_tables
 from sd_gym.switch import UnsupportedArchitectureError
-from sd_gym.tasks.data import DataError
 from tests.conftest import make_model, varied
 from tests.envs.conftest import SMALL, STEP_INFO
 

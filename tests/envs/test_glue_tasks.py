@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import sd_gym
 from sd_gym.config import ConfigError, DataConfig
-from sd_gym.tasks.data import DataError, load_split
+from sd_gym.errors import DataError
+from sd_gym.tasks.data import load_split
 from tests.conftest import TINY, WORDS, dense_policy, make_model, varied, write_mirror
 
 # Column names as on the hub, and the number of classes; 1 = a score.

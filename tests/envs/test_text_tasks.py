@@ -8,7 +8,8 @@ from gymnasium.utils.env_checker import check_env
 from sd_gym.agents.experiment.evaluation import evaluate
 
 from sd_gym.config import DataConfig
-from sd_gym.tasks.data import DataError, load_split
+from sd_gym.errors import DataError
+from sd_gym.tasks.data import load_split
 from tests.conftest import WORDS, dense_policy, make_extractor, write_mirror
 
 ANSWERS = Sequence({"text": Value("string"), "answer_start": Value("int32")})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sd_gym.config import ConfigError
-from sd_gym.tasks.data import DataError
+from sd_gym.errors import DataError
 from tests.execution.conftest import SMALL, Drawn
 
 

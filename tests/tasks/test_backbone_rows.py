@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from sd_gym.config import DataConfig
 from sd_gym.data.instance import Instance
+from sd_gym.errors import DataError
 from sd_gym.tasks.backbone_rows import ROWS, backbone_part, backbone_rows, row_hashes, write_backbone_rows
-from sd_gym.tasks.data import DataError
 from sd_gym.tasks.splits import BACKBONE, Splits
 
 

@@ -6,7 +6,8 @@ import pytest
 from datasets import Dataset
 
 from sd_gym.config import DataConfig
-from sd_gym.tasks.data import DataError, load_split
+from sd_gym.errors import DataError
+from sd_gym.tasks.data import load_split
 
 
 def test_a_single_file_is_divided_by_row(reviews):

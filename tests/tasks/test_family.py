@@ -6,8 +6,9 @@ import pytest
 
 import sd_gym
 from sd_gym.envs import ConfigError
+from sd_gym.errors import DataError
 from sd_gym.tasks.classification import CLASSIFICATION
-from sd_gym.tasks.data import DataError, load_split
+from sd_gym.tasks.data import load_split
 from sd_gym.tasks.summarization import TextToText
 from tests.tasks.conftest import CUSTOM, split_of
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from sd_gym.tasks.data import DataError, load_split
+from sd_gym.errors import DataError
+from sd_gym.tasks.data import load_split
 
 NOT_MISSING = ["NA", "null", "None", "nan", "N/A", "123", "1e5", "True", ""]
 

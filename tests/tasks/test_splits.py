@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 import sd_gym
 from sd_gym.cli import app
 from sd_gym.config import SPLITS, ConfigError, DataConfig
-from sd_gym.tasks.data import DataError, load_split
+from sd_gym.errors import DataError
+from sd_gym.tasks.data import load_split
 from sd_gym.tasks.splits import Splits
 from tests.conftest import write_mirror
 

@@ -5,7 +5,7 @@ from transformers import PretrainedConfig
 
 from sd_gym.backbones.heads.label import class_index, labels_of
 from sd_gym.data.instance import Instance
-from sd_gym.tasks.data import DataError
+from sd_gym.errors import DataError
 
 
 def test_labels_outside_the_classes():

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from sd_gym.backbones import Recipe
 from sd_gym.config import BackboneConfig, DataConfig, TokensConfig
 from sd_gym.envs import ConfigError
-from sd_gym.tasks.data import DataError
+from sd_gym.errors import DataError
 from sd_gym.tasks.encoding import encode
 from sd_gym.tasks.preparation import prepare_backbone
 from tests.conftest import WORDS, make_model

@@ -17,7 +17,8 @@ from sd_gym.backbones.heads.span import NOWHERE, best_spans, span_log_likelihood
 from sd_gym.config import BackboneConfig, DataConfig, TokensConfig
 from sd_gym.data.instance import Instance
 from sd_gym.envs import ConfigError
-from sd_gym.tasks.data import DataError, load_split
+from sd_gym.errors import DataError
+from sd_gym.tasks.data import load_split
 from sd_gym.tasks.encoding import encode
 from sd_gym.tasks.metrics import normalised
 from sd_gym.tasks.preparation import prepare_backbone
