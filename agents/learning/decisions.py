@@ -28,6 +28,7 @@ MARGINS = (
     *np.arange(6, 15, 1.5).tolist(),
     *(17.0, 20.0, 25.0, 32.0, 40.0),
 )
+TABLE_MARGINS = *MARGINS[:6], *np.arange(-1.5, 15, 0.25).tolist(), *MARGINS[-5:]  # the same where a pass costs nothing
 DENSE_MARGIN = 1000.0  # skips nothing
 POLICY_ROWS = 2000  # rows for searches and for the order of operating points, at most
 FEW_ROWS = 500  # the same where each point takes a pass of its own, and to find the end of a path
@@ -107,7 +108,7 @@ def versions(core: Core, policy: DecisionPolicy | TablePolicy) -> list[Version]:
 
     Their margins are quantiles of the policy's preferences on policy rows, if these can be computed without a pass.
     """
-    margins = list(MARGINS)
+    margins = list(MARGINS if core.config.table is None else TABLE_MARGINS)
     if not core.is_staged and isinstance(policy, DecisionPolicy) and policy.codebook is None:
         parts, train = row_batches(core, policy_rows(core)), core.split("train")
         gaps = np.concatenate([policy.preference(core.observe(train, part)).ravel() for part in parts])
