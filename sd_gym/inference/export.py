@@ -224,6 +224,9 @@ class _Writer:
         _, instance = _probe(model)
         always, switched = model.backbone.flops.costs(np.arange(3))  # a parabola in the number of tokens
         bend = (switched[2] - 2 * switched[1] + switched[0]) // 2
+        accepted = np.pad(self._choices, ((0, 0), (0, int(policy.sees_answer))), constant_values=-1)
+        added = torch.from_numpy(policy.learned.per_margin).float()[None]
+        [per_margin] = policy.learned.log_likelihood(added, torch.from_numpy(accepted))
         values = {
             "format": FORMAT,
             "sd_gym": __version__,
@@ -244,7 +247,7 @@ class _Writer:
             "switches": self._board.names,
             "choices": {
                 "mask": self._mask_of_choice.tolist(),
-                "cautious": (self._choices == 0).sum(axis=1).tolist(),  # components that a margin adds to
+                "cautious": per_margin.int().tolist(),  # what a margin of 1 adds to the scores
             },
             "looks_at_answer": policy.sees_answer,
             "int8": self._int8,

@@ -239,20 +239,26 @@ class DecisionPolicy(nn.Module):
 
         At the answer stage it accepts only where it prefers accepting by as much.
         """
-        if self.steps is not None:
-            return self._preferring(np.arange(len(self.steps)), -margin * np.array(self.steps))
-        cautious = np.cumsum([0, *self.nvec[:-1]])  # the first choice of each component is to run
-        cautious[-1] += self.stages[-1] == ANSWER  # where the second choice is to go on
-        return self._preferring(cautious, margin)
+        return self._with_added(margin * self.per_margin)
 
     def with_sureness(self, margin: float) -> DecisionPolicy:
         """A copy that accepts an answer only where it prefers accepting by more than ``margin`` in log-odds."""
-        return self._preferring(np.array([-1]), margin)
+        return self._with_added(np.r_[np.zeros(sum(self.nvec) - 1), margin])
 
-    def _preferring(self, choices: NDArray, margin: float | NDArray) -> DecisionPolicy:
-        copy, bias = deepcopy(self), self.head.bias
+    @property
+    def per_margin(self) -> NDArray:
+        """What a margin of 1 adds to each logit, float64 ``[sum(nvec)]``."""
+        if self.steps is not None:
+            return -np.array(self.steps, dtype=np.float64)
+        added, cautious = np.zeros(sum(self.nvec)), np.cumsum([0, *self.nvec[:-1]])  # the first choice is to run
+        cautious[-1] += self.stages[-1] == ANSWER  # where the second choice is to go on
+        added[cautious] = 1
+        return added
+
+    def _with_added(self, added: NDArray) -> DecisionPolicy:
+        copy = deepcopy(self)
         with torch.no_grad():
-            copy.head.bias[torch.from_numpy(choices)] += torch.as_tensor(margin, dtype=bias.dtype, device=bias.device)
+            copy.head.bias += torch.from_numpy(added).to(copy.head.bias)
         return copy
 
     @_deciding

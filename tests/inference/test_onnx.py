@@ -120,6 +120,15 @@ def test_operating_points_are_chosen_as_by_load(exported):
     assert one.fingerprints["policy"] != other.fingerprints["policy"]  # a run is not resumed with the other
 
 
+def test_margins_count_per_step_as_by_load(tmp_path, tiny_tokenizer):
+    policy, texts = few_masks("classification", tmp_path, tiny_tokenizer, masks=6)
+    policy.network.steps = [step for size in policy.network.nvec for step in ([0] if size == 1 else [0, 3])]
+    policy = with_points(policy)
+    sd_gym.export(policy, tmp_path / "onnx")
+    for limits in LIMITS:
+        check_same(policy, tmp_path / "onnx", texts + random_texts(100), **limits)
+
+
 def judging(task, folder, tokenizer, observation, masks):
     """A policy that judges the answers under these masks, and texts."""
     *_, policy, texts = trained(task, None, folder, tokenizer, observation, stages=("first", "answer"))
