@@ -258,7 +258,7 @@ class DecisionPolicy(nn.Module):
     def _with_added(self, added: NDArray) -> DecisionPolicy:
         copy = deepcopy(self)
         with torch.no_grad():
-            copy.head.bias += torch.from_numpy(added).to(copy.head.bias)
+            copy.head.bias.add_(torch.from_numpy(added).to(copy.head.bias))
         return copy
 
     @_deciding
