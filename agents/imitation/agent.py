@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from sd_gym.agents.baselines.search import OnRound, Per, greedy_path, path_losses, path_steps
 from sd_gym.agents.baselines.static import MASKS, nested_path, report_scored
-from sd_gym.agents.imitation.path_logits import AVOIDED, above_hull, component_logits, leading, step_logits
+from sd_gym.agents.imitation.path_logits import AVOIDED, LEAST_RISK, above_hull, component_logits, step_logits
 from sd_gym.agents.imitation.staged import Combinations
 from sd_gym.agents.learning.agent import Agent, LearnerSettings, OnRollout, observation_layers
 from sd_gym.agents.learning.decisions import Version, row_batches, versions
@@ -110,11 +110,13 @@ class ImitationAgent(Agent[ImitationSettings]):
         risk, ratios = F.pad(risk, (1, 0)), torch.from_numpy(flops)
         steps = step_logits(risk, ratios)
         above = above_hull(risk, ratios, steps)
-        steps, against = steps - math.log(multiplier), AVOIDED * above / (above + core.config.reward.epsilon)
+        steps, against = (
+            steps - math.log(multiplier),
+            AVOIDED * above / (above + max(core.config.reward.epsilon, LEAST_RISK)),
+        )
         logger.record("search/flops_ratio", float(flops[(steps > 0).sum(dim=1)].mean()))
         logits = component_logits(steps.clamp(-SURE, SURE), against, self.path, core.nvec)
-        if core.nvec.max() > 2:  # else each component has one step
-            self.network.steps = leading(self.path, core.nvec).sum(axis=0).astype(int).tolist()
+        self.network.graded = bool(core.nvec.max() > 2)  # else each component has one step
 
         def loss(chosen: Tensor | slice) -> Tensor:
             return F.mse_loss(self._outputs(self.network, rows[chosen]), logits[chosen])

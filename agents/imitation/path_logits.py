@@ -8,7 +8,7 @@ from torch import Tensor
 
 LEAST_SAVED = 1e-4  # least saving of a step, as a share of the dense FLOPs
 LEAST_RISK = 1e-6  # least risk of a step, so that the exchange rate is finite
-AVOIDED = 6.0  # log-odds against choices that should not be made
+AVOIDED = 6.0  # log-odds against masks far above the hull
 RATES = 2**22  # exchange rates per computation; each instance has one for any two masks
 
 
@@ -48,22 +48,13 @@ def component_logits(steps: Tensor, against: Tensor, path: NDArray, nvec: NDArra
     """Logits ``[n, sum(nvec)]`` of a policy that takes those ``steps [n, masks - 1]`` of a path that are positive.
 
     The logit of a choice is the sum of the steps that lead to it; that of running is 0. A component with several
-    choices should not stop at a mask that has log-odds ``against`` it, ``[n, masks - 1]``, or is not on the path.
+    choices should not stop at a mask that has log-odds ``against`` it, ``[n, masks - 1]``.
     """
-    first, on_path = np.cumsum([0, *nvec[:-1]]), np.zeros(int(nvec.sum()), dtype=bool)
-    on_path[first + path] = True
-    logits = steps @ torch.from_numpy(leading(path, nvec)) - AVOIDED * torch.from_numpy(~on_path)
-    for step, raised in enumerate(path_steps(path)):
-        graded = raised[nvec[raised] > 2]
-        logits[:, torch.from_numpy(first[graded] + path[step + 1, graded])] -= against[:, step, None]
-    return logits
-
-
-def leading(path: NDArray, nvec: NDArray) -> NDArray:
-    """Which steps of a path lead to the choice of each logit, float32 ``[masks - 1, sum(nvec)]``: 0 or 1."""
-    first, leads = np.cumsum([0, *nvec[:-1]]), np.zeros((len(path) - 1, int(nvec.sum())), dtype=np.float32)
+    first = np.cumsum([0, *nvec[:-1]])
+    leads, bad = torch.zeros(2, steps.shape[1], int(nvec.sum()))
     for step, raised in enumerate(path_steps(path)):
         for component in raised:
             choice, start = path[step + 1, component], first[component]
             leads[step, start + choice : start + nvec[component]] = 1
-    return leads
+            bad[step, start + choice] = float(nvec[component] > 2)
+    return steps @ leads - against @ bad

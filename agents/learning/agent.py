@@ -232,6 +232,7 @@ class Agent(BaseAgent[SettingsT]):
                 per_stage=self.per_stage,
                 channels=channels,
                 token_width=width if flat else None,
+                graded=start is not None and start.graded and not core.is_staged,
             )
 
     def _standardise_encoders(self, *networks: nn.Module) -> None:

@@ -64,8 +64,8 @@ class DecisionPolicy(nn.Module):
         per_stage: Whether each of several stages has its own hidden layers.
         channels: Channels of the ``TokenEncoder``; ``None``: observations are flat.
         token_width: Width of a token, with tokens and several stages; else ``None``.
-        steps: How many steps of a path lead to the choice of each logit, so many margins it costs (``with_margin``);
-            ``None``: one for all choices but the first of a component.
+        graded: Whether each choice of a component goes on from the one before it, so that a margin counts for each of
+            them (``with_margin``). Else it counts once, for all choices but the first.
 
     Attributes:
         token_encoder: From tokens to features; the identity for flat observations.
@@ -99,7 +99,7 @@ class DecisionPolicy(nn.Module):
         per_stage: bool = False,
         channels: int | None = None,
         token_width: int | None = None,
-        steps: list[int] | None = None,
+        graded: bool = False,
     ) -> None:
         super().__init__()
         if (token_width is not None) != (channels is not None and len(stages) > 1):
@@ -111,7 +111,7 @@ class DecisionPolicy(nn.Module):
         self.nvec, self.switches = [int(size) for size in nvec], list(switches)
         self.blind, self.noise = blind, noise
         self.network, self.hidden, self.per_stage = network, hidden, per_stage
-        self.channels, self.token_width, self.steps = channels, token_width, steps
+        self.channels, self.token_width, self.graded = channels, token_width, graded
         features = observation_size
         if channels is None:
             self.token_encoder = nn.Identity()
@@ -214,17 +214,14 @@ class DecisionPolicy(nn.Module):
 
     @_deciding
     def preference(self, observations: Observations) -> NDArray:
-        """Margins at which decisions change (``with_margin``), in log-odds, float32 ``[n, margins]``.
+        """Margins near which decisions change (``with_margin``), in log-odds, float32 ``[n, margins]``.
 
-        Each component has one, that of its best choice against running, minus infinity if that is the only choice. With
-        ``steps`` each step has one, against the choice before it. For a policy with one stage and no codebook.
+        Each component has one, that of its best choice against running; if it is ``graded`` each choice has one, against
+        the choice before it. Not finite where there is no such choice. For a policy with one stage and no codebook.
         """
-        logits = self(to_tensors(observations, self.head.weight.device))
-        if self.steps is not None:
-            component = np.repeat(np.arange(len(self.nvec)), self.nvec)
-            _, along = np.unique(np.stack([component, self.steps]), axis=1, return_index=True)
-            return np.diff(logits.cpu().numpy()[:, along], axis=1)[:, np.diff(component[along]) == 0]
-        choices = self._padded(logits)
+        choices = self._padded(self(to_tensors(observations, self.head.weight.device)))
+        if self.graded:
+            return choices.diff(dim=2).flatten(1).cpu().numpy()
         return (F.pad(choices[..., 1:], (0, 1), value=-torch.inf).amax(dim=2) - choices[..., 0]).cpu().numpy()
 
     @torch.no_grad()
@@ -248,8 +245,8 @@ class DecisionPolicy(nn.Module):
     @property
     def per_margin(self) -> NDArray:
         """What a margin of 1 adds to each logit, float64 ``[sum(nvec)]``."""
-        if self.steps is not None:
-            return -np.array(self.steps, dtype=np.float64)
+        if self.graded:
+            return -np.concatenate([np.arange(size, dtype=np.float64) for size in self.nvec])
         added, cautious = np.zeros(sum(self.nvec)), np.cumsum([0, *self.nvec[:-1]])  # the first choice is to run
         cautious[-1] += self.stages[-1] == ANSWER  # where the second choice is to go on
         added[cautious] = 1

@@ -50,7 +50,7 @@ class NetworkDescription(Strict):
     per_stage: bool = False
     channels: Annotated[int, Field(ge=1)] | None = None
     token_width: Annotated[int, Field(ge=1)] | None = None
-    steps: list[Annotated[int, Field(ge=0)]] | None = None
+    graded: bool = False
 
     @model_validator(mode="after")
     def _one_choice_a_switch(self) -> NetworkDescription:
@@ -64,10 +64,6 @@ class NetworkDescription(Strict):
             raise ValueError(
                 f"expected nvec with a 2 for each of the {switches} switches (a 1 where it always runs), then the "
                 f"number of token levels, and a 2 for the stage {ANSWER} if there is one; got {self.nvec}"
-            )
-        if self.steps is not None and (len(self.steps) != sum(self.nvec) or len(self.stages) > 1):
-            raise ValueError(
-                f"expected steps for each of the {sum(self.nvec)} logits of one stage, got {short(self.steps)}"
             )
         lowest = 0 if self.stages == ["first"] else -1  # -1: decided at other stages
         for mask in self.codebook or []:

@@ -18,6 +18,8 @@ import sd_gym
 from sd_gym.cli import app
 from sd_gym.errors import DataError
 from sd_gym.operating_points import OperatingPoint
+from sd_gym.policy import DecisionPolicy
+from sd_gym.policy.table_export import TablePolicy
 from sd_gym.tasks.classification import Classification
 from tests.conftest import ENCODER, WORDS, make_model
 from tests.envs.conftest import MODELS, trained
@@ -120,10 +122,13 @@ def test_operating_points_are_chosen_as_by_load(exported):
     assert one.fingerprints["policy"] != other.fingerprints["policy"]  # a run is not resumed with the other
 
 
-def test_margins_count_per_step_as_by_load(tmp_path, tiny_tokenizer):
+def test_margins_of_numbered_masks_are_those_of_load(tmp_path, tiny_tokenizer):
+    """Of a policy that has learned on a table of few masks, so that it chooses a number."""
     policy, texts = few_masks("classification", tmp_path, tiny_tokenizer, masks=6)
-    policy.network.steps = [step for size in policy.network.nvec for step in ([0] if size == 1 else [0, 3])]
-    policy = with_points(policy)
+    whole, book = policy.network, policy.network.codebook.numpy()
+    network = DecisionPolicy(whole.observation_size, [len(book)], [], graded=True)
+    network.head.weight.data *= 20  # so that a margin changes some decisions
+    policy = with_points(replace(policy, network=TablePolicy(network, whole.nvec, whole.switches, book, None)))
     sd_gym.export(policy, tmp_path / "onnx")
     for limits in LIMITS:
         check_same(policy, tmp_path / "onnx", texts + random_texts(100), **limits)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sd_gym.agents.imitation.path_logits import AVOIDED, above_hull, component_logits, step_logits
+from sd_gym.agents.imitation.path_logits import above_hull, component_logits, step_logits
 
 from sd_gym.policy import DecisionPolicy
 
@@ -78,7 +78,6 @@ def test_a_step_of_several_components_raises_all_of_them():
     assert logits.tolist() == [[0, -1, 0, 2, 0, 2, 0, -3]]
 
 
-def test_choices_off_the_path_and_bad_ends_are_avoided():
-    path = np.array([[0], [1], [3], [4]])  # the mask of choice 2 is not on it
-    logits = component_logits(torch.ones(1, 3), torch.tensor([[0.5, 0.0, 0.0]]), path, np.array([5]))
-    assert logits.tolist() == [[0, 0.5, 1 - AVOIDED, 2, 3]]
+def test_a_component_with_several_choices_does_not_stop_at_a_bad_mask():
+    path, against = np.array([[0, 0], [1, 0], [1, 1], [2, 1]]), torch.tensor([[0.5, 0.5, 0.0]])
+    assert component_logits(torch.ones(1, 3), against, path, np.array([3, 2])).tolist() == [[0, 0.5, 2, 0, 1]]
