@@ -216,8 +216,8 @@ class DecisionPolicy(nn.Module):
     def preference(self, observations: Observations) -> NDArray:
         """Margins near which decisions change (``with_margin``), in log-odds, float32 ``[n, margins]``.
 
-        Each component has one, that of its best choice against running; if it is ``graded`` each choice has one, against
-        the choice before it. Not finite where there is no such choice. For a policy with one stage and no codebook.
+        Each component has one, that of its best choice against running; if ``graded``, each choice has one, against the
+        choice before it. Not finite where there is no such choice. For a policy with one stage and no codebook.
         """
         choices = self._padded(self(to_tensors(observations, self.head.weight.device)))
         if self.graded:
