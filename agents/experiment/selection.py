@@ -29,7 +29,7 @@ from sd_gym.operating_points import OperatingPoint
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.table_export import TablePolicy
 
-PASSES = 12  # points of a sequence if each takes passes of a backbone
+PASSES = 20  # points of a sequence if each takes passes of a backbone
 CURVE_ROWS = 1000  # of the validation split, for each point of a curve
 UNLABELLED = 10  # epsilons that may seem lost without labels, where each changed answer counts, even one that is right
 
