@@ -1,60 +1,45 @@
 """A cascade: a cheap pass for all inputs, and a dense pass where its head is unsure (Viola and Jones 2001).
 
-The dense pass goes on from the first sublayer that the cheap one skipped, like the answer stage.
+The dense pass goes on from the first sublayer that the cheap one skipped.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from sd_gym.agents.baselines.early_exit import THRESHOLDS, Confidences
+from sd_gym.agents.baselines.early_exit import THRESHOLDS
 from sd_gym.agents.baselines.search import greedy_path
-from sd_gym.agents.baselines.static import StaticSettings, nested_masks, report_scored, searched_masks
-from sd_gym.agents.learning.agent import NotApplicableError, OnRollout, PrivilegedAgent
-from sd_gym.agents.learning.decisions import SplitDecisions, Version, policy_rows
+from sd_gym.agents.baselines.static import StaticAgent, nested_masks, report_scored, searched_masks
+from sd_gym.agents.learning.agent import NotApplicableError, OnRollout
+from sd_gym.agents.learning.decisions import Version, policy_rows
 from stable_baselines3.common.logger import Logger
 
-from sd_gym.envs.protocols import Split
+from sd_gym.envs.spaces import flat_size
+from sd_gym.policy import DecisionPolicy
+
+CERTAIN = 100.0  # log-odds of the mask, beyond the margins of all thresholds
+SCALE = 0.01  # of the judgement in the hidden layers, which are nearly linear there
+LEAST = -20.0  # margin at which every answer is accepted; judgements are at least -10
 
 
-@dataclass(frozen=True)
-class CascadePoint:
-    """One mask for all inputs; if the head is less sure than a threshold, the pass goes on densely."""
-
-    mask: NDArray  # [components]
-    threshold: float
-    confidences: Confidences
-
-    def decide_split(self, split: Split, rows: NDArray) -> SplitDecisions:
-        """The mask, or dense decisions; FLOPs beyond those of a dense pass count as deciding."""
-        decisions = np.tile(self.mask, (len(rows), 1))
-        unsure = self.confidences.of(split, rows, self.mask) < self.threshold
-        costs = split.costs
-        both = costs.flops(rows, decisions) + costs.going_on(rows, decisions)
-        extra: NDArray = np.where(unsure, both - costs.dense_flops(rows), 0)
-        return SplitDecisions(np.where(unsure[:, None], 0, decisions), extra)
-
-
-class Cascade(PrivilegedAgent[StaticSettings]):
+class Cascade(StaticAgent):
     """One mask for all inputs; if the head is less sure than a threshold, the pass goes on densely.
 
-    The FLOPs of both passes count. Operating points are masks with thresholds; the masks are those of a greedy path
-    on policy rows, or of a run of ``static`` (``path``). For backbones that classify.
+    For envs whose last stage is ``answer``. How sure the head is, is the first value of its judgement: for classes the
+    log-odds of the most probable one. Operating points are masks with thresholds; the masks are those of a greedy path
+    on policy rows, or of a run of ``static`` (``path``).
     """
-
-    Settings = StaticSettings
-    draws = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not self.env.core.sees_confidence:
-            raise NotApplicableError("a cascade needs a backbone that classifies, or a table with its confidences")
-        self.masks = np.zeros((1, len(self.env.core.nvec)), dtype=np.int64)  # dense, until it has searched
+        if not self.env.core.has_answer_stage:
+            raise NotApplicableError("a cascade goes on from an answer: it needs stages that end with answer")
+        self._channels = 1  # of tokens, which it does not read
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
-        """Search a chain of nested masks on policy rows."""
+        """Search a chain of nested masks on policy rows; ``total_steps`` is not used."""
         core = self.env.core
         if self.settings.path is not None:
             masks = np.unique(searched_masks(self.settings.path, core.nvec), axis=0)
@@ -65,6 +50,30 @@ class Cascade(PrivilegedAgent[StaticSettings]):
 
     def operating_points(self) -> list[Version]:
         """Each mask with each threshold."""
-        confidences, masks = Confidences(), [mask for mask in self.masks if mask.any()]
-        thresholds = [0.0, *THRESHOLDS[THRESHOLDS <= 1].tolist()]
-        return [Version(CascadePoint(mask, threshold, confidences)) for mask in masks for threshold in thresholds]
+        policies = [self._going_on(mask) for mask in self.masks if mask.any()]
+        margins = [*(float(_as_linear(value)) for value in _log_odds(THRESHOLDS[THRESHOLDS < 1])[::-1]), LEAST]
+        return [Version(policy.with_margin(margin), margin, policy) for policy in policies for margin in margins]
+
+    @torch.no_grad()
+    def _going_on(self, mask: NDArray) -> DecisionPolicy:
+        """The policy that decides for a mask ``[components]``, and accepts answers of positive log-odds."""
+        core = self.env.core
+        policy = self.new_policy(hidden=1)
+        for values in policy.parameters():
+            values.zero_()
+        judged = flat_size(core.observation_space) - core.stage_observation.answer_size
+        policy.body[0].weight[0, judged] = SCALE
+        policy.body[2].weight[0, 0] = 1
+        policy.head.weight[-2, 0] = 1 / SCALE  # of accepting
+        first = np.cumsum([0, *core.nvec[:-1]])
+        policy.head.bias[torch.from_numpy(first + mask)[: core.n_skips]] = CERTAIN
+        return policy.eval()
+
+
+def _log_odds(probability: NDArray) -> NDArray:
+    return np.log(probability / (1 - probability))
+
+
+def _as_linear(log_odds: float) -> NDArray:
+    """The preference for accepting an answer of these log-odds."""
+    return np.tanh(np.tanh(SCALE * log_odds)) / SCALE

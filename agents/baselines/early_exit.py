@@ -1,7 +1,7 @@
 """Early exit by confidence: run layer by layer, and stop as soon as the head is sure (DeeBERT, Xin et al. 2020)."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,22 +11,26 @@ from sd_gym.agents.learning.decisions import SplitDecisions, Version, policy_row
 from sd_gym.envs.protocols import Split
 from sd_gym.going_on import stages_of_pass
 
+if TYPE_CHECKING:
+    from sd_gym.execution.split import BackboneSplit
+
 THRESHOLDS = np.r_[np.linspace(0.5, 0.95, 10), 0.97, 0.98, 0.99, 0.995, 0.999, 1.01]  # above 1: never
 SWEEPS = 2  # over all stages, to lower their thresholds
 ALLOWED = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)  # losses on policy rows, over epsilon, to search thresholds for
 
 
 class Confidences:
-    """Highest class probabilities of rows under decisions, each computed once; tables store them."""
+    """Highest class probabilities of rows of a backbone's split under decisions, each computed once."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, bytes, bytes], NDArray] = {}
 
     def of(self, split: Split, rows: NDArray, mask: NDArray) -> NDArray:
-        """Those of ``rows [n]`` under a decision ``[components]``, float64 ``[n]``, if the core ``sees_confidence``."""
+        """Those of ``rows [n]`` under a decision ``[components]``, float64 ``[n]``."""
         key = split.name, rows.tobytes(), mask.tobytes()
         if key not in self._known:
-            self._known[key] = split.confidence(rows, np.tile(mask, (len(rows), 1)))
+            of_backbone = cast("BackboneSplit", split)  # as the core can exit
+            self._known[key] = of_backbone.confidence(rows, np.tile(mask, (len(rows), 1)))
         return self._known[key]
 
 

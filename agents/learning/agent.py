@@ -21,7 +21,7 @@ from sd_gym.config import StrictModel
 from sd_gym.envs.protocols import SCORES, Core
 from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.envs.vector import SwitchableVectorEnv
-from sd_gym.policy import DecisionPolicy
+from sd_gym.policy import HIDDEN, DecisionPolicy
 from sd_gym.policy.choices import Noise
 from sd_gym.policy.networks import hidden_layers
 from sd_gym.policy.observations import to_tensors
@@ -214,7 +214,7 @@ class Agent(BaseAgent[SettingsT]):
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a ``state``."""
 
-    def new_policy(self, *, blind: bool | None = None, noise: Noise = "none") -> DecisionPolicy:
+    def new_policy(self, *, blind: bool | None = None, noise: Noise = "none", hidden: int = HIDDEN) -> DecisionPolicy:
         """An untrained policy for this env; ``blind=None``: blind if the agent is."""
         core, channels, start = self.env.core, self.channels, self.start
         width, flat = token_width(core.observation_space), flat_size(core.observation_space)
@@ -227,6 +227,7 @@ class Agent(BaseAgent[SettingsT]):
                 blind=self.blind if blind is None else blind,
                 noise=noise,
                 network=self._network,
+                hidden=hidden,
                 codebook=None if start is None or start.codebook is None else start.codebook.tolist(),
                 stages=core.stages,
                 per_stage=self.per_stage,

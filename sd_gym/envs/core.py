@@ -80,11 +80,6 @@ class BackboneCore(Core[BackboneSplit]):
         return backbone_core, (self.config,)
 
     @property
-    def sees_confidence(self) -> bool:
-        """Whether the head gives the probability of the answer together with the answer."""
-        return self.backbone.head.confidence is not None
-
-    @property
     def can_exit(self) -> bool:
         """Whether the head can judge the output of any layer."""
         return self.backbone.head.can_exit(self.backbone.board)

@@ -92,8 +92,6 @@ class Split(Protocol):
     @property
     def provenance(self) -> dict[str, Any]: ...  # which rows these are
     def __len__(self) -> int: ...
-    # Highest class probability under decisions [n, components], float64 [n], if the core ``sees_confidence``.
-    def confidence(self, rows: Array, decisions: Array) -> Array: ...
     # Facts of each instance that are known before any decision, by name, each [n].
     def facts(self) -> dict[str, Array]: ...
 
@@ -114,6 +112,7 @@ class StageObservations(Protocol[OfSplit]):
     space: gym.Space  # of one observation
     judges: bool  # whether the head judges the hidden states at each stage in the middle of a pass
     judgements: int  # how often it does so in one episode
+    answer_size: int  # values of the head's judgement of its answer, which end an observation; 0: no answer stage
 
     # Observations of rows [n] at a stage after decisions [n, components], whose later components are ignored.
     # resume_from: the state of the pass of the same rows at the stage before, if known. Also returns the state to go on
@@ -147,11 +146,6 @@ class Core(Protocol[S]):
         """FLOPs of all observations in one episode of each row, int64 ``[n]``; judgements count even if blind."""
         judging = self.stage_observation.judgements * split.costs.head_flops(rows)
         return judging if blind else judging + self.observation.flops
-
-    @property
-    def sees_confidence(self) -> bool:
-        """Whether the backbone can run, and gives the probability of its answer together with the answer."""
-        return False
 
     @property
     def can_exit(self) -> bool:

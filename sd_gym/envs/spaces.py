@@ -44,7 +44,7 @@ class Observation(ABC):
 class FirstObservation:
     """The ``StageObservations`` of a core with one stage: its observation before the first layer."""
 
-    judges, judgements = False, 0
+    judges, judgements, answer_size = False, 0, 0
 
     def __init__(self, core: Core) -> None:
         self._core, self.space = core, core.observation.space

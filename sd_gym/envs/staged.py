@@ -43,14 +43,14 @@ class StageObservation:
         self.names, self.columns = core.stages, columns
         self.judges = core.can_exit
         self.judgements = self.judges * sum(name not in ("first", ANSWER) for name in self.names)
-        self._answer_size = len(core.backbone.head.judgement) if core.has_answer_stage else 0
+        self.answer_size = len(core.backbone.head.judgement) if core.has_answer_stage else 0
         split = core.split("train")
         rows = np.arange(min(len(split), STATISTICS_SIZE))
         features = np.concatenate(
             [np.stack(list(self._dense(split, part))) for part in np.split(rows, rows[PASS_ROWS::PASS_ROWS])], axis=1
         )
         self.mean, self.deviation = features.mean(axis=1), deviation_of(features.std(axis=1))
-        judged = slice(features.shape[2] - self._answer_size, None)  # not standardised: of a dense pass it is too high
+        judged = slice(features.shape[2] - self.answer_size, None)  # not standardised: of a dense pass it is too high
         self.mean[:, judged], self.deviation[:, judged] = 0, 1
         size = len(self.names) + 1 + features.shape[2]
         self.space: gym.Space = gym.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT, (size,), np.float32)
@@ -77,7 +77,7 @@ class StageObservation:
     @property
     def around(self) -> tuple[int, int]:
         """How many numbers of an observation are before the hidden states, and after them."""
-        return len(self.names) + 1, self.judges + self._answer_size
+        return len(self.names) + 1, self.judges + self.answer_size
 
     def dense(self, split: BackboneSplit, rows: Array) -> Array:
         """Observations of rows in a dense pass, at the stages except ``answer``, ``[n * stages, size]``."""
@@ -102,9 +102,9 @@ class StageObservation:
     ) -> tuple[Array, PassState | None]:
         if self.names[stage] == ANSWER:
             features, state = self._features(split, rows, stage - 1, decisions, resume_from)
-            features[:, features.shape[1] - self._answer_size :] = split.scoring.judged(rows, decisions, state)
+            features[:, features.shape[1] - self.answer_size :] = split.scoring.judged(rows, decisions, state)
             return features, None
-        judged = np.zeros((len(rows), self.judges + self._answer_size), dtype=np.float32)
+        judged = np.zeros((len(rows), self.judges + self.answer_size), dtype=np.float32)
         if self.names[stage] == "first":
             return np.concatenate([split.features[rows], judged], axis=1), None
         state = resume_from

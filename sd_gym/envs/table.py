@@ -19,7 +19,6 @@ from sd_gym.envs.actions import Steps, all_decisions, numbers_as_actions, read_m
 from sd_gym.envs.protocols import Core
 from sd_gym.envs.spaces import FirstObservation
 from sd_gym.envs.table_files import (
-    CLASS_LOG_ODDS,
     CODEBOOK,
     EXPORT,
     FACT,
@@ -61,6 +60,7 @@ class TableStages:
 
     def __init__(self, core: TableCore, ways: list[int], judgements: int) -> None:
         self.space, self.judgements, self.judges = core.observation.space, judgements, judgements > 0
+        self.answer_size = len(core.description["judgement"]) if core.has_answer_stage else 0
         self._ways, self._stages, self._masks_of = ways, len(core.stages), core.masks_of
 
     def observe(
@@ -141,11 +141,6 @@ class TableSplit:
         if not isinstance(texts.get("facts"), dict) or len(texts.get("ids", ())) != n:
             raise ValueError(f"{file.with_suffix('.json')} is damaged: expected the ids of {n} instances")
 
-    def confidence(self, rows: Array, decisions: Array) -> Array:
-        """Highest class probability of rows ``[n]`` under decisions ``[n, components]``, if ``sees_confidence``."""
-        log_odds = self.tensors[JUDGED][rows, self.core.masks_of(decisions), 0].astype(np.float64)
-        return 1 / (1 + np.exp(-log_odds))
-
     def _whole(self, name: str) -> Array:
         """A tensor, stored in the smallest type, as int64, float64 or bool."""
         values = self.tensors[name]
@@ -224,11 +219,6 @@ class TableCore(Core[TableSplit]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return table_core, (self.config,)
-
-    @property
-    def sees_confidence(self) -> bool:
-        """Whether the table has judgements that begin with the log-odds of a class."""
-        return self.description.get("judgement", [""])[0] == CLASS_LOG_ODDS
 
     @cached_property
     def stage_observation(self) -> TableStages | FirstObservation:

@@ -32,7 +32,6 @@ from sd_gym.registration import CONFIG_FOLDER
 FORMAT = 3
 CODEBOOK, PROJECTION, EXPORT = "codebook.json", "projection.safetensors", "export.safetensors"
 MOST = 4096  # decisions; with at most so many, a table has all of them
-CLASS_LOG_ODDS = "log_odds"  # the first judgement of a backbone that classifies
 JUDGED, SPENT = "judged", "spent"  # in the file of a split
 FACT = "fact."  # before the name of a fact, in the file of a split
 

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 from sd_gym.agents import make_agent
-from sd_gym.agents.baselines.cascade import CascadePoint
-from sd_gym.agents.baselines.early_exit import Confidences, Exit
+from sd_gym.agents.baselines.early_exit import THRESHOLDS, Exit
 from sd_gym.agents.learning.decisions import outcomes, score_decisions
 
 from sd_gym.envs.spaces import flat_size
@@ -38,22 +37,26 @@ def constant(core, mask, log_odds):
     return policy
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.8, 1.0])
 @pytest.mark.parametrize("mask", [[0, 1, 0, 1, 1, 1, 0], [0, 0, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]], ids=str)
-def test_a_cascade_is_one(mask, share, keys):
-    core = env_of(keys, "first", "answer").core
-    split, mask = core.split("train"), np.array(mask)
-    rows = np.arange(len(split))
-    sure = np.sort(split.passes.confidence(rows, np.tile(mask, (len(rows), 1))))
-    threshold = np.append(sure, sure[-1] + 1e-4)[round(share * len(rows))] - 1e-6
-    decisions, spent = CascadePoint(core.from_masks(mask[None])[0], threshold, Confidences()).decide_split(split, rows)
-    wanted = score_decisions(core, split, rows, decisions)
-    came = outcomes(core, constant(core, mask, np.log(threshold / (1 - threshold))), split)
-    np.testing.assert_array_equal(came["decision"], np.tile(mask, (len(rows), 1)))
-    np.testing.assert_array_equal(came["quality"], wanted["quality"])
-    np.testing.assert_allclose(came["flops_ratio"], wanted["flops_ratio"] + spent / split.costs.dense_flops(rows))
-    unsure = ~decisions[:, :-1].any(axis=1)
-    assert abs(unsure.mean() - share) < 0.1
+def test_a_cascade_is_one(mask, keys):
+    env = env_of(keys, "first", "answer")
+    core, split, agent = env.core, env.core.split("train"), make_agent("cascade", env)
+    rows, mask = np.arange(len(split)), np.array(mask)
+    masks = np.tile(core.from_masks(mask[None]), (len(rows), 1))
+    confidence, both = split.passes.confidence(rows, np.tile(mask, (len(rows), 1))), split.costs.going_on(rows, masks)
+    agent.masks, shares = masks[:1], []
+    for point, threshold in zip(agent.operating_points(), [*THRESHOLDS[THRESHOLDS < 1][::-1], 0], strict=True):
+        unsure = confidence < threshold
+        wanted = score_decisions(core, split, rows, np.where(unsure[:, None], 0, masks))
+        came = outcomes(core, point.policy, split)
+        np.testing.assert_array_equal(came["decision"], np.tile(mask, (len(rows), 1)))
+        np.testing.assert_array_equal(came["goes_on"], unsure)
+        np.testing.assert_array_equal(came["quality"], wanted["quality"])
+        flops = split.costs.flops(rows, masks) + unsure * both
+        np.testing.assert_allclose(came["flops_ratio"], flops / split.costs.dense_flops(rows))
+        shares.append(unsure.mean())
+    assert shares[-1] == 0
+    assert len(set(shares)) > 2
 
 
 @pytest.mark.parametrize("layer", [1, 2])
