@@ -241,7 +241,7 @@ def draw_latency(colours: dict[str, str]) -> None:
         axes.plot(*zip(*probes, strict=True), "o-", label=name, markersize=4, color=colour)
     limit = 1000 * measured["limit"]
     axes.axhline(limit, color=colours["faint"], linestyle="--", linewidth=1)
-    axes.text(axes.get_xlim()[1], limit * 1.06, "limit", ha="right", color=colours["text"], fontsize=13)
+    axes.text(sum(axes.get_xlim()) / 2, limit * 1.06, "limit", ha="center", color=colours["text"], fontsize=13)
     axes.set_xlabel("requests a second", fontsize=13)
     axes.set_ylabel("p99 latency, ms", fontsize=13)
     axes.set_yscale("log")
