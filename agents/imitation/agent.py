@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from sd_gym.envs.actions import write_masks
 from sd_gym.envs.protocols import mean_flops
+from sd_gym.envs.spaces import flat_size
 from sd_gym.policy import HIDDEN, DecisionPolicy, blinded
 from sd_gym.policy.observations import to_tensors
 
@@ -132,11 +133,23 @@ class ImitationAgent(Agent[ImitationSettings]):
         start.codebook = known.codebook
         for share in PRICES:
             network = deepcopy(start)  # one that has learned another price is too sure to change
+            if self.env.core.has_answer_stage and self.per_stage:
+                self._judge_by_answer(network)
             objective = partial(known.objective, network, price=share * reward.penalty / reward.cost_scale)
             tag = "imitation/held_out_loss" if share == 1 else f"imitation/held_out_loss_at_{share:.2g}"
             self._fit(network, objective, tag, len(rows), logger)
             self.priced.append(network.eval())
         self.network = self.priced[PRICES.tolist().index(1.0)]
+
+    @torch.no_grad()
+    def _judge_by_answer(self, network: DecisionPolicy) -> None:
+        """At the answer read only the FLOPs and the head's judgement: for more, the rows are too few."""
+        core = self.env.core
+        flat, read = flat_size(core.observation_space), torch.zeros(network.features)
+        read[: len(core.stages) + 1] = read[flat - core.stage_observation.answer_size : flat] = 1
+        weight = network.body.of_stage[-1][0].weight
+        weight.mul_(read)
+        weight.register_hook(lambda gradient: gradient * read)
 
     def save_extra(self, folder: Path) -> None:
         """Write the path as ``masks.json``."""

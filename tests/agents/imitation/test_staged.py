@@ -170,3 +170,18 @@ def test_the_risk_of_a_single_instance_is_its_loss(env):
     core = env.core
     known = Combinations(core, np.zeros(1, dtype=np.int64), path_of(core), lambda seen: seen, None, lambda _: None, 0)
     assert torch.equal(known.risk, known.outcomes.lost)
+
+
+def test_an_answer_is_accepted_by_its_judgement_alone(reviews, tiny_backbone):
+    env = vec_env(reviews, tiny_backbone, **ANSWERED)
+    agent = make_agent("imitation", env, epochs=2)
+    agent.learn(1, configure(None, []), lambda rollout: None)
+    policy, size = agent.policy(), env.core.observation_space.shape[0]
+    random = np.random.default_rng(0)
+    observed = random.normal(size=(64, size)).astype(np.float32)
+    observed[:, :3] = [0, 0, 1]
+    others = observed.copy()
+    others[:, 4:-3] = random.normal(size=(64, size - 7))
+    logits, same = (policy(torch.from_numpy(values))[:, -2:] for values in (observed, others))
+    torch.testing.assert_close(logits, same)
+    assert len(logits.unique(dim=0)) == 64
