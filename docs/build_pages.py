@@ -23,12 +23,11 @@ from sd_gym.agents.registry import AGENTS, agent_class
 from typer.cli import get_docs_for_click
 from typer.main import get_command
 
-import sd_gym
 from sd_gym.cli import app
 from sd_gym.envs.listing import Page, page_of
 from sd_gym.envs.render import LETTERS
 from sd_gym.envs.table_files import table_folder
-from sd_gym.registration import CONFIG_FOLDER, SERVING, config_of, shipped_tables
+from sd_gym.registration import CONFIG_FOLDER, SERVING, all_ids, config_of, shipped_tables
 
 ROOT = Path(__file__).parent.parent
 SHEETS = {"README": "index", "CONTRIBUTING": "contributing", "CHANGELOG": "changelog", "SECURITY": "security"}
@@ -166,7 +165,7 @@ def _nav_of(folder: str) -> list[Any]:
 
 
 def _by_family() -> list[str]:
-    return sorted([*sd_gym.registered_ids(), *SERVING], key=_family)
+    return sorted(all_ids(), key=_family)
 
 
 def _family(name: str) -> str:
@@ -353,7 +352,7 @@ def _env_page(name: str, found: Page) -> str:
     needed = {"table": "table"} if name == "SD/Table-v0" else needed
     arguments = "".join(f', {key}="my-{value}"' for key, value in needed.items())
     sections["Arguments"] = re.sub(r"^(\w+): ", r"- `\1`: ", sections["Arguments"], flags=re.MULTILINE)
-    own = (SERVING.get(name) or config_of(name)).read_text()
+    own = (SERVING.find(name) if name in SERVING else config_of(name)).read_text()
     sections["Arguments"] += f"\n\nThe env's own file ([all keys](../reference/keys.md)):\n\n```yaml\n{own}```"
     if env:
         sections["Action Space"] = f"`{_space(env.action_space)}`\n\n{sections['Action Space']}"

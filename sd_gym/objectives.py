@@ -72,7 +72,7 @@ def register_objective(name: str, function: ObjectiveFunction) -> None:
 def _function_of(objective: str | ObjectiveFunction) -> ObjectiveFunction:
     """The function of a name, or the function itself; raises ``ValueError`` if it is not an objective."""
     if isinstance(objective, str):
-        if objective == "lagrangian" and objective not in OBJECTIVES.names():
+        if objective == "lagrangian" and objective not in OBJECTIVES:
             raise UnknownNameError(NO_LAGRANGIAN)
         return OBJECTIVES.find(objective)
     _check_arguments(objective_name(objective), objective)

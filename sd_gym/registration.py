@@ -72,20 +72,11 @@ def _line(file: Path, key: str) -> str | None:
     return None
 
 
-# Files without an id are only bases that others extend.
+# The configuration files of envs, by id. Files without an id are only bases that others extend.
 ENVS = Registry(
     "env", {env_id(file): file for file in sorted(CONFIG_FOLDER.glob("*.yaml")) if _line(file, "id") is not None}
 )
-
-
-SERVING = {env_id(file): file for file in sorted((CONFIG_FOLDER / "serving").glob("*.yaml"))}  # and users' own
-
-
-def serving_file(identity: str) -> Path:
-    """The configuration file of a serving env; raises ``ValueError`` if there is no such id."""
-    if identity not in SERVING:
-        raise UnknownNameError(unknown("serving env", identity, list(SERVING)))
-    return SERVING[identity]
+SERVING = Registry("serving env", {env_id(file): file for file in sorted((CONFIG_FOLDER / "serving").glob("*.yaml"))})
 
 
 def config_of(identity: str) -> Path:
@@ -93,7 +84,7 @@ def config_of(identity: str) -> Path:
     identity = plain_id(identity)
     if identity in SERVING:
         raise ValueError(no_decisions(identity))
-    if identity not in ENVS.names():
+    if identity not in ENVS:
         raise UnknownNameError(unknown("env", identity, all_ids()))
     return ENVS.find(identity)
 
@@ -115,7 +106,7 @@ def registered_ids() -> list[str]:
 
 def all_ids() -> list[str]:
     """The ids of all envs, serving envs included."""
-    return [*registered_ids(), *SERVING]
+    return [*registered_ids(), *SERVING.names()]
 
 
 def shipped_tables() -> dict[str, str]:
@@ -143,49 +134,30 @@ def register_env(file: str | Path) -> str:
     file = Path(file).expanduser().resolve()
     identity = env_id(file)
     parse_env_id(identity)
-    is_serving = _line(file, "points") is not None
-    others = gym.registry.keys() - (_own_serving() if is_serving else {*ENVS.names()})
-    if identity in others:
+    known = ENVS if _line(file, "points") is None else SERVING
+    if identity in gym.registry and identity not in known:
         raise ValueError(f"{file}: the id {identity!r} is taken by another env of Gymnasium's registry")
-    if is_serving:
-        SERVING[identity] = file
-    else:
-        ENVS.register(identity, file)  # raises if the id is built in
+    known.register(identity, file)  # raises if the id is built in
     gym.registry.pop(identity, None)
-    (_register_serving if is_serving else _register)(identity)
+    _register(identity)
     return identity
-
-
-def _own_serving() -> set[str]:
-    return {identity for identity, file in SERVING.items() if CONFIG_FOLDER not in file.parents}
 
 
 def register_envs() -> None:
     """Register the bundled envs with Gymnasium."""
-    for identity in ENVS.names():
+    for identity in all_ids():
         _register(identity)
-    for identity in SERVING:
-        _register_serving(identity)
-
-
-def _register_serving(identity: str) -> None:
-    file = SERVING[identity]
-    gym.register(
-        identity,
-        entry_point="sd_gym.envs.serving.shells:ServingEnv",
-        vector_entry_point="sd_gym.envs.serving.shells:ServingVectorEnv",
-        kwargs={"config_file": str(file) if identity in _own_serving() else file.name},
-    )
 
 
 def _register(identity: str) -> None:
-    file = ENVS.find(identity)
+    file = (SERVING if identity in SERVING else ENVS).find(identity)
     kind = "Table" if is_of_table(file) else "Switchable"
+    env = "sd_gym.envs.serving.shells:Serving" if identity in SERVING else f"sd_gym.envs:{kind}"
     gym.register(
         identity,
-        entry_point=f"sd_gym.envs:{kind}Env",
-        vector_entry_point=f"sd_gym.envs:{kind}VectorEnv",
-        kwargs={"config_file": file.name if file.parent == CONFIG_FOLDER else str(file)},
+        entry_point=f"{env}Env",
+        vector_entry_point=f"{env}VectorEnv",
+        kwargs={"config_file": file.name if CONFIG_FOLDER in file.parents else str(file)},
     )
 
 

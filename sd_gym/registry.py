@@ -41,6 +41,9 @@ class Registry(Generic[Thing]):
         """All names, built-in ones first."""
         return [*self._built_in, *self._own]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._own or name in self._built_in
+
     def find(self, name: str) -> Thing:
         """What is registered under a name; raises ``UnknownNameError`` if there is no such name."""
         if name in self._own:

@@ -169,14 +169,14 @@ def forget_own():
 
     from sd_gym.objectives import OBJECTIVES
     from sd_gym.policy import NETWORKS
-    from sd_gym.registration import ENVS
+    from sd_gym.registration import ENVS, SERVING
     from sd_gym.tasks.family import TASKS
     from sd_gym.tasks.metrics import METRICS
     from sd_gym.tasks.ranking import RANKINGS
 
-    for identity in ENVS._own:
+    for identity in (*ENVS._own, *SERVING._own):
         gym.registry.pop(identity)
-    for registry in (AGENTS, NETWORKS, OBJECTIVES, ENVS, TASKS, METRICS, RANKINGS):
+    for registry in (AGENTS, NETWORKS, OBJECTIVES, ENVS, SERVING, TASKS, METRICS, RANKINGS):
         registry._own.clear()
 
 

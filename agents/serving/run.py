@@ -23,7 +23,7 @@ from sd_gym.envs.serving.dial import Dial, Network
 from sd_gym.envs.serving.queues import core_of, expected_loss, outcomes
 from sd_gym.envs.serving.shells import ServingVectorEnv
 from sd_gym.files import write_json
-from sd_gym.registration import serving_file
+from sd_gym.registration import SERVING
 
 LEARNERS = ("ppo", "a2c")
 SEARCHED = {"fixed": controls.fixed, "threshold": controls.threshold, "staircase": controls.staircase}
@@ -77,7 +77,7 @@ def train(described: dict[str, Any], folder: Path, settings: dict[str, Any], on_
         if of_agent is None:
             networks = SEARCHED[algo](config)
         else:
-            env = ServingVectorEnv(str(serving_file(env_id)), of_agent.num_envs, **of_env)
+            env = ServingVectorEnv(str(SERVING.find(env_id)), of_agent.num_envs, **of_env)
             logger = configure(str(folder), ["tensorboard"])
             networks = learned(algo, env, of_agent, described["steps"], seed, logger, on_progress)
             logger.close()

@@ -72,7 +72,7 @@ def page_of(env_id: str) -> Page:
 
 
 def _serving_page(env_id: str) -> Page:
-    file = SERVING[env_id]
+    file = SERVING.find(env_id)
     config = make_serving_config(file, {})
     facts = {"task": "serving", "data set": f"requests to a server, on {config.table}", "backbone": "-"}
     facts["points"] = str(len(config.points))

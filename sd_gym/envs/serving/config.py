@@ -12,7 +12,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from sd_gym.config import SplitName, StrictModel, UnknownKeyError, validated
 from sd_gym.envs.config import located, read_yaml
 from sd_gym.envs.serving.arrivals import Arrivals
-from sd_gym.registration import CONFIG_FOLDER, serving_file
+from sd_gym.registration import CONFIG_FOLDER, SERVING
 
 
 class Point(StrictModel):
@@ -83,4 +83,4 @@ def make_serving_config(file: str | Path, overrides: Mapping[str, Any]) -> Servi
 
 def serving_config(identity: str, overrides: Mapping[str, Any]) -> ServingConfig:
     """The configuration of a registered id; raises as ``make_serving_config``."""
-    return make_serving_config(serving_file(identity), overrides)
+    return make_serving_config(SERVING.find(identity), overrides)

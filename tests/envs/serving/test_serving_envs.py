@@ -32,7 +32,7 @@ def played(env, choose, seed=0):
     return infos
 
 
-@pytest.mark.parametrize("env_id", list(SERVING))
+@pytest.mark.parametrize("env_id", SERVING.names())
 @pytest.mark.filterwarnings("error")
 def test_checkers_take_the_envs(env_id):
     env = gym.make(env_id, **SMALL).unwrapped
@@ -40,7 +40,7 @@ def test_checkers_take_the_envs(env_id):
     check_env_of_sb3(env)
 
 
-@pytest.mark.parametrize("env_id", list(SERVING))
+@pytest.mark.parametrize("env_id", SERVING.names())
 def test_points_are_a_path_from_dense_to_bold(env_id):
     config = gym.make(env_id).unwrapped.config
     times = [point.per_request * config.max_batch + point.per_group for point in config.points]
@@ -248,16 +248,7 @@ def test_points_must_be_those_of_the_policy(of_policy):
         gym.make(TREC, policy="nowhere", points=points)
 
 
-@pytest.fixture
-def forgotten():
-    """What a test registers is forgotten after it."""
-    before = set(SERVING)
-    yield
-    for identity in SERVING.keys() - before:
-        del SERVING[identity], gym.registry[identity]
-
-
-@pytest.mark.usefixtures("forgotten")
+@pytest.mark.usefixtures("own_names")
 def test_an_own_file_is_an_env(of_policy, tmp_path):
     folder, _, settings = of_policy
     file = folder.parent / "mine.yaml"
