@@ -19,21 +19,6 @@ SWEEPS = 2  # over all stages, to lower their thresholds
 ALLOWED = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)  # losses on policy rows, over epsilon, to search thresholds for
 
 
-class Confidences:
-    """Highest class probabilities of rows of a backbone's split under decisions, each computed once."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, bytes, bytes], NDArray] = {}
-
-    def of(self, split: Split, rows: NDArray, mask: NDArray) -> NDArray:
-        """Those of ``rows [n]`` under a decision ``[components]``, float64 ``[n]``."""
-        key = split.name, rows.tobytes(), mask.tobytes()
-        if key not in self._known:
-            of_backbone = cast("BackboneSplit", split)  # as the core can exit
-            self._known[key] = of_backbone.confidence(rows, np.tile(mask, (len(rows), 1)))
-        return self._known[key]
-
-
 class EarlyExit(PrivilegedAgent[AgentSettings]):
     """Skips the layers after an exit; the confidence threshold is the lowest that keeps the quality.
 
@@ -48,7 +33,7 @@ class EarlyExit(PrivilegedAgent[AgentSettings]):
             raise NotApplicableError("early exit skips whole layers, and the env's candidates are not all sublayers")
         if not self.env.core.can_exit:
             raise NotApplicableError("early exit runs an encoder that classifies, which no table has, nor this env")
-        self._confidences = Confidences()
+        self._known: dict[tuple[str, bytes], NDArray] = {}  # confidences of rows of a split
 
     def operating_points(self) -> list[Version]:
         """One point per threshold."""
@@ -56,9 +41,12 @@ class EarlyExit(PrivilegedAgent[AgentSettings]):
         return [Version(Exit(self, np.full(exits, threshold))) for threshold in THRESHOLDS if threshold <= 1]
 
     def confidence(self, split: Split, rows: NDArray) -> NDArray:
-        """Highest class probability at each exit, ``[n, exits]``."""
-        masks = self.decisions(np.arange(len(self._ends)))
-        return np.stack([self._confidences.of(split, rows, mask) for mask in masks], axis=1)
+        """Highest class probability at each exit, float64 ``[n, exits]``; it is computed once."""
+        key, of_backbone = (split.name, rows.tobytes()), cast("BackboneSplit", split)  # as the core can exit
+        if key not in self._known:
+            decisions = (np.tile(mask, (len(rows), 1)) for mask in self.decisions(np.arange(len(self._ends))))
+            self._known[key] = np.stack([of_backbone.confidence(rows, under) for under in decisions], axis=1)
+        return self._known[key]
 
     def decisions(self, exits: NDArray) -> NDArray:
         """Decisions ``[n, components]`` that skip everything after the exits ``[n]``."""
