@@ -18,6 +18,7 @@ from stable_baselines3.common.logger import Logger
 
 from sd_gym.envs.spaces import flat_size
 from sd_gym.policy import DecisionPolicy
+from sd_gym.policy.features import log_odds
 
 CERTAIN = 100.0  # log-odds of the mask, beyond the margins of all thresholds
 SCALE = 0.01  # of the judgement in the hidden layers, which are nearly linear there
@@ -51,7 +52,7 @@ class Cascade(StaticAgent):
     def operating_points(self) -> list[Version]:
         """Each mask with each threshold."""
         policies = [self._going_on(mask) for mask in self.masks if mask.any()]
-        margins = [*(float(_as_linear(value)) for value in _log_odds(THRESHOLDS[THRESHOLDS < 1])[::-1]), LEAST]
+        margins = [*_as_linear(log_odds(THRESHOLDS[THRESHOLDS < 1]))[::-1].tolist(), LEAST]
         return [Version(policy.with_margin(margin), margin, policy) for policy in policies for margin in margins]
 
     @torch.no_grad()
@@ -70,10 +71,6 @@ class Cascade(StaticAgent):
         return policy.eval()
 
 
-def _log_odds(probability: NDArray) -> NDArray:
-    return np.log(probability / (1 - probability))
-
-
-def _as_linear(log_odds: float) -> NDArray:
-    """The preference for accepting an answer of these log-odds."""
-    return np.tanh(np.tanh(SCALE * log_odds)) / SCALE
+def _as_linear(sureness: NDArray) -> NDArray:
+    """The preferences for accepting answers of these log-odds."""
+    return np.tanh(np.tanh(SCALE * sureness)) / SCALE
