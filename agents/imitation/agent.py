@@ -34,8 +34,7 @@ from torch.nn import functional as F
 from sd_gym.envs.actions import write_masks
 from sd_gym.envs.protocols import mean_flops
 from sd_gym.envs.spaces import flat_size
-from sd_gym.policy import HIDDEN, DecisionPolicy, blinded
-from sd_gym.policy.observations import to_tensors
+from sd_gym.policy import HIDDEN, DecisionPolicy
 
 ORDER_INSTANCES = 1000  # for the search of the path
 NETWORKS = 5  # that foresee the risk, each with other rows held out; the mean of their predictions is less chance
@@ -128,7 +127,7 @@ class ImitationAgent(Agent[ImitationSettings]):
     def _learn_stages(self, rows: NDArray, on_round: OnRound, logger: Logger) -> None:
         """Learn a policy at each price, from cheap to dear losses; that at the env's own price is ``network``."""
         embedded = None if self.channels is None else self._observe
-        known = Combinations(self.env.core, rows, self.path, self._visible, embedded, on_round, self.seed)
+        known = Combinations(self.env.core, rows, self.path, self.blind, embedded, on_round, self.seed)
         reward, start = self.env.core.config.reward, self.network
         start.codebook = known.codebook
         for share in PRICES:
@@ -172,14 +171,6 @@ class ImitationAgent(Agent[ImitationSettings]):
         cautious = [version for version in versions(self.env.core, last) if version.margin >= 0]
         points = cautious + [Version(policy, of=policy) for policy in bolder]
         return [point._replace(learned=self.network) for point in points]
-
-    def _visible(self, observations: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
-        return blinded(observations, self.env.core.stages) if self.blind else observations
-
-    def _observe(self, rows: NDArray) -> Any:
-        """Observations of ``rows [n]`` of the training split before the first layer; zeros if blind."""
-        core = self.env.core
-        return self._visible(to_tensors(core.observe(core.split("train"), rows)))
 
     def _outputs(self, network: nn.Module, rows: NDArray) -> Tensor:
         """Outputs ``[n, outputs]`` of a network on ``rows [n]`` of the training split.

@@ -21,7 +21,7 @@ from torch import Tensor
 from sd_gym.envs.protocols import Core
 from sd_gym.execution.passes import PASS_TOKENS
 from sd_gym.going_on import stages_of_pass
-from sd_gym.policy import DecisionPolicy
+from sd_gym.policy import DecisionPolicy, blinded
 from sd_gym.policy.observations import to_tensors
 from sd_gym.switch import PassState
 
@@ -78,7 +78,7 @@ class Combinations:
     core: Core
     rows: NDArray  # of the training split, int64 [n]
     path: NDArray  # masks from dense to nothing, int64 [masks, components]
-    visible: Callable[[Any], Any]  # the observations that the agent uses
+    blind: bool  # whether the agent observes the stage alone
     embedded: Callable[[NDArray], Any] | None  # token observations of rows; None: none are observed
     on_scored: OnRound  # called with the decisions scored so far
     seed: int
@@ -181,7 +181,7 @@ class Combinations:
         decided = np.tile(stage.earlier[before], (len(rows), 1))
         observed, state = core.stage_observation.observe(self._split, rows, number, decided, state)
         flat = to_tensors(observed["stage"] if isinstance(observed, dict) else observed)
-        seen[number][before] = self.visible(flat)
+        seen[number][before] = blinded(flat, core.stages) if self.blind else flat
         for way in np.unique(stage.way[some]):
             yield from self._walk(rows, seen, number + 1, some[stage.way[some] == way], state)
 

@@ -21,7 +21,7 @@ from sd_gym.config import StrictModel
 from sd_gym.envs.protocols import SCORES, Core
 from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.envs.vector import SwitchableVectorEnv
-from sd_gym.policy import HIDDEN, DecisionPolicy
+from sd_gym.policy import HIDDEN, DecisionPolicy, blinded
 from sd_gym.policy.choices import Noise
 from sd_gym.policy.networks import hidden_layers
 from sd_gym.policy.observations import to_tensors
@@ -235,6 +235,12 @@ class Agent(BaseAgent[SettingsT]):
                 token_width=width if flat else None,
                 graded=start is not None and start.graded and not core.is_staged,
             )
+
+    def _observe(self, rows: NDArray) -> Any:
+        """Observations of ``rows [n]`` of the env's split before the first layer, as tensors; zeros if blind."""
+        core = self.env.core
+        observations = to_tensors(core.observe(core.split(core.config.split), rows))
+        return blinded(observations, ["first"]) if self.blind else observations
 
     def _standardise_encoders(self, *networks: nn.Module) -> None:
         """Standardise the features of untrained token encoders on the first texts of the training split."""

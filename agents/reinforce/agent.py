@@ -237,11 +237,6 @@ class ReinforceAgent(Agent[ReinforceSettings]):
     def _split(self) -> Split:
         return self.env.core.split(self.env.config.split)
 
-    def _observe(self, rows: NDArray) -> Any:
-        """Observations of ``rows [n]`` of the split before the first layer; zeros if blind."""
-        observations = to_tensors(self.env.core.observe(self._split, rows))
-        return blinded(observations, ["first"]) if self.blind else observations
-
     def _sample(self, observations: Tensor | dict[str, Tensor], tries: int) -> tuple[Tensor, Tensor]:
         """Logits, and several decisions of the policy on each observation (``SampledDecisions``)."""
         logits = self.network(observations)

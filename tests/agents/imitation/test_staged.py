@@ -36,7 +36,7 @@ def env(reviews, tiny_backbone, request):
 @pytest.fixture
 def known(env):
     core, rows = env.core, np.arange(12)
-    return Combinations(core, rows, path_of(core), lambda seen: seen, None, lambda scored: None, 0)
+    return Combinations(core, rows, path_of(core), False, None, lambda scored: None, 0)
 
 
 def decided_by(known, policy):
@@ -144,7 +144,7 @@ def test_risk_is_foreseen_by_trees_that_have_not_learned_on_the_instance(reviews
     """Where losses are chance, nothing can be foreseen: no prediction follows the loss of its own instance."""
     core = vec_env(reviews, tiny_backbone, **ANSWERED).core
     rows = np.arange(len(core.split("train")))
-    known = Combinations(core, rows, path_of(core), lambda seen: seen, None, lambda scored: None, 0)
+    known = Combinations(core, rows, path_of(core), False, None, lambda scored: None, 0)
     lost = torch.from_numpy(np.random.default_rng(0).choice([0.0, 1.0], known.outcomes.lost.shape)).float()
     known.outcomes = known.outcomes._replace(lost=lost)
     risk, skips = known._risk().numpy(), known.decisions.any(axis=1)
@@ -168,7 +168,7 @@ def test_each_price_gives_an_operating_point_that_takes_only_combinations_that_w
 
 def test_the_risk_of_a_single_instance_is_its_loss(env):
     core = env.core
-    known = Combinations(core, np.zeros(1, dtype=np.int64), path_of(core), lambda seen: seen, None, lambda _: None, 0)
+    known = Combinations(core, np.zeros(1, dtype=np.int64), path_of(core), False, None, lambda _: None, 0)
     assert torch.equal(known.risk, known.outcomes.lost)
 
 
