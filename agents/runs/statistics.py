@@ -19,10 +19,8 @@ BOUNDS = 2.5, 97.5  # percentiles of a 95% interval
 
 
 def bootstrap_interval(values: NDArray) -> tuple[float, float]:
-    """95% percentile interval of the mean of paired differences ``[n]``."""
-    random = np.random.default_rng(0)
-    means = [values[random.integers(len(values), size=len(values))].mean() for _ in range(SAMPLES)]
-    return interval(np.array(means))
+    """95% percentile interval of the mean of ``values [n]``."""
+    return interval(_drawn([values], SAMPLES)[0].mean(axis=1))
 
 
 def interquartile_mean(scores: NDArray) -> NDArray:
