@@ -108,6 +108,10 @@ class PendingDecision:
             mask = self._mask(hidden, tokens)
         return PassState(stage.name, hidden, mask, encoded)
 
+    def is_at(self, place: tuple[str, int]) -> bool:
+        """Whether the next stage is right before this layer."""
+        return self.stages[0].place == place and not self.stages[0].is_between
+
     def grown(self, skip: NDArray) -> NDArray:
         """Decisions so far, with those of the next stage added, bool ``[batch, switches]``."""
         if 1 not in (len(skip), len(self.skip)) and len(skip) != len(self.skip):
@@ -204,13 +208,6 @@ class Decision:
         """The decision after a stage, for the rest of the same pass."""
         same = self.resume_from, self.resumes, self.generating, self.repeats, self.replays, self.state, self.tag_cell
         return Decision(plan, tokens, pending, *same)  # faster than dataclasses.replace, which slows small models
-
-    def is_at(self, place: tuple[str, int], *, between: bool = False) -> bool:
-        """Whether the next stage is right before this layer, or ``between`` the encoder and this layer."""
-        if self.pending is None:
-            return False
-        stage = self.pending.stages[0]
-        return stage.place == place and stage.is_between == between
 
     def resumed(self, hidden: Tensor) -> Tensor:
         """The hidden states that a layer takes instead of its own, where the pass is resumed."""

@@ -46,7 +46,7 @@ class LayerPatch:
         if decision.resume_from is not None and decision.resumes == self.place:
             hidden = decision.resumed(hidden_states(args, kwargs))
             args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-        if decision.pending is not None and decision.is_at(self.place):
+        if decision.pending is not None and decision.pending.is_at(self.place):
             decision = decision.settled(hidden_states(args, kwargs), cache_among(args, kwargs))
             if decision is None:
                 return inner(*args, **kwargs)
@@ -102,13 +102,14 @@ def run_encoder(scope: Scope, decision: Decision | None, inner: Callable, *args:
 def run_decoder(decision: Decision | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
     """Run the decoder of an encoder-decoder; a stage may be right before it."""
     if decision is not None and decision.pending is not None:
-        if not decision.pending.stages[0].follows_encoder:
+        stage = decision.pending.stages[0]
+        if not stage.follows_encoder:
             raise ValueError(
-                f"the stage {decision.pending.stages[0].name!r} is in the encoder, which this pass does not run; use "
+                f"the stage {stage.name!r} is in the encoder, which this pass does not run; use "
                 "decide(), or stages from 'decoder' on"
             )
         decision.state.encoded = encoded = kwargs["encoder_hidden_states"]
-        if decision.is_at(("decoder", 0), between=True):
+        if stage.is_between:
             decision = decision.settled(encoded, cache_among(args, kwargs))
     if decision is not None and decision.tokens is not None:
         kwargs = decision.tokens.before_decoder(kwargs, generating=decision.generating)
