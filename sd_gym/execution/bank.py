@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,9 +12,8 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from sd_gym.policy.artefact import switchboard_of
-from sd_gym.switch import PassState, Stack, Switchboard
+from sd_gym.switch import Stack, Switchboard
 from sd_gym.switch.cache import cache_among
-from sd_gym.switch.stages import StageReached
 from sd_gym.switch.sublayer_patch import gathers_weights
 from sd_gym.switch.twin import twin_at, twin_of
 
@@ -95,24 +94,6 @@ class Bank:
         return torch.compile(model.forward, dynamic=True) if self.compiles else model
 
 
-class FirstLayerInput(nn.Module):
-    """Hidden states ``[n, length, width]`` that enter the first layer of a board's model; it shares the embeddings."""
-
-    def __init__(self, board: Switchboard) -> None:
-        super().__init__()
-        self.model = twin_of(board.model)
-        for stack in board.architecture.stacks:
-            twin_at(self.model, path_of_layers(board, stack))._modules = {"0": _End()}
-
-    def forward(self, **inputs: Tensor) -> Tensor:
-        """For the inputs of the model."""
-        try:
-            self.model(**inputs)
-        except StageReached as reached:
-            return reached.state.hidden
-        raise RuntimeError("the forward pass ended without reaching the first layer")
-
-
 def checked_mask(mask: ArrayLike, board: Switchboard) -> NDArray:
     """A user's mask, bool ``[switches]``; ValueError if it drops tokens, or has another shape."""
     array = np.asarray(mask.detach().cpu() if isinstance(mask, Tensor) else mask)
@@ -134,16 +115,10 @@ def without_skipped(board: Switchboard, mask: NDArray) -> PreTrainedModel:
     return twin
 
 
-def path_of_layers(board: Switchboard, stack: Stack) -> str:
-    """The path of a stack's layers in a board's model."""
-    first = next(switch for switch in board.switches if switch.stack == stack.name)
-    return board.path_of(first).rpartition(".")[0]
-
-
 def _remove(board: Switchboard, stack: Stack, mask: NDArray, twin: PreTrainedModel) -> None:
     """Replace the sublayers of a stack that a mask skips by modules that do nothing."""
     number = {(s.index, s.sublayer.kind): at for at, s in enumerate(board.switches) if s.stack == stack.name}
-    layers, original = twin_at(twin, path_of_layers(board, stack)), stack.layers_in(board.model)
+    layers, original = twin_at(twin, board.path_of_layers(stack)), stack.layers_in(board.model)
     # A cache of a decoder reads its length from the first layer of each type.
     types = getattr(board.model.config, "layer_types", None) or [None]
     counting = {types.index(kind) for kind in set(types)} if stack.name == "decoder" else set()
@@ -188,13 +163,6 @@ def _count(layer: int | None, hidden: Tensor, args: tuple, kwargs: dict[str, Any
         own: Cache = getattr(cache, "self_attention_cache", cache)
         nothing = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
         own.update(nothing, nothing, layer)
-
-
-class _End(nn.Module):
-    """Replaces all layers: the pass ends there."""
-
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> NoReturn:
-        raise StageReached(PassState("first", hidden_states, hidden_states))
 
 
 class _StandIn(nn.Module):

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from transformers import PreTrainedModel
 
-from sd_gym.execution.bank import checked_mask, path_of_layers, without_skipped
+from sd_gym.execution.bank import checked_mask, without_skipped
 from sd_gym.policy.artefact import switchboard_of
 from sd_gym.switch import Switchboard
 from sd_gym.switch.twin import twin_at
@@ -50,7 +50,7 @@ def bake(model: PreTrainedModel, mask: ArrayLike) -> PreTrainedModel:
         kept, twin = _kept(board, skipped), without_skipped(board, skipped)
         config = _config(board, kept)
         for stack in board.architecture.stacks:
-            layers = twin_at(twin, path_of_layers(board, stack))
+            layers = twin_at(twin, board.path_of_layers(stack))
             layers._modules = {str(new): layers._modules[str(old)] for new, old in enumerate(kept[stack.name])}
         weights = twin.state_dict()
     smaller = type(model)._from_config(config, attn_implementation=model.config._attn_implementation, dtype=model.dtype)

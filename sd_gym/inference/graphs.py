@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sd_gym.execution.bank import FirstLayerInput, path_of_layers
 from sd_gym.inference.branches import Sides
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.features import pooled_features
@@ -20,6 +19,7 @@ from sd_gym.projection import OBSERVATION_LIMIT, Projection, standardised
 from sd_gym.switch import Switchboard
 from sd_gym.switch.architectures import Switch
 from sd_gym.switch.cache import hidden_states
+from sd_gym.switch.first_layer import FirstLayerInput
 from sd_gym.switch.twin import twin_at, twin_of
 
 EMBEDDINGS = "embeddings", "embeddings_project"  # modules of an encoder before its layers
@@ -233,4 +233,4 @@ class _GivenHidden(nn.Module):
 
 def _layers(board: Switchboard, twin: nn.Module) -> nn.Module:
     """The layers of an encoder's twin."""
-    return twin_at(twin, path_of_layers(board, board.architecture.stacks[0]))
+    return twin_at(twin, board.path_of_layers(board.architecture.stacks[0]))

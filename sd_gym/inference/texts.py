@@ -18,7 +18,7 @@ from sd_gym.backbones.heads import Head
 from sd_gym.backbones.load import load_own_backbone
 from sd_gym.config import dotted
 from sd_gym.data.instance import Instance
-from sd_gym.execution.bank import MODELS, Bank, FirstLayerInput
+from sd_gym.execution.bank import MODELS, Bank
 from sd_gym.execution.config import checked_config
 from sd_gym.execution.costs import Costs
 from sd_gym.execution.split import BackboneSplit
@@ -29,6 +29,7 @@ from sd_gym.inference.staged_passes import StagedPasses
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.observations import Observations
 from sd_gym.switch import first_layer_input
+from sd_gym.switch.first_layer import FirstLayerInput
 from sd_gym.tasks.data import Instances
 from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.metrics import METRICS

@@ -1,7 +1,7 @@
 """What the first layer of a backbone computes of an input, before any decision is made."""
 
 import copy
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -34,6 +34,24 @@ def first_layer_input(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
     return board.run_to("first", lambda: board.model(**inputs)).hidden
 
 
+class FirstLayerInput(nn.Module):
+    """``first_layer_input`` as a module that shares the embeddings, to be copied or traced."""
+
+    def __init__(self, board: Switchboard) -> None:
+        super().__init__()
+        self.model = twin_of(board.model)
+        for stack in board.architecture.stacks:
+            twin_at(self.model, board.path_of_layers(stack))._modules = {"0": _End()}
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """For the inputs of the model."""
+        try:
+            self.model(**inputs)
+        except _Reached as reached:
+            return reached.args[0]
+        raise RuntimeError("the forward pass ended without reaching the first layer")
+
+
 @torch.inference_mode()
 def attention_received(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
     """How much each token is attended to in the first layer, ``[batch, length]``; only that attention runs.
@@ -57,7 +75,7 @@ def attention_received(board: Switchboard, inputs: dict[str, Tensor]) -> Tensor:
         try:
             _eager_twin(board)(**inputs)
             raise RuntimeError("the forward pass ended without reaching the first layer")
-        except _WeightsReached as reached:
+        except _Reached as reached:
             weights: Tensor = reached.args[0]
     present = inputs["attention_mask"].to(weights.dtype)
     return (weights.mean(dim=1) * present[:, :, None]).sum(dim=1) / present.sum(dim=1, keepdim=True)
@@ -79,8 +97,15 @@ def pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
     return torch.cat([mean, hidden.masked_fill(~kept, -torch.inf).amax(dim=1)], dim=1)
 
 
-class _WeightsReached(Exception):  # noqa: N818  (not an error: it ends the pass on purpose)
-    """Carries the weights of the first attention, ``[batch, heads, length, length]``."""
+class _Reached(Exception):  # noqa: N818  (not an error: it ends the pass on purpose)
+    """Carries the tensor that the pass was for."""
+
+
+class _End(nn.Module):
+    """Replaces all layers: the pass ends there."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> NoReturn:
+        raise _Reached(hidden_states)
 
 
 def _eager_twin(board: Switchboard) -> nn.Module:
@@ -91,7 +116,7 @@ def _eager_twin(board: Switchboard) -> nn.Module:
     module: Any = twin.get_submodule(attention)
 
     def forward(*args: Any, **kwargs: Any) -> None:
-        raise _WeightsReached(type(module).forward(module, *args, **kwargs)[-1])
+        raise _Reached(type(module).forward(module, *args, **kwargs)[-1])
 
     vars(module)["forward"] = forward
     return twin

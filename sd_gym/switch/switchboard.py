@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from sd_gym.switch.architectures import Switch, UnsupportedArchitectureError, architecture_of
+from sd_gym.switch.architectures import Stack, Switch, UnsupportedArchitectureError, architecture_of
 from sd_gym.switch.cache import restore_layers
 from sd_gym.switch.context import Block, Scope, StaleBoardError
 from sd_gym.switch.decision import Decision, PendingDecision, Plan
@@ -299,11 +299,15 @@ class Switchboard:
         device = self.model.device
         return torch.device("cpu") if device.type == "meta" else device
 
+    def path_of_layers(self, stack: Stack) -> str:
+        """Path of a stack's layers in the model."""
+        base = "" if self.model.base_model is self.model else f"{self.model.base_model_prefix}."
+        return base + stack.layers
+
     def path_of(self, switch: Switch) -> str:
         """Path of a switch's layer in the model."""
         stack = next(stack for stack in self.architecture.stacks if stack.name == switch.stack)
-        base = "" if self.model.base_model is self.model else f"{self.model.base_model_prefix}."
-        return f"{base}{stack.layers}.{switch.index}"
+        return f"{self.path_of_layers(stack)}.{switch.index}"
 
     @property
     def is_deciding(self) -> bool:
