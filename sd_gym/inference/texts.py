@@ -101,8 +101,12 @@ class SkippingModel(TextModel):
 
     def split(self, texts: list[list[str]]) -> BackboneSplit:
         """At least one input that is ``checked``, tokenised; DataError if one cannot be."""
-        split = self._split([self.instance(number, own) for number, own in enumerate(texts)])
+        instances = Instances(self.instance(number, own) for number, own in enumerate(texts))
+        data: Any = {"inputs": instances}  # in place of Splits, of which only this one is read
+        split = BackboneSplit(self.config, "inputs", data, self.backbone)
         split.passes.bank = self._bank
+        if self.policy.rarity is not None:
+            split.rarity = self.policy.rarity
         return split
 
     def decided_at(self, policies: Sequence[SkipPolicy], split: BackboneSplit) -> NDArray:
@@ -178,13 +182,6 @@ class SkippingModel(TextModel):
             for file in sorted(Path(name).iterdir()):
                 digest.update(file.read_bytes())
         return {"policy": digest.hexdigest(), "backbone": self.backbone.weights}
-
-    def _split(self, instances: Sequence[Instance]) -> BackboneSplit:
-        data: Any = {"inputs": Instances(instances)}  # in place of Splits, of which only this one is read
-        split = BackboneSplit(self.config, "inputs", data, self.backbone)
-        if self.policy.rarity is not None:
-            split.rarity = self.policy.rarity
-        return split
 
     def instance(self, number: int, texts: list[str]) -> Instance:
         """The instance that the task makes of an input's texts."""
