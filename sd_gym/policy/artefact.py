@@ -229,7 +229,7 @@ class SkipPolicy:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the policy and a model card; each file is complete or missing."""
         folder = Path(folder)
-        self.network.save(folder)
+        self.learned.save(folder)
         arrays, table = {"mean": self.mean, "deviation": self.deviation}, None
         if self.of_tokens is not None:
             arrays |= dict(zip(TOKEN_STATISTICS, self.of_tokens, strict=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -84,10 +83,6 @@ class TablePolicy:
     def with_margin(self, margin: float) -> TablePolicy:
         """See ``DecisionPolicy``."""
         return replace(self, network=self.network.with_margin(margin))
-
-    def save(self, folder: Path) -> None:
-        """Write the files of the network; masks and projection are in ``arrays``."""
-        self.network.save(folder)
 
     def arrays(self) -> dict[str, NDArray]:
         """Masks and projection, by name."""
