@@ -44,8 +44,9 @@ class EarlyExit(PrivilegedAgent[AgentSettings]):
         """Highest class probability at each exit, float64 ``[n, exits]``; it is computed once."""
         key, of_backbone = (split.name, rows.tobytes()), cast("BackboneSplit", split)  # as the core can exit
         if key not in self._known:
-            decisions = (np.tile(mask, (len(rows), 1)) for mask in self.decisions(np.arange(len(self._ends))))
-            self._known[key] = np.stack([of_backbone.confidence(rows, under) for under in decisions], axis=1)
+            masks = self.env.core.to_masks(self.decisions(np.arange(len(self._ends))))
+            parts = [of_backbone.passes.confidence(rows, np.tile(mask, (len(rows), 1))) for mask in masks]
+            self._known[key] = np.stack(parts, axis=1)
         return self._known[key]
 
     def decisions(self, exits: NDArray) -> NDArray:

@@ -117,10 +117,6 @@ class BackboneSplit:
             part.tokens.droppable = self.tokens.droppable[rows]  # comes with tokenising
         return part
 
-    def confidence(self, rows: Array, decisions: Array) -> Array:
-        """See ``Passes.confidence``, of decisions ``[n, components]``."""
-        return self.passes.confidence(rows, self.costs.masks(decisions))
-
     @cached_property
     def dense_loss(self) -> Array:
         """``dense_loss_of`` all instances, computed once."""
