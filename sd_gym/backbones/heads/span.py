@@ -118,17 +118,11 @@ class SpanHead(Head):
         return best_spans(logits, longest)
 
     def to_texts(self, instances: Sequence[Instance], encoded: Encoded, rows: NDArray, values: NDArray) -> list[str]:
-        """The texts of the spans."""
-        return span_texts(encoded, rows, values.astype(np.int64), [_context(instances[row]) for row in rows])
-
-
-def span_texts(encoded: Encoded, indices: NDArray, spans: NDArray, contexts: Sequence[str]) -> list[str]:
-    """The texts of ``spans [n, 2]`` (first and last token) in the contexts of rows ``indices``; empty: no answer."""
-    assert encoded.offsets is not None  # from ``SpanHead.targets``
-    offsets = encoded.offsets.numpy()
-    begin, end = offsets[indices, spans[:, 0], 0], offsets[indices, spans[:, 1], 1]
-    places = zip(contexts, begin.tolist(), end.tolist(), (spans[:, 0] > 0).tolist(), strict=True)
-    return [context[first:last].strip() if answered else "" for context, first, last, answered in places]
+        """The texts of the spans in their contexts; empty: no answer."""
+        assert encoded.offsets is not None  # from ``targets``
+        offsets, (first, last) = encoded.offsets.numpy(), values.astype(np.int64).T
+        places = zip(rows, offsets[rows, first, 0].tolist(), offsets[rows, last, 1].tolist(), first > 0, strict=True)
+        return [_context(instances[row])[begin:end].strip() if some else "" for row, begin, end, some in places]
 
 
 def span_log_likelihood(logits: Tensor, spans: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sd_gym.backbones import Recipe
 from sd_gym.backbones.heads import SpanHead
-from sd_gym.backbones.heads.span import NOWHERE, best_spans, span_log_likelihood, span_texts
+from sd_gym.backbones.heads.span import NOWHERE, best_spans, span_log_likelihood
 from sd_gym.config import BackboneConfig, DataConfig, TokensConfig
 from sd_gym.data.instance import Instance
 from sd_gym.envs import ConfigError
@@ -105,10 +105,11 @@ def test_the_label_is_the_answer_and_the_span_is_its_original_text(data, tiny_to
     pieces = [word + gap for word, gap in zip(words, gaps, strict=True)]
     context, start = "".join(pieces), len("".join(pieces[:first]))
     answer = "".join(pieces[first : last + 1]).strip()
-    split = encoded([question(context, [answer], [start])], tiny_tokenizer)
+    asked = [question(context, [answer], [start])]
+    split = encoded(asked, tiny_tokenizer)
     before = 1 + 3 + 1  # [CLS], the question, [SEP]
     assert split.labels.tolist() == [[[before + first, before + last]]]
-    assert span_texts(split, np.array([0]), split.labels[:, 0].numpy(), [context]) == [answer]
+    assert SpanHead().to_texts(asked, split, np.array([0]), split.labels[:, 0].numpy()) == [answer]
     assert split.context_mask[0].tolist() == [True] + [False] * 4 + [True] * len(words) + [False]
 
 
