@@ -187,7 +187,7 @@ class Decision:
 
     def refuse_tracing(self) -> None:
         """Raise ``NotImplementedError`` if a trace or export would keep the decisions of these rows."""
-        if not self.is_uniform and (_is_tracing() or torch.compiler.is_exporting()):
+        if not self.is_uniform and (is_tracing() or torch.compiler.is_exporting()):
             raise NotImplementedError(
                 f"a traced or exported model would keep the decisions of these {self.plan.batch} rows for any batch; "
                 "trace it densely, or under a single row of decisions, which stands for all, without dropped tokens"
@@ -220,13 +220,6 @@ class Decision:
             )
         return state.hidden
 
-    def settled(self, hidden: Tensor, cache: Cache | None) -> Decision | None:
-        """The decision after a stage; ``hidden`` is the layer's input, or the encoder's output."""
-        if torch.compiler.is_compiling() or _is_tracing():
-            raise NotImplementedError("a compiled, traced or exported model cannot decide in the pass; use decide()")
-        assert self.pending is not None  # only called at a stage
-        return self.pending.settle(self, hidden, cache)
-
     def repeats_in(self, total: int) -> int:
         """How often each row is repeated in a batch of ``total``; ``ValueError`` if that is another batch."""
         batch = self.plan.batch
@@ -251,5 +244,6 @@ def replays(frame: FrameType | None) -> int:
     return count
 
 
-def _is_tracing() -> bool:
+def is_tracing() -> bool:
+    """Whether ``torch.jit`` traces the pass."""
     return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]  (documented, but not in __all__)

@@ -47,7 +47,7 @@ class LayerPatch:
             hidden = decision.resumed(hidden_states(args, kwargs))
             args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
         if decision.pending is not None and decision.pending.is_at(self.place):
-            decision = decision.settled(hidden_states(args, kwargs), cache_among(args, kwargs))
+            decision = decision.pending.settle(decision, hidden_states(args, kwargs), cache_among(args, kwargs))
             if decision is None:
                 return inner(*args, **kwargs)
         tokens = None
@@ -110,7 +110,7 @@ def run_decoder(decision: Decision | None, inner: Callable, *args: Any, **kwargs
             )
         decision.state.encoded = encoded = kwargs["encoder_hidden_states"]
         if stage.is_between:
-            decision = decision.settled(encoded, cache_among(args, kwargs))
+            decision = decision.pending.settle(decision, encoded, cache_among(args, kwargs))
     if decision is not None and decision.tokens is not None:
         kwargs = decision.tokens.before_decoder(kwargs, generating=decision.generating)
     return inner(*args, **kwargs)

@@ -19,7 +19,7 @@ from transformers import Cache, PreTrainedModel
 from sd_gym.switch.architectures import Stack, Switch, UnsupportedArchitectureError, architecture_of
 from sd_gym.switch.cache import restore_layers
 from sd_gym.switch.context import Block, Scope, StaleBoardError
-from sd_gym.switch.decision import Decision, PendingDecision, Plan
+from sd_gym.switch.decision import Decision, PendingDecision, Plan, is_tracing
 from sd_gym.switch.patches import Patches
 from sd_gym.switch.stages import PassState, Stage, StageReached, stages_named, stages_of
 from sd_gym.switch.tokens import DroppedTokens
@@ -243,7 +243,9 @@ class Switchboard:
         return Block(self._scope, self._decision(skip, keep, pending, resume_from))
 
     def _settle(self, decision: Decision, hidden: Tensor, cache: Cache | None) -> Decision | None:
-        """Decide at the next stage of a pass, and put that decision in force."""
+        """Decide at the next stage, by the layer's input or the encoder's output, and put that decision in force."""
+        if torch.compiler.is_compiling() or is_tracing():
+            raise NotImplementedError("a compiled, traced or exported model cannot decide in the pass; use decide()")
         pending = decision.pending
         assert pending is not None
         stage = pending.stages[0]
