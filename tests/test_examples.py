@@ -140,7 +140,7 @@ def test_own_task(monkeypatch, tmp_path, tiny_tokenizer):
     result = example.main("pairs.jsonl", "model", steps=64, output="run", **limits)
     assert set(result["metrics"]["policy"]) == {"chrf"}
     assert result["metrics"]["dense"]["chrf"] == pytest.approx(result["quality_ref"])
-    assert not Path("run/artefact").exists() or "frequent-first" not in Path("run/policy.json").read_text()
+    assert result["artefact"] is None  # its ranking is a user's own
 
 
 def test_the_python_page_runs_as_it_stands(env_id):

@@ -1,8 +1,10 @@
 """The command line, as a user would call it."""
 
 import json
+import re
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from sd_gym.cli import app
@@ -15,11 +17,11 @@ def run(*arguments):
     return runner.invoke(app, [str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "compare", "prepare", "envs"])
+@pytest.mark.parametrize("command", get_command(app).commands)
 def test_help_has_an_example(command):
     result = run(command, "--help")
     assert result.exit_code == 0
-    assert f"sd-gym {command}" in result.output
+    assert f"Example: sd-gym {command} " in result.output
 
 
 def test_envs_lists_the_ids():
@@ -50,6 +52,7 @@ def test_envs_reports_a_missing_table_in_its_row(tmp_path):
     own.write_text(f"import sd_gym\nsd_gym.register_env({str(tmp_path / 'own.yaml')!r})\n")
     listed = run("envs", "--import", own)
     assert listed.exit_code == 0
+    assert re.search(r"My/Lost-v0 +no table\.json in", listed.output)
     assert "SD/Classification-Mini-v0" in listed.output
     assert run("envs", "My/Lost-v0", "--import", own).exit_code == 2
 
@@ -71,9 +74,9 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone, monkey
     options = ["--steps", 2000, "--output", folder]
     result = run("train", "SD/Classification-Custom-v0", "--algo", "a2c", *options, *settings)
     assert result.exit_code == 0, result.output
-    assert "dense" in result.output
+    assert "│ dense " in result.output
     assert "different decisions used" in result.output
-    assert "train: 32 instances, train[0:8]" not in " ".join(result.output.split())
+    assert "train: 32 instances, 32 of the 40 rows of train, from 0 to 37 of" in " ".join(result.output.split())
 
     result = run("evaluate", folder, "--split", "validation")
     assert result.exit_code == 0, result.output

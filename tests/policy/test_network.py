@@ -1,5 +1,7 @@
 """The decision network: what it chooses."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -81,11 +83,14 @@ def test_a_codebook_is_saved_and_checked(tmp_path):
     loaded = DecisionPolicy.load(tmp_path)
     np.testing.assert_array_equal(loaded.decide(seen), small.decide(seen))
     assert loaded.flops == small.flops == policy.flops + 2 * 11 * len(small.codebook)
-    description = (tmp_path / "policy.json").read_text()
-    for wrong in ("[[0, 0, 0, 0, 3]]", "[[0, 0]]", "[]"):
-        start = description.index('"codebook": ') + len('"codebook": ')
-        (tmp_path / "policy.json").write_text(description[:start] + wrong + "}")
-        with pytest.raises(ValueError, match="codebook"):
+    description = json.loads((tmp_path / "policy.json").read_text())
+    for wrong, message in (
+        ([[0, 0, 0, 0, 3]], "expected a codebook of decisions, each below"),
+        ([[0, 0]], "expected a codebook of decisions, each below"),
+        ([], "codebook: List should have at least 1 item"),
+    ):
+        (tmp_path / "policy.json").write_text(json.dumps({**description, "codebook": wrong}))
+        with pytest.raises(ValueError, match=message):
             DecisionPolicy.load(tmp_path)
     with pytest.raises(ValueError, match="a policy with a codebook has no odds"):
         small.skip_logits(seen)

@@ -12,10 +12,6 @@ from sd_gym.serving.server import run
 runner = CliRunner()
 
 
-def test_help_has_an_example():
-    assert "sd-gym serve runs/reviews-8" in " ".join(runner.invoke(app, ["serve", "--help"]).output.split())
-
-
 @pytest.mark.parametrize("options", [[], ["--backbone", "."]])
 def test_what_is_missing_is_one_line(tmp_path, options):
     result = runner.invoke(app, ["serve", str(tmp_path), *options])

@@ -285,5 +285,5 @@ def test_a_wrapped_model_is_unwrapped_and_anything_else_refused():
 def test_a_second_switchboard_is_refused():
     model = make_model("bert")
     Switchboard(model)
-    with pytest.raises(RuntimeError, match="remove"):
+    with pytest.raises(RuntimeError, match=r"already carries a Switchboard; call its remove\(\) first"):
         Switchboard(model)

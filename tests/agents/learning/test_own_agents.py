@@ -224,8 +224,11 @@ def test_an_own_agent_is_one_by_name(gradient, env):
     register_agent("control", type("Control", (gradient,), {"is_control": True}))
     assert "control" in agent_names()
     assert "blind-control" not in agent_names()
-    for name in ("ppo", "blind-mine"):
-        with pytest.raises(ValueError, match="name"):
+    for name, why in (
+        ("ppo", "'ppo' is taken"),
+        ("blind-mine", "blind-NAME is the agent NAME with zeroed observations"),
+    ):
+        with pytest.raises(ValueError, match=why):
             register_agent(name, gradient)
     with pytest.raises(TypeError, match="has to be a subclass of"):
         register_agent("network", Convolution)

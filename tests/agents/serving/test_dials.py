@@ -162,20 +162,20 @@ def test_whatever_a_server_says_there_is_a_point(config, queue, wait, rate):
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "why"),
     [
-        {"env": 3},
-        {"env": {}},
-        {"expected_loss": [1.0]},
-        {"expected_loss": ["a"] * 6},
-        {"expected_loss": [float("nan")] * 6},
+        ({"env": 3}, "must be a mapping"),
+        ({"env": {}}, "'id': Field required"),
+        ({"expected_loss": [1.0]}, "expected layers"),
+        ({"expected_loss": ["a"] * 6}, "to float: 'a'"),
+        ({"expected_loss": [float("nan")] * 6}, "expected finite"),
     ],
 )
-def test_damaged_dials_are_refused(dial, tmp_path, damage):
+def test_damaged_dials_are_refused(dial, tmp_path, damage, why):
     dial.save(tmp_path)
     file = tmp_path / "dial.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | damage))
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match=rf"dial\.json, .* is damaged \(.*{why}"):
         Dial.load(tmp_path)
 
 
