@@ -56,19 +56,14 @@ def test_the_lagrangian_follows_the_mean_quality():
     assert objective.multiplier == 0.0
 
 
-@pytest.fixture
-def custom(reviews, tiny_backbone):
-    return {"dataset": str(reviews), "backbone": str(tiny_backbone)}
-
-
 def stingy(quality, quality_ref, flops_ratio, **constants):
     return quality - quality_ref - constants["penalty"] * flops_ratio
 
 
 @pytest.mark.parametrize("objective", [stingy, "stingy"])
-def test_an_own_objective_gives_the_rewards(objective, custom):
+def test_an_own_objective_gives_the_rewards(objective, settings):
     sd_gym.register_objective("stingy", stingy)
-    arguments = {**custom, "objective": objective, "penalty": 3.0}
+    arguments = {**settings, "objective": objective, "penalty": 3.0}
     single = gym.make(CUSTOM, **arguments)
     vector = gym.make_vec(CUSTOM, num_envs=2, **arguments)
     action = np.array([1, 0, 1, 0, 1, 1, 0])
@@ -84,18 +79,18 @@ def test_an_own_objective_gives_the_rewards(objective, custom):
     hash(single.unwrapped.config)
 
 
-def test_objectives_are_checked_when_an_env_is_made(custom):
+def test_objectives_are_checked_when_an_env_is_made(settings):
     with pytest.raises(
         ConfigError,
         match=r"config key 'reward.objective': unknown objective 'lexicographi'; did you mean 'lexicographic'",
     ):
-        gym.make(CUSTOM, **custom, objective="lexicographi")
+        gym.make(CUSTOM, **settings, objective="lexicographi")
     with pytest.raises(
         ConfigError, match=r"gains='ignored' is an option of the objective lexicographic, not of .*:stingy"
     ):
-        gym.make(CUSTOM, **custom, objective=stingy, gains="ignored")
+        gym.make(CUSTOM, **settings, objective=stingy, gains="ignored")
     with pytest.raises(ConfigError, match=r"'.*<lambda>' must take \(quality, .*; unneeded ones may be"):
-        gym.make(CUSTOM, **custom, objective=lambda quality, flops: flops)
+        gym.make(CUSTOM, **settings, objective=lambda quality, flops: flops)
     with pytest.raises(ValueError, match="must take"):
         sd_gym.register_objective("narrow", lambda quality, quality_ref, flops_ratio: flops_ratio)
     with pytest.raises(ValueError, match="needs a name of its own"):

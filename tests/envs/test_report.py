@@ -14,11 +14,6 @@ from sd_gym.tasks.difficulty import quartiles
 from tests.conftest import dense_policy
 
 
-@pytest.fixture
-def settings(reviews, tiny_backbone):
-    return {"dataset": str(reviews), "backbone": str(tiny_backbone)}
-
-
 def test_reports_take_the_dense_loss_where_the_data_have_no_level(settings, tiny_backbone, tiny_tokenizer):
     core = gym.make("SD/Classification-Custom-v0", **settings).unwrapped.core
     split = core.split("train")

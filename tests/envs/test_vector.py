@@ -98,7 +98,7 @@ def test_bad_reset_masks():
         env.reset(options={"reset_mask": some})
     env.reset(options={"split": "test"})
     for mask, error in (([True] * N, TypeError), (some.astype(int), TypeError), (some[:2], ValueError)):
-        with pytest.raises(error, match="expected an? .*reset_mask"):
+        with pytest.raises(error, match=r"expected an? .*reset_mask"):
             env.reset(options={"reset_mask": mask})
     with pytest.raises(ValueError, match="at least one True"):
         env.reset(options={"reset_mask": ~np.ones(N, dtype=bool)})

@@ -19,13 +19,6 @@ from sd_gym.switch import StaleBoardError, Switchboard, attention_received, firs
 from tests.conftest import DECODER, TINY, make_inputs, make_model
 from tests.switch.conftest import logits, mixed, quantised
 
-NAMES = ["bert", "mbart", "llama"]
-
-
-@pytest.fixture(params=NAMES)
-def name(request):
-    return request.param
-
 
 @pytest.fixture
 def switching_often():
@@ -83,9 +76,9 @@ def in_threads(*functions):
 
 
 @pytest.mark.usefixtures("switching_often")
-def test_threads_with_one_model_have_each_their_own_decisions(name):
-    board = Switchboard(make_model(name))
-    jobs = [Job(name, board, seed, drop=seed % 2 == 1) for seed in range(4)]
+def test_threads_with_one_model_have_each_their_own_decisions(kind):
+    board = Switchboard(make_model(kind))
+    jobs = [Job(kind, board, seed, drop=seed % 2 == 1) for seed in range(4)]
     dense = board.model(**jobs[0].inputs).logits
 
     def work(job):
@@ -142,9 +135,9 @@ def test_threads_generate_each_under_their_own_decisions(name):
 
 
 @pytest.mark.usefixtures("switching_often")
-def test_one_thread_observes_while_others_request(name):
-    board = Switchboard(make_model(name))
-    job = Job(name, board, 1)
+def test_one_thread_observes_while_others_request(kind):
+    board = Switchboard(make_model(kind))
+    job = Job(kind, board, 1)
     with torch.inference_mode():
         dense = board.model(**job.inputs).logits
         looks = [look(board, job.inputs) for look in (first_layer_input, attention_received)]
@@ -164,10 +157,10 @@ def test_one_thread_observes_while_others_request(name):
     in_threads(observe, request, decide)
 
 
-def test_looking_inside_a_block_shows_what_it_shows_outside(name):
-    board = Switchboard(make_model(name))
-    job = Job(name, board, 1, drop=True)
-    other = make_inputs(name, batch=6)  # not the rows that are decided on
+def test_looking_inside_a_block_shows_what_it_shows_outside(kind):
+    board = Switchboard(make_model(kind))
+    job = Job(kind, board, 1, drop=True)
+    other = make_inputs(kind, batch=6)  # not the rows that are decided on
     for look in (first_layer_input, attention_received):
         outside = look(board, other)
         with job.decide():
@@ -175,9 +168,9 @@ def test_looking_inside_a_block_shows_what_it_shows_outside(name):
             assert job.model_is_right()
 
 
-def test_asyncio_tasks_have_each_their_own_decisions(name):
-    board = Switchboard(make_model(name))
-    jobs = [Job(name, board, seed) for seed in range(3)]
+def test_asyncio_tasks_have_each_their_own_decisions(kind):
+    board = Switchboard(make_model(kind))
+    jobs = [Job(kind, board, seed) for seed in range(3)]
 
     async def work(job):
         with job.decide():
@@ -223,9 +216,9 @@ def stream(job, times=3):
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_interleaved_generators_run_each_under_their_own_decisions(name, order):
-    board = Switchboard(make_model(name))
-    jobs = [Job(name, board, seed, drop=seed == 1) for seed in range(2)]
+def test_interleaved_generators_run_each_under_their_own_decisions(kind, order):
+    board = Switchboard(make_model(kind))
+    jobs = [Job(kind, board, seed, drop=seed == 1) for seed in range(2)]
     streams = [stream(job) for job in jobs]
     for _ in range(3):
         assert next(streams[0])
@@ -349,9 +342,9 @@ def test_a_context_manager_made_of_a_generator_is_an_ordinary_block():
     assert first.runs_densely()
 
 
-def test_blocks_that_end_in_another_order_leave_the_model_dense(name):
-    board = Switchboard(make_model(name))
-    first, second = Job(name, board, 0), Job(name, board, 3)
+def test_blocks_that_end_in_another_order_leave_the_model_dense(kind):
+    board = Switchboard(make_model(kind))
+    first, second = Job(kind, board, 0), Job(kind, board, 3)
     one, other = first.decide(), second.decide()
     one.__enter__()
     other.__enter__()
@@ -372,9 +365,9 @@ def test_a_block_may_end_in_another_thread_than_it_began_in():
         assert job.runs_densely()
 
 
-def test_decisions_end_with_an_error(name):
-    board = Switchboard(make_model(name))
-    job = Job(name, board, 0)
+def test_decisions_end_with_an_error(kind):
+    board = Switchboard(make_model(kind))
+    job = Job(kind, board, 0)
     with pytest.raises(RuntimeError, match="on purpose"), job.decide():
         raise RuntimeError("on purpose")
     hook = board.switches[1].modules[-1].register_forward_hook(lambda *_: 1 / 0)
@@ -417,9 +410,9 @@ def test_deciding_in_the_pass_is_deciding_before_it(name, drop):
     assert not any("forward" in vars(module) for module in board.model.modules())
 
 
-def test_threads_decide_each_in_their_own_pass(name, switching_often):
-    board = Switchboard(make_model(name))
-    jobs = [Job(name, board, seed) for seed in range(4)]
+def test_threads_decide_each_in_their_own_pass(kind, switching_often):
+    board = Switchboard(make_model(kind))
+    jobs = [Job(kind, board, seed) for seed in range(4)]
 
     def run(job):
         right = 0

@@ -10,8 +10,6 @@ from sd_gym.switch import StaleBoardError, Switchboard
 from tests.conftest import make_inputs, make_model
 from tests.switch.conftest import each_row_is_as_alone, mixed
 
-NAMES = ["bert", "mbart", "llama"]
-
 
 def test_a_forward_that_another_tool_puts_in_place_is_called_or_noticed(kind):
     model, inputs = make_model(kind), make_inputs(kind)
@@ -53,15 +51,10 @@ def test_a_forward_that_another_tool_has_put_in_place_stays():
     assert module.forward is mine
 
 
-@pytest.fixture(params=NAMES)
-def name(request):
-    return request.param
-
-
 @torch.inference_mode()
-def test_only_what_some_row_skips_is_shadowed_and_only_while_it_does(name):
+def test_only_what_some_row_skips_is_shadowed_and_only_while_it_does(kind):
     """So a model whose rows all run, or on which nothing is decided, has nothing of the switchboard to pay for."""
-    model = make_model(name)
+    model = make_model(kind)
     board = Switchboard(model)
     skip = np.zeros((5, len(board)), int)
     skip[2, 1] = 1
@@ -73,7 +66,7 @@ def test_only_what_some_row_skips_is_shadowed_and_only_while_it_does(name):
     signed = {
         id(switch.layer.get_submodule(switch.sublayer.attention)) for switch in board.switches if switch.tags_cache
     }
-    assert len(signed) == (name != "bert")
+    assert len(signed) == (kind != "bert")
     first, both = (
         {id(module) for switch in switches for module in switch.modules} | signed
         for switches in (board.switches[1:2], board.switches[1:3])

@@ -20,11 +20,6 @@ LATE = {**dict.fromkeys(TINY, "encoder.2"), **dict.fromkeys(ENCODER_DECODER, "de
 LATE |= dict.fromkeys(DECODER, "decoder.2")
 
 
-@pytest.fixture(params=list(TINY))
-def name(request):
-    return request.param
-
-
 class Case:
     """A batch, its decisions, and what is given to a pass that decides them in stages."""
 

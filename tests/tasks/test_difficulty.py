@@ -4,7 +4,6 @@ import json
 
 import gymnasium as gym
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sd_gym.agents.learning.decisions import outcomes
@@ -31,11 +30,6 @@ def test_means_by_group():
         {"group": "a", "instances": 1, "quality": 0.0},
         {"group": "b", "instances": 2, "quality": 1.0},
     ]
-
-
-@pytest.fixture
-def settings(reviews, tiny_backbone):
-    return {"dataset": str(reviews), "backbone": str(tiny_backbone)}
 
 
 def test_the_datas_own_levels_come_first(tmp_path, tiny_backbone):

@@ -18,11 +18,6 @@ from tests.conftest import dense_policy, write_env
 CUSTOM = "SD/Classification-Custom-v0"
 
 
-@pytest.fixture
-def custom(reviews, tiny_backbone):
-    return {"dataset": str(reviews), "backbone": str(tiny_backbone)}
-
-
 def without_time(result):
     of_a_run = ("time", "history", "data", "margin", "last_policy", "artefact", "selection", "guarantee")
     return {key: value for key, value in result.items() if key not in of_a_run}

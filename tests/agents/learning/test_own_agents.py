@@ -31,11 +31,6 @@ CUSTOM = "SD/Classification-Custom-v0"
 
 
 @pytest.fixture
-def custom(reviews, tiny_backbone):
-    return {"dataset": str(reviews), "backbone": str(tiny_backbone)}
-
-
-@pytest.fixture
 def env(custom):
     vector = gym.make_vec(CUSTOM, num_envs=64, epsilon=1.0, **custom).unwrapped
     vector.reset(seed=0)

@@ -14,11 +14,6 @@ from sd_gym.envs.protocols import Outcome
 ID, STAGED, CUSTOM = "SD/Classification-Mini-v0", "SD/Classification-Mini-Staged-v0", "SD/Classification-Custom-v0"
 
 
-@pytest.fixture
-def custom(reviews, tiny_backbone):
-    return {"dataset": str(reviews), "backbone": str(tiny_backbone)}
-
-
 def test_a_multiplier_is_not_the_envs():
     with pytest.raises(ConfigError, match=r"ppo_lagrangian.*LagrangianWrapper"):
         gym.make(ID, objective="lagrangian")
