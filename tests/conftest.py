@@ -114,6 +114,13 @@ def make_last_token_classifier(name):
     return AutoModelForSequenceClassification.from_config(config).eval()
 
 
+def save(model, tokenizer, folder):
+    """A backbone as a local folder."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def make_inputs(name, batch=5, source=7, target=4, seed=0, side="right"):
     """Inputs with rows of different lengths, padded at one side."""
     generator = torch.Generator().manual_seed(seed)
@@ -180,6 +187,10 @@ def forget_own():
         registry._own.clear()
 
 
+class CutError(Exception):
+    """Stands for a kill."""
+
+
 @pytest.fixture
 def own_names(monkeypatch, tmp_path):
     """Names that a test registers, and modules that it imports by path, are gone after it."""
@@ -240,18 +251,14 @@ def tiny_tokenizer():
 def tiny_backbone(tmp_path_factory, tiny_tokenizer) -> Path:
     """A random BERT classifier with two classes, saved as a local folder."""
     folder = tmp_path_factory.mktemp("backbone")
-    make_model("bert").save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+    return save(make_model("bert"), tiny_tokenizer, folder)
 
 
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory, tiny_tokenizer):
     """A random BART with the tiny tokenizer, saved as a local folder."""
     folder = tmp_path_factory.mktemp("generator")
-    make_model("bart").save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+    return save(make_model("bart"), tiny_tokenizer, folder)
 
 
 def varied(row, field, count=20):
@@ -284,6 +291,16 @@ def write_reviews(file):
 def settings(reviews, tiny_backbone):
     """What an env on these reviews needs to be told."""
     return {"dataset": str(reviews), "backbone": str(tiny_backbone)}
+
+
+@pytest.fixture
+def translation(tmp_path, tiny_tokenizer):
+    """A data set of German and English texts, which nearly are, and a backbone that writes."""
+    texts = [f"the {one} was {other}" for one in WORDS for other in WORDS]
+    rows = [json.dumps({"german": text, "english": text.split()[-1]}) + "\n" for text in texts]
+    (tmp_path / "pairs.jsonl").write_text("".join(rows))
+    backbone = save(make_model("t5"), tiny_tokenizer, tmp_path / "model")
+    return {"dataset": str(tmp_path / "pairs.jsonl"), "backbone": str(backbone)}
 
 
 @pytest.fixture(scope="session")

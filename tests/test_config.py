@@ -28,7 +28,7 @@ from sd_gym.envs.config import load_config, parse_yaml
 from sd_gym.errors import short as short_of
 from sd_gym.registration import config_of
 
-CUSTOM, MINI = "SD/Classification-Custom-v0", "SD/Classification-Mini-v0"
+MINI = "SD/Classification-Mini-v0"
 SMALL = {"train_size": 40, "validation_size": 20, "test_size": 20}
 SHORT = {
     "backbone.name": "backbone",

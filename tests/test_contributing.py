@@ -1,6 +1,5 @@
 """The recipes of CONTRIBUTING.md: each code block is executed as it stands, and what it makes is used."""
 
-import json
 import re
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 import sd_gym
 from sd_gym.backbones import heads
 from sd_gym.switch import Switchboard, architectures
-from tests.conftest import WORDS, make_model, write_env
+from tests.conftest import write_env
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -37,16 +36,10 @@ def test_the_page_has_one_recipe_each_and_is_short():
     assert len(PAGE.split()) <= 900
 
 
-def test_a_task_family(tmp_path, tiny_tokenizer):
+def test_a_task_family(translation):
     follow("A task family")
-    make_model("t5").save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
-    pairs = [f"the {one} was {other}" for one in WORDS for other in WORDS]
-    rows = [json.dumps({"german": text, "english": text.split()[-1]}) for text in pairs]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(rows) + "\n")
     settings = {"task": "translation", "metric": "word-overlap", "quality": "metric", "max_source_length": 12}
-    keys = {"dataset": str(tmp_path / "pairs.jsonl"), "backbone": str(tmp_path / "model"), "max_target_length": 3}
-    env = gym.make("SD/Summarization-Custom-v0", **settings, **keys)
+    env = gym.make("SD/Summarization-Custom-v0", **settings, **translation, max_target_length=3)
     env.reset(seed=0)
     *_, info = env.step(env.action_space.sample() * 0)
     assert info["quality"] == info["quality_ref"]

@@ -11,7 +11,7 @@ import torch
 
 import sd_gym
 from sd_gym.registration import import_own
-from tests.conftest import WORDS, make_model, write_env
+from tests.conftest import write_env
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = [ROOT / "examples" / f"own_{name}.py" for name in ("agent", "objective", "network", "env", "task")]
@@ -125,19 +125,14 @@ def test_own_env(monkeypatch, tmp_path):
     assert result["instances"] == 20
 
 
-def test_own_task(monkeypatch, tmp_path, tiny_tokenizer):
+def test_own_task(monkeypatch, tmp_path, translation):
     monkeypatch.chdir(tmp_path)
-    make_model("t5").save_pretrained("model")
-    tiny_tokenizer.save_pretrained("model")
-    pairs = [f"the {one} was {other}" for one in WORDS for other in WORDS]
-    rows = [json.dumps({"german": text, "english": text.split()[-1]}) for text in pairs]
-    Path("pairs.jsonl").write_text("\n".join(rows) + "\n")
     example = imported("own_task")
     assert example.chrf("good day", ["good day", "bad"]) == 1.0
     # "goo", "ood" of "good" and "goo" of "goo": 2 * 1 / (2 + 1).
     assert example.chrf("good", ["goo"]) == pytest.approx(2 / 3)
     limits = {"max_source_length": 12, "max_target_length": 3}
-    result = example.main("pairs.jsonl", "model", steps=64, output="run", **limits)
+    result = example.main(**translation, steps=64, output="run", **limits)
     assert set(result["metrics"]["policy"]) == {"chrf"}
     assert result["metrics"]["dense"]["chrf"] == pytest.approx(result["quality_ref"])
     assert result["artefact"] is None  # its ranking is a user's own

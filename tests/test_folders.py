@@ -16,6 +16,7 @@ from sd_gym.cli import app
 from sd_gym.config import BackboneConfig, DataConfig
 from sd_gym.folders import FolderInUseError, contents, locked
 from sd_gym.tasks.preparation import prepare_backbone
+from tests.conftest import CutError
 
 CUSTOM = "SD/Classification-Custom-v0"
 HOLD = """
@@ -26,10 +27,6 @@ with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
-
-
-class CutError(Exception):
-    """Stands for a kill."""
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from stable_baselines3.common.logger import configure
 
 import sd_gym
 from sd_gym.policy import DecisionPolicy
-from tests.conftest import write_reviews
+from tests.conftest import CutError, write_reviews
 
 CUSTOM = "SD/Classification-Custom-v0"
 STAGED = "SD/Classification-Custom-Staged-v0"
@@ -42,10 +42,6 @@ def finished(custom, tmp_path_factory):
         return folder, result, told
 
     return run
-
-
-class CutError(Exception):
-    """Stands for a kill."""
 
 
 def cut_off(*arguments, after, **keywords):
@@ -121,9 +117,8 @@ def staged_env(staged_keys):
 
 
 def learned(env, algo, steps, folder, **settings):
-    agent, rollouts = make_agent(algo, env, seed=0, **settings), []
-    agent.learn(steps, configure(str(folder), []), rollouts.append)
-    return agent, rollouts
+    agent = make_agent(algo, env, seed=0, **settings)
+    return agent, learn(agent, steps, folder)
 
 
 def staged_settings(env):

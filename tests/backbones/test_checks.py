@@ -10,7 +10,7 @@ from sd_gym.backbones.checks import BackboneError, has_bf16, positions_of, usabl
 from sd_gym.backbones.heads import LabelHead
 from sd_gym.backbones.load import load_backbone, load_model
 from tests.backbones.conftest import change_config, change_weights
-from tests.conftest import DECODER, ENCODER_DECODER, TINY, make_model
+from tests.conftest import DECODER, ENCODER_DECODER, TINY, make_model, save
 
 
 @pytest.mark.parametrize("key", ["classifier.weight", "bert.encoder.layer.1.output.dense.weight"])
@@ -42,8 +42,7 @@ def test_weights_that_are_not_finite_are_refused(folder, value):
 def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path, tiny_tokenizer):
     model = make_model("bert")
     model.resize_token_embeddings(12)  # the tokenizer's words are 13
-    model.save_pretrained(tmp_path)
-    tiny_tokenizer.save_pretrained(tmp_path)
+    save(model, tiny_tokenizer, tmp_path)
     with pytest.raises(BackboneError, match=r"tokens up to number 12, but the model has only 12 embeddings"):
         load_model(str(tmp_path))
 
@@ -64,8 +63,7 @@ def test_positions_are_those_that_the_model_can_read(name):
 
 def test_too_few_positions_are_refused(tmp_path, reviews, tiny_tokenizer):
     model = make_model("bert")
-    model.save_pretrained(tmp_path)
-    tiny_tokenizer.save_pretrained(tmp_path)
+    save(model, tiny_tokenizer, tmp_path)
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": 1000}))
     settings = {"dataset": str(reviews), "backbone": str(tmp_path)}

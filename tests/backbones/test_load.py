@@ -12,7 +12,7 @@ from sd_gym.backbones.checks import BackboneError
 from sd_gym.backbones.heads import LabelHead, SpanHead
 from sd_gym.backbones.load import BUNDLED, load_model
 from tests.backbones.conftest import change_config, change_weights
-from tests.conftest import DECODER, ENCODER, ENCODER_DECODER, make_extractor, make_model
+from tests.conftest import DECODER, ENCODER, ENCODER_DECODER, make_extractor, make_model, save
 
 
 @pytest.mark.parametrize("name", ["bart", "mbart", "pegasus", "marian", "t5", "gpt2", "llama", "qwen2", "bert"])
@@ -47,8 +47,7 @@ def test_only_a_head_that_is_asked_for_may_be_new_and_it_is_seeded(folder):
 @pytest.mark.parametrize("name", ENCODER_DECODER + DECODER + ENCODER)
 def test_every_architecture_loads_as_saved_and_with_new_heads(tmp_path, name, tiny_tokenizer):
     model = make_model(name)
-    model.save_pretrained(tmp_path)
-    tiny_tokenizer.save_pretrained(tmp_path)
+    save(model, tiny_tokenizer, tmp_path)
     loaded, _ = load_model(str(tmp_path))
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
     if name not in ("pegasus", "marian"):  # which have no head that classifies

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.prepare import Recipe, prepare, sandwich_loss
 from sd_gym.switch import Switchboard
-from tests.conftest import make_inputs, make_model
+from tests.conftest import CutError, make_inputs, make_model
 
 
 def count_steps(board, qualities, patience=None, draw="even", **settings):
@@ -39,9 +39,6 @@ def test_the_best_weights_stay_and_patience_ends():
 
 @pytest.mark.parametrize("draw", ["even", "layers"])
 def test_patience_and_the_best_weights_survive_an_interruption(draw, tmp_path):
-    class CutError(Exception):
-        pass
-
     def cut(step, figures):
         if step == 14:
             raise CutError

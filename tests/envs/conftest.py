@@ -15,8 +15,10 @@ from sd_gym.agents.experiment.export import export, run_card
 from sd_gym.agents.runs.folder import run_description
 from tokenizers import processors
 from transformers import AutoModelForSequenceClassification
+from typer.testing import CliRunner
 
 import sd_gym
+from sd_gym.cli import app
 from sd_gym.envs import shared_core
 from sd_gym.envs.config import load_config
 from sd_gym.envs.render import Result, Scene
@@ -40,6 +42,7 @@ STEP_INFO = {
     "decision",
 }
 ID = "SD/Classification-Mini-v0"
+MINI = [id for id in sd_gym.registered_ids() if id.endswith("Mini-v0")]
 N = 3
 MODES = list(AutoresetMode)
 COPIES = [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))]
@@ -114,6 +117,13 @@ def tiny(reviews, tiny_backbone, tmp_path):
 
 def core_of(env_id, **keys):
     return shared_core(load_config(config_of(env_id), keys))
+
+
+def called(*words):
+    """What a command prints."""
+    done = CliRunner().invoke(app, list(words))
+    assert done.exit_code == 0, done.output
+    return done.output
 
 
 @pytest.fixture(params=["full", "some"])
@@ -254,7 +264,7 @@ def looking(core, bias=0.0):
     return policy
 
 
-def actions_of(env, seed, n=None):
+def actions_of(env, seed):
     """An action a stage, of choices that there are."""
     env.action_space.seed(seed)
     return [env.action_space.sample() for _ in env.core.stages]

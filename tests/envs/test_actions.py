@@ -9,10 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sd_gym
 from sd_gym.envs import ConfigError
 from sd_gym.envs.actions import Steps
-from tests.envs.conftest import ID, MASKS, SMALL, assert_same, make_vec, random_actions
+from tests.envs.conftest import ID, MASKS, MINI, SMALL, assert_same, make_vec, random_actions
 
 WAYS = [
     lambda action: action.astype(np.float32),
@@ -24,7 +23,6 @@ WAYS = [
     lambda action: torch.from_numpy(action).float().requires_grad_(),
     lambda action: list(torch.from_numpy(action)),
 ]
-MINI = [id for id in sd_gym.registered_ids() if id.endswith("Mini-v0")]
 
 
 @pytest.mark.parametrize("way", WAYS)

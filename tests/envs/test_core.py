@@ -17,23 +17,12 @@ from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.errors import DataError
 from sd_gym.registration import shipped_tables
 from sd_gym.switch import UnsupportedArchitectureError
-from tests.conftest import make_model, varied
-from tests.envs.conftest import SMALL, STEP_INFO
-
-MINI = [id for id in sd_gym.registered_ids() if id.endswith("Mini-v0")]
-
-
-@pytest.fixture(scope="session")
-def tiny_generator(tmp_path_factory, tiny_tokenizer):
-    """A random mBART with the tiny tokenizer, saved as a local folder."""
-    folder = tmp_path_factory.mktemp("generator")
-    make_model("mbart").save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+from tests.conftest import varied
+from tests.envs.conftest import MINI, SMALL, STEP_INFO
 
 
 @pytest.fixture(params=sd_gym.registered_ids())
-def env_arguments(request, reviews, tiny_backbone, tiny_generator, full_table, tmp_path):
+def env_arguments(request, reviews, tiny_backbone, generator, full_table, tmp_path):
     """(id, keyword arguments that make it small or give a Custom env its data and backbone)."""
     if request.param in shipped_tables():
         return request.param, {}
@@ -48,7 +37,7 @@ def env_arguments(request, reviews, tiny_backbone, tiny_generator, full_table, t
         row = {"document": "the food was good the room was bad", "summary": "good food"}
     file = tmp_path / "data.jsonl"
     file.write_text(varied(row, "document" if "document" in row else "context"))
-    return request.param, {"dataset": str(file), "backbone": str(tiny_generator), "splits": {}, "max_target_length": 32}
+    return request.param, {"dataset": str(file), "backbone": str(generator), "splits": {}, "max_target_length": 32}
 
 
 def test_both_checkers_pass_without_a_warning(env_arguments, monkeypatch):
@@ -225,7 +214,7 @@ def test_bad_actions(change, message):
         vector.step(np.stack([change(np.zeros(env.action_space.shape, dtype=np.int64))] * 2))
 
 
-def test_bad_backbones(reviews, tmp_path, tiny_tokenizer):
+def test_bad_backbones(reviews, tmp_path):
     from transformers import BertConfig, BertModel, BloomConfig, BloomForCausalLM
 
     arguments = {"id": "SD/Classification-Custom-v0", "dataset": str(reviews)}

@@ -14,7 +14,7 @@ import sd_gym
 from sd_gym.config import ConfigError, DataConfig
 from sd_gym.errors import DataError
 from sd_gym.tasks.data import load_split
-from tests.conftest import TINY, WORDS, dense_policy, make_model, varied, write_mirror
+from tests.conftest import TINY, WORDS, dense_policy, make_model, save, varied, write_mirror
 
 # Column names as on the hub, and the number of classes; 1 = a score.
 GLUE = {
@@ -57,9 +57,7 @@ def backbone(folder, tokenizer, classes, architecture):
         architecture, vocab_size=40, pad_token_id=0, eos_token_id=2, **labels, **TINY[architecture]
     )
     torch.manual_seed(0)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save(AutoModelForSequenceClassification.from_config(config), tokenizer, folder)
 
 
 @pytest.mark.parametrize("architecture", ["bart", "bert"])
@@ -165,7 +163,6 @@ def test_a_score_needs_numbers(tmp_path, tiny_tokenizer):
 
 def test_a_backbone_without_a_classifier_says_what_to_do(tmp_path, tiny_tokenizer):
     data = mirror(tmp_path / "glue", "sst2", ("sentence",), 2)
-    make_model("bert").bert.save_pretrained(tmp_path / "bare")
-    tiny_tokenizer.save_pretrained(tmp_path / "bare")
+    save(make_model("bert").bert, tiny_tokenizer, tmp_path / "bare")
     with pytest.raises(ValueError, match="no task head; fine-tune one with"):
         gym.make("SD/Classification-SST2-v0", dataset=data, backbone=str(tmp_path / "bare"), splits=SPLITS)

@@ -4,10 +4,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-import sd_gym
-from tests.envs.conftest import ID, SMALL, STEP_INFO
-
-MINI = [id for id in sd_gym.registered_ids() if id.endswith("Mini-v0")]
+from tests.envs.conftest import ID, MINI, SMALL, STEP_INFO
 
 
 def test_reset_and_step_infos_have_the_same_keys_and_shapes():

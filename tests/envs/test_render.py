@@ -10,11 +10,10 @@ from sd_gym.envs.picture import HEIGHT, WIDTH
 from sd_gym.envs.render import as_lines
 from sd_gym.execution.passes import Passes
 from sd_gym.execution.split import BackboneSplit
-from tests.conftest import make_extractor, varied
+from tests.conftest import make_extractor, save, varied
 from tests.envs.conftest import SMALL, action_for, scene_of
 
 SUMMARIZATION = "SD/Summarization-Mini-v0"
-MINI = ["SD/Classification-Mini-v0", "SD/QuestionAnswering-Mini-v0", SUMMARIZATION]
 
 
 # --- lines ------------------------------------------------------------------------------------------------------------
@@ -54,9 +53,6 @@ def test_a_lost_answer_is_called_lost():
     assert "reward:    +0.000, -0.500" in as_lines(replace(scene, result=replace(lost, reward=np.array([0.0, -0.5]))))
 
 
-# --- marks ------------------------------------------------------------------------------------------------------------
-
-
 def test_answers_of_every_kind_can_be_read_beside_the_reference(tmp_path, reviews, tiny_backbone, tiny_tokenizer):
     env = gym.make("SD/Classification-Custom-v0", dataset=str(reviews), backbone=str(tiny_backbone))
     core = env.unwrapped.core
@@ -71,8 +67,7 @@ def test_answers_of_every_kind_can_be_read_beside_the_reference(tmp_path, review
     row = {"question": "was the food good", "context": "the food was good", "answers": ["good"]}
     file = tmp_path / "data.jsonl"
     file.write_text(varied(row, "context"))
-    make_extractor("bert").save_pretrained(tmp_path / "extractor")
-    tiny_tokenizer.save_pretrained(tmp_path / "extractor")
+    save(make_extractor("bert"), tiny_tokenizer, tmp_path / "extractor")
     arguments = {"dataset": str(file), "backbone": str(tmp_path / "extractor"), "render_mode": "ansi"}
     env = gym.make("SD/QuestionAnswering-Custom-v0", **arguments)
     env.reset()

@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 from sd_gym.agents.experiment.replay import replay
 from stable_baselines3 import PPO
-from typer.testing import CliRunner
 
 import sd_gym
-from sd_gym.cli import app
 from sd_gym.envs.config import load_config
 from sd_gym.envs.exact import REFERENCES, hull, normalised_score
 from sd_gym.envs.sb3 import SwitchableVecEnv
@@ -23,6 +21,7 @@ from sd_gym.envs.shared import shared_core
 from sd_gym.envs.table_files import read_description, table_folder
 from sd_gym.files import read_json
 from sd_gym.registration import CONFIG_FOLDER, config_of, shipped_tables
+from tests.envs.conftest import called
 
 SPLITS = ("train", "validation", "test")
 AT_MOST = 12 * 10**6  # bytes that all tables together take in the wheel, which is compressed
@@ -153,11 +152,6 @@ def test_stable_baselines3_learns_on_it(env_id):
 def test_commands_take_it(env_id, tmp_path, monkeypatch):
     """Listed, trained on, evaluated, played again, compared; and a run does not say where the package is."""
     monkeypatch.chdir(tmp_path)
-
-    def called(*words):
-        done = CliRunner().invoke(app, list(words))
-        assert done.exit_code == 0, done.output
-        return done.output
 
     assert f"{env_id} " in called("envs")
     called("train", env_id, "--algo", "ppo", "--steps", "256", "--output", "run")

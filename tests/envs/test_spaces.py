@@ -31,9 +31,7 @@ from sd_gym.envs import spaces
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.execution import passes
 from sd_gym.switch import first_layer_input
-from tests.envs.conftest import MASKS, SMALL
-
-MINI = [id for id in sd_gym.registered_ids() if id.endswith("Mini-v0")]
+from tests.envs.conftest import MASKS, MINI, SMALL
 
 
 class Lengths(spaces.Standardised):

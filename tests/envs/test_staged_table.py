@@ -10,13 +10,11 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from sd_gym.agents.experiment.tabulation import combine_stages, random_masks
 from stable_baselines3.common.env_checker import check_env as check_sb3_env
-from typer.testing import CliRunner
 
 import sd_gym
-from sd_gym.cli import app
 from sd_gym.envs import ConfigError
 from sd_gym.files import map_arrays
-from tests.envs.conftest import SMALL, assert_same, contents_of, core_of
+from tests.envs.conftest import SMALL, assert_same, called, contents_of, core_of
 
 ID = "SD/Table-v0"
 SPLITS = ("train", "validation", "test")
@@ -142,7 +140,7 @@ def test_both_checkers_pass(table):
     check_sb3_env(env.unwrapped)
 
 
-def test_a_table_that_was_cut_off_goes_on(table, source, tmp_path, monkeypatch):
+def test_a_table_that_was_cut_off_goes_on(table, source, tmp_path):
     calls = []
 
     def cut(done, total):
@@ -160,11 +158,6 @@ def test_a_table_that_was_cut_off_goes_on(table, source, tmp_path, monkeypatch):
 @pytest.mark.parametrize("stages", [STAGES["stages"], ["first"]], ids=len)
 @pytest.mark.parametrize("algo", ["ppo", "a2c", "reinforce", "imitation"])
 def test_agents_learn_on_it_and_are_played_again(table, algo, stages, tmp_path):
-    def called(*words):
-        done = CliRunner().invoke(app, list(words))
-        assert done.exit_code == 0, done.output
-        return done.output
-
     keys = ["--algo", algo, "--steps", "128", "--output", str(tmp_path / "run")]
     keys += ["--set", f"table={table}", "--set", f"stages=[{', '.join(stages)}]"]
     called("train", ID, *keys)
@@ -178,7 +171,7 @@ def test_more_combinations_than_a_table_has_are_told():
         combine_stages(core, random_masks(core.nvec, 16, 0))
 
 
-def test_what_stages_show_is_kept_in_full(table, source, tmp_path):
+def test_what_stages_show_is_kept_in_full(table):
     arrays, core = map_arrays(Path(table) / "train.safetensors"), core_of(ID, table=table)
     n, size = len(core.split("train")), core.observation_space.shape[0]
     first, second, _ = core.nvec

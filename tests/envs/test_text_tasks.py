@@ -10,7 +10,7 @@ from sd_gym.agents.experiment.evaluation import evaluate
 from sd_gym.config import DataConfig
 from sd_gym.errors import DataError
 from sd_gym.tasks.data import load_split
-from tests.conftest import WORDS, dense_policy, make_extractor, write_mirror
+from tests.conftest import WORDS, dense_policy, make_extractor, save, write_mirror
 
 ANSWERS = Sequence({"text": Value("string"), "answer_start": Value("int32")})
 ENVS = {
@@ -39,9 +39,7 @@ def mirror(folder, features, subset="default", empty=False):
 @pytest.fixture(scope="module")
 def extractor(tmp_path_factory, tiny_tokenizer):
     folder = tmp_path_factory.mktemp("extractor")
-    make_extractor("bert").save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+    return save(make_extractor("bert"), tiny_tokenizer, folder)
 
 
 @pytest.mark.parametrize("quality", ["likelihood", "metric"])

@@ -12,15 +12,13 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sd_gym
-from tests.envs.conftest import COPIES, ID, MODES, SMALL, N, assert_same, continued, make_vec, random_actions
+from tests.envs.conftest import COPIES, ID, MINI, MODES, SMALL, N, assert_same, continued, make_vec, random_actions
 
 masks = st.lists(st.booleans(), min_size=N, max_size=N).filter(any).map(np.array)
 seeds = st.lists(st.none() | st.integers(0, 9), min_size=N, max_size=N)
 resets = st.fixed_dictionaries(
     {}, optional={"mask": masks, "seed": seeds, "options": st.just({"instance": "train-7", "split": "train"})}
 )
-MINI = [id for id in sd_gym.registered_ids() if id.endswith("Mini-v0")]
 
 
 @pytest.mark.parametrize("keys", [{}, {"action": "multi_binary", "observation": "tokens"}])

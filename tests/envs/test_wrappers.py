@@ -9,7 +9,7 @@ from gymnasium.vector import AutoresetMode
 
 from sd_gym.envs.wrappers import LagrangianVectorWrapper, LagrangianWrapper, SafetyWrapper
 
-ID, STAGED, CUSTOM = "SD/Classification-Mini-v0", "SD/Classification-Mini-Staged-v0", "SD/Classification-Custom-v0"
+ID, STAGED = "SD/Classification-Mini-v0", "SD/Classification-Mini-Staged-v0"
 SMALL = {"train_size": 60, "validation_size": 20, "test_size": 20}
 KEYS = {**SMALL, "epsilon": 0.1, "penalty": 3.0, "cost_scale": 0.5}
 

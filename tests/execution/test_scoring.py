@@ -5,17 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-import sd_gym
-from tests.envs.conftest import SMALL
-
-MINI = [id for id in sd_gym.registered_ids() if id.endswith("Mini-v0")]
-
-
-def random_decisions(core, n, rate, seed=0):
-    """Decisions with every switch skipped at ``rate``, and any token level."""
-    random = np.random.default_rng(seed)
-    skip = (random.random((n, core.n_switches)) < rate).astype(np.int64)
-    return np.column_stack([skip, random.integers(core.nvec[-1], size=n)])
+from tests.envs.conftest import MINI, SMALL
+from tests.execution.conftest import random_decisions
 
 
 @pytest.mark.parametrize("shares", [(0.0,), (0.0, 0.1, 0.3)])

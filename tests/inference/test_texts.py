@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 import sd_gym
 from sd_gym.backbones import load
 from sd_gym.tasks import cache
+from tests.conftest import save
 from tests.envs.conftest import trained
 
 
@@ -143,8 +144,7 @@ def test_in_bfloat16_the_policy_decides_in_float32(task, stages, tmp_path, tiny_
 def test_a_backbone_in_bfloat16_is_judged_by_evaluate(tmp_path, tiny_tokenizer):
     core, policy, artefact, texts = trained("classification", None, tmp_path, tiny_tokenizer)
     half = type(core.backbone.model).from_pretrained(tmp_path / "backbone", dtype=torch.bfloat16)
-    half.save_pretrained(tmp_path / "half")
-    core.backbone.tokenizer.save_pretrained(tmp_path / "half")
+    save(half, core.backbone.tokenizer, tmp_path / "half")
     settings = {"dataset": str(tmp_path / "data"), "splits": {}, "overlap": "allow", "max_source_length": 26}
     result = sd_gym.evaluate("SD/Classification-Custom-v0", policy, backbone=str(tmp_path / "half"), **settings)
     model = sd_gym.load(artefact, str(tmp_path / "half"), check_weights=False)

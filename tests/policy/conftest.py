@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sd_gym.policy import DecisionPolicy
-from tests.conftest import make_model
+from tests.conftest import make_model, save
 
 QUICK = {
     "ppo": {"num_envs": 32},
@@ -37,8 +37,7 @@ def orders(tmp_path_factory, tiny_tokenizer):
     with torch.no_grad():
         model.bert.embeddings.position_embeddings.weight.zero_()
         model.bert.embeddings.LayerNorm.weight.mul_(0.1)  # or sums of floats tell their order, in their last bits
-    model.save_pretrained(folder / "backbone")
-    tiny_tokenizer.save_pretrained(folder / "backbone")
+    save(model, tiny_tokenizer, folder / "backbone")
     texts = [" ".join(words) for words in itertools.permutations(["food", "not", "good", "was", "fine"])]
     rows = "".join(json.dumps({"text": text, "label": number % 2}) + "\n" for number, text in enumerate(texts))
     (folder / "data.jsonl").write_text(rows)

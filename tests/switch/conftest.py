@@ -37,7 +37,7 @@ def logits(board, skip, inputs, keep=None):
         return board.model(**inputs).logits
 
 
-def each_row_is_as_alone(board, skip, inputs, model=None, **tolerance):
+def each_row_is_as_alone(board, skip, inputs, model=None):
     """Whether a batch of mixed decisions is each row alone, and differs from the dense one."""
     model = model or board.model
     counted = inputs["attention_mask"].bool() if model.config.model_type in DECODER else None

@@ -7,11 +7,8 @@ import numpy as np
 import pytest
 
 from sd_gym.tasks.marked_text import CUT, DROPPED, READ
-from tests.conftest import make_model
-from tests.envs.conftest import SMALL
-
-SUMMARIZATION = "SD/Summarization-Mini-v0"
-MINI = ["SD/Classification-Mini-v0", "SD/QuestionAnswering-Mini-v0", SUMMARIZATION]
+from tests.conftest import make_model, save
+from tests.envs.conftest import MINI, SMALL
 
 
 def read(marked):
@@ -52,8 +49,7 @@ def test_pairs_and_what_was_cut(tmp_path, tiny_backbone):
 
 
 def test_a_prompt_is_shown_as_it_is_filled_in_and_never_struck_out(tmp_path, reviews, tiny_tokenizer):
-    make_model("gpt2").save_pretrained(tmp_path / "gpt2")
-    tiny_tokenizer.save_pretrained(tmp_path / "gpt2")
+    save(make_model("gpt2"), tiny_tokenizer, tmp_path / "gpt2")
     settings = {"dataset": str(reviews), "backbone": str(tmp_path / "gpt2"), "prompt": "bad room {source} not"}
     env = gym.make("SD/Classification-Custom-v0", max_target_length=4, stop="fine", token_shares=[0.0, 0.5], **settings)
     split = env.unwrapped.core.split("train")

@@ -20,14 +20,7 @@ from sd_gym.envs.shared import shared_core
 from sd_gym.tasks import preparation
 from sd_gym.tasks.preparation import prepare_backbone
 from sd_gym.tasks.splits import Splits
-from tests.conftest import make_model
-
-
-@pytest.fixture
-def tiny_generator(tmp_path, tiny_tokenizer):
-    make_model("t5").save_pretrained(tmp_path / "generator")
-    tiny_tokenizer.save_pretrained(tmp_path / "generator")
-    return tmp_path / "generator"
+from tests.conftest import CutError, make_model, save
 
 
 @pytest.fixture
@@ -37,21 +30,11 @@ def reports(tmp_path):
     return str(tmp_path / "reports.jsonl")
 
 
-def test_a_generator_becomes_robust_to_skipping(reports, tiny_generator, tmp_path):
+def test_a_generator_becomes_robust_to_skipping(reports, generator, tmp_path):
     output = tmp_path / "prepared"
-    options = [
-        "--env",
-        "SD/Summarization-Custom-v0",
-        "--set",
-        "overlap=allow",
-        "--steps",
-        150,
-        "--learning-rate",
-        0.01,
-        "--output",
-        output,
-    ]
-    arguments = ["prepare", "--backbone", tiny_generator, "--dataset", reports, *options]
+    options = ["--env", "SD/Summarization-Custom-v0", "--set", "overlap=allow"]
+    options += ["--steps", 150, "--learning-rate", 0.01, "--output", output]
+    arguments = ["prepare", "--backbone", generator, "--dataset", reports, *options]
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     report = json.loads((output / "preparation.json").read_text())
@@ -84,9 +67,6 @@ def test_a_regression_has_one_output(tmp_path, tiny_backbone):
 
 
 def test_a_preparation_that_was_cut_off_is_resumed_with_the_same_result(tmp_path, reviews, tiny_backbone):
-    class CutError(Exception):
-        pass
-
     def cut(step, figures):
         if step == 25:
             raise CutError
@@ -111,8 +91,7 @@ def test_a_preparation_that_was_cut_off_is_resumed_with_the_same_result(tmp_path
 def test_a_decoder_without_padding_token_learns_to_classify(reviews, tmp_path, tiny_tokenizer):
     model = make_model("gpt2")
     model.config.pad_token_id = None
-    model.save_pretrained(tmp_path / "decoder")
-    tiny_tokenizer.save_pretrained(tmp_path / "decoder")
+    save(model, tiny_tokenizer, tmp_path / "decoder")
     settings = {"recipe": Recipe(80, 0.003), "rows": 1.0}
     arguments = BackboneConfig(name=str(tmp_path / "decoder")), DataConfig(dataset=str(reviews)), "classification"
     report = prepare_backbone(*arguments, tmp_path / "out", **settings)

@@ -27,5 +27,15 @@ def everything(core, split):
     return decisions, np.stack([o.quality for o in outcomes]), np.stack([o.flops_ratio for o in outcomes])
 
 
+def good_in(core, split):
+    """Whether decisions lose nothing, as searches ask it."""
+
+    def good(rows, decisions):
+        outcome = core.score(split, rows, decisions)
+        return outcome.quality >= outcome.quality_ref
+
+    return good
+
+
 def nobody(scored):
     pass

@@ -7,6 +7,8 @@ from sd_gym.agents.baselines.search import exhaustive_search
 from sd_gym.agents.experiment.run import train
 from sd_gym.agents.registry import make_agent
 
+from tests.agents.baselines.conftest import good_in
+
 
 def test_no_policy_saves_more_than_the_oracle(settings, tmp_path):
     oracle = train("SD/Classification-Custom-v0", "oracle", tmp_path / "oracle", steps=1, **settings)
@@ -23,11 +25,7 @@ def test_on_a_table_the_oracle_knows_all_decisions(table):
     core, split = env.core, env.core.split("test")
     rows = np.arange(len(split))[::-1]
     decisions, flops = make_agent("oracle", env).decide_split(split, rows)
-
-    def good(rows, decisions):
-        outcome = core.score(split, rows, decisions)
-        return outcome.quality >= outcome.quality_ref
-
+    good = good_in(core, split)
     assert good(rows, decisions).all()
     assert not flops.any()
     best = exhaustive_search(core, split, rows[:100], good)

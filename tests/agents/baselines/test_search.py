@@ -15,15 +15,7 @@ from sd_gym.agents.baselines.search import (
     skip_units,
 )
 
-from tests.agents.baselines.conftest import everything, nobody
-
-
-def good_in(core, split):
-    def good(rows, decisions):
-        outcome = core.score(split, rows, decisions)
-        return outcome.quality >= outcome.quality_ref
-
-    return good
+from tests.agents.baselines.conftest import everything, good_in, nobody
 
 
 def test_exhaustive_search_finds_the_cheapest_good_decision_of_each_instance(env):

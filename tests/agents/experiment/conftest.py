@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 
 import sd_gym
+from tests.conftest import WORDS
 
 CUSTOM = "SD/Classification-Custom-v0"
+
+
+class Killed(BaseException):
+    """Stands for a kill, which no run reports as its failure."""
 
 
 @pytest.fixture(scope="module")
@@ -17,9 +22,8 @@ def hash_run(tmp_path_factory, tiny_backbone):
     folder = tmp_path_factory.mktemp("finished")
     backbone = folder / "backbone"
     shutil.copytree(tiny_backbone, backbone)
-    words = ["good", "bad", "fine", "awful", "the", "food", "was", "not", "room"]
     random = np.random.default_rng(0)
-    rows = [{"text": " ".join(random.choice(words, 6)) + f" {'fine ' * (n % 4)}", "label": n % 2} for n in range(120)]
+    rows = [{"text": " ".join(random.choice(WORDS, 6)) + f" {'fine ' * (n % 4)}", "label": n % 2} for n in range(120)]
     rows = list({row["text"]: row for row in rows}.values())
     (folder / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"dataset": str(folder / "reviews.jsonl"), "backbone": str(backbone), "epsilon": 0.3}

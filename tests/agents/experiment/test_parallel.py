@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import sd_gym
 from sd_gym.cli import app
 from sd_gym.registration import import_own
+from tests.agents.experiment.conftest import Killed
 
 CUSTOM = "SD/Classification-Custom-v0"
 FLAKY = """
@@ -51,10 +52,6 @@ class Dies(HashAgent):
 register_agent("fails", Fails)
 register_agent("dies", Dies)
 """
-
-
-class Killed(BaseException):
-    """Stands for a kill."""
 
 
 class Elsewhere(HashAgent):

@@ -12,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from tests.agents.conftest import CutError, cut_off
+from tests.agents.conftest import cut_off
+from tests.conftest import CutError
 
 CUSTOM = "SD/Classification-Custom-v0"
 

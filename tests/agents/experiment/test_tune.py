@@ -10,13 +10,10 @@ from typer.testing import CliRunner
 
 import sd_gym
 from sd_gym.cli import app
+from tests.agents.experiment.conftest import Killed
 
 CUSTOM = "SD/Classification-Custom-v0"
 DEFAULT = A2CSettings().learning_rate
-
-
-class Killed(BaseException):
-    """Stands for a kill."""
 
 
 def test_quality_comes_before_flops_and_fewer_flops_are_better():

@@ -11,7 +11,7 @@ from stable_baselines3.common.logger import configure
 from sd_gym.envs import ConfigError
 from sd_gym.envs.protocols import Outcome
 
-ID, STAGED, CUSTOM = "SD/Classification-Mini-v0", "SD/Classification-Mini-Staged-v0", "SD/Classification-Custom-v0"
+ID, CUSTOM = "SD/Classification-Mini-v0", "SD/Classification-Custom-v0"
 
 
 def test_a_multiplier_is_not_the_envs():

@@ -20,6 +20,7 @@ from sd_gym.errors import DataError
 from sd_gym.tasks.encoding import encode
 from sd_gym.tasks.preparation import prepare_backbone
 from tests.conftest import WORDS, make_model
+from tests.execution.conftest import random_decisions
 
 
 @pytest.fixture(scope="module")
@@ -56,19 +57,13 @@ def make(data, backbone, **settings):
     return gym.make("SD/QuestionAnswering-Custom-v0", dataset=data, backbone=backbone, **settings)
 
 
-def decisions_for(core, n, rate=0.3):
-    random = np.random.default_rng(0)
-    skip = (random.random((n, core.n_switches)) < rate).astype(np.int64)
-    return np.column_stack([skip, random.integers(core.nvec[-1], size=n)])
-
-
 @pytest.mark.parametrize("settings", [{"quality": "likelihood"}, {"quality": "metric", "metric": "squad"}])
 def test_the_env_passes_the_checks_and_scores_each_row_as_alone(data, backbone, settings):
     env = make(data, backbone, token_shares=[0.0, 0.5], **settings)
     check_env(env.unwrapped)
     core = env.unwrapped.core
     split, rows = core.split("test"), np.arange(12)
-    decisions = decisions_for(core, 12)
+    decisions = random_decisions(core, 12, 0.3)
     together = split.scoring.run(rows, decisions)
     alone = [split.scoring.run(rows[i : i + 1], decisions[i : i + 1])[0] for i in rows]
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-6)
@@ -77,7 +72,7 @@ def test_the_env_passes_the_checks_and_scores_each_row_as_alone(data, backbone, 
 
 def test_likelihood_is_that_of_the_model_relative_to_the_untouched_one(data, backbone):
     core = make(data, backbone, quality="likelihood").unwrapped.core
-    split, decisions = core.split("test"), decisions_for(core, 12)
+    split, decisions = core.split("test"), random_decisions(core, 12, 0.3)
     quality, reference = split.scoring.quality(np.arange(12), decisions)
     np.testing.assert_array_equal(reference, 1.0)
     assert (quality != 1.0).any()
@@ -97,7 +92,7 @@ def test_likelihood_is_that_of_the_model_relative_to_the_untouched_one(data, bac
 
 def test_each_mask_of_many_says_what_it_says_alone(data, backbone):
     core = make(data, backbone, quality="metric", metric="squad", token_shares=[0.0, 0.5]).unwrapped.core
-    passes, rows, masks = core.split("test").passes, np.arange(12), decisions_for(core, 5)
+    passes, rows, masks = core.split("test").passes, np.arange(12), random_decisions(core, 5, 0.3)
     texts = passes.generated_under_all(rows, masks)
     assert texts == [passes.answers(rows, np.tile(mask, (12, 1))) for mask in masks]
     assert len({tuple(answers) for answers in texts}) > 1
@@ -125,7 +120,7 @@ def test_a_prompt_is_decided_on_in_its_pass_as_before_it(data, backbone):
 
     def decide(observations):
         recorded.append(observations)
-        return decisions_for(core, 1)
+        return random_decisions(core, 1, 0.3)
 
     with torch.inference_mode():
         for row in range(6):
@@ -140,7 +135,7 @@ def test_analytic_flops_are_counted_flops(data, backbone):
     core = make(data, backbone, token_shares=[0.0, 0.5]).unwrapped.core
     core.backbone.model.set_attn_implementation("eager")  # the only one whose products the counter sees on a CPU
     split = core.split("train")
-    decisions = decisions_for(core, 2)
+    decisions = random_decisions(core, 2, 0.3)
     decisions[:, -1] = [0, 1]
     for row in range(2):
         with FlopCounterMode(display=False) as counter:

@@ -22,7 +22,8 @@ from sd_gym.tasks.data import load_split
 from sd_gym.tasks.encoding import encode
 from sd_gym.tasks.metrics import normalised
 from sd_gym.tasks.preparation import prepare_backbone
-from tests.conftest import WORDS, make_extractor, make_model, varied
+from tests.conftest import WORDS, make_extractor, make_model, save, varied
+from tests.execution.conftest import random_decisions
 
 ARCHITECTURES = ["bart", "mbart", "t5", "gpt2", "llama", "bert", "roberta", "distilbert", "electra"]
 
@@ -182,9 +183,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(params=ARCHITECTURES)
 def extractor(request, tmp_path, tiny_tokenizer):
-    make_extractor(request.param).save_pretrained(tmp_path / request.param)
-    tiny_tokenizer.save_pretrained(tmp_path / request.param)
-    return str(tmp_path / request.param)
+    return str(save(make_extractor(request.param), tiny_tokenizer, tmp_path / request.param))
 
 
 def make(data, backbone, **settings):
@@ -192,18 +191,12 @@ def make(data, backbone, **settings):
     return gym.make("SD/QuestionAnswering-Custom-v0", dataset=data, backbone=backbone, **settings)
 
 
-def decisions_for(core, n, rate=0.3):
-    random = np.random.default_rng(0)
-    skip = (random.random((n, core.n_switches)) < rate).astype(np.int64)
-    return np.column_stack([skip, random.integers(core.nvec[-1], size=n)])
-
-
 def test_the_env_passes_the_checks_and_each_row_answers_as_alone(data, extractor):
     env = make(data, extractor, token_shares=[0.0, 0.5], token_ranking="position")
     check_env(env.unwrapped)
     core = env.unwrapped.core
     split, rows = core.split("test"), np.arange(24)
-    decisions = decisions_for(core, 24)
+    decisions = random_decisions(core, 24, 0.3)
     probable = make(data, extractor, token_shares=[0.0, 0.5], token_ranking="position", quality="likelihood")
     run = probable.unwrapped.core.split("test").scoring.run
     alone = [run(rows[i : i + 1], decisions[i : i + 1])[0] for i in rows]
@@ -230,10 +223,9 @@ def test_the_env_passes_the_checks_and_each_row_answers_as_alone(data, extractor
 @pytest.mark.parametrize("quality", ["metric", "exact_match", "likelihood"])
 def test_quality_comes_with_the_likelihood_from_the_same_passes(quality, data, tmp_path, tiny_tokenizer):
     model = make_extractor("bert")
-    model.save_pretrained(tmp_path)
-    tiny_tokenizer.save_pretrained(tmp_path)
+    save(model, tiny_tokenizer, tmp_path)
     core = make(data, str(tmp_path), quality=quality).unwrapped.core
-    split, rows, decisions = core.split("test"), np.arange(24), decisions_for(core, 24)
+    split, rows, decisions = core.split("test"), np.arange(24), random_decisions(core, 24, 0.3)
     passes = []
     core.backbone.model.register_forward_hook(lambda *_: passes.append(1))
     expected = split.scoring.run(rows, decisions)
@@ -247,8 +239,7 @@ def test_quality_comes_with_the_likelihood_from_the_same_passes(quality, data, t
 
 @pytest.mark.parametrize("quality", ["metric", "exact_match"])
 def test_masks_that_agree_up_to_a_layer_share_the_pass_up_to_there(quality, data, tmp_path, tiny_tokenizer):
-    make_extractor("bert").save_pretrained(tmp_path)
-    tiny_tokenizer.save_pretrained(tmp_path)
+    save(make_extractor("bert"), tiny_tokenizer, tmp_path)
     core = make(data, str(tmp_path), quality=quality).unwrapped.core
     split, rows = core.split("test"), np.arange(24)
     masks = np.zeros((3, len(core.nvec)), dtype=np.int64)
@@ -267,7 +258,7 @@ def test_masks_that_agree_up_to_a_layer_share_the_pass_up_to_there(quality, data
 def test_what_is_extracted_goes_on_from_the_last_look(quality, data, extractor):
     settings = {"quality": quality, "stages": ["first", "middle"], "token_shares": [0.0, 0.5]}
     core = make(data, extractor, **settings, token_ranking="position").unwrapped.core
-    split, rows, decisions = core.split("test"), np.arange(24), decisions_for(core, 24)
+    split, rows, decisions = core.split("test"), np.arange(24), random_decisions(core, 24, 0.3)
     _, state = core.rollout(split, rows, lambda observations: decisions)
     split.scoring.run(rows, 0 * decisions)  # so that a dense likelihood is known
     with FlopCounterMode(display=False) as whole:
@@ -280,8 +271,7 @@ def test_what_is_extracted_goes_on_from_the_last_look(quality, data, extractor):
 
 def test_likelihood_is_that_of_the_untouched_model(data, tmp_path, tiny_tokenizer):
     model = make_extractor("bert")
-    model.save_pretrained(tmp_path)
-    tiny_tokenizer.save_pretrained(tmp_path)
+    save(model, tiny_tokenizer, tmp_path)
     split = make(data, str(tmp_path), quality="likelihood").unwrapped.core.split("test")
     _, probability = split.scoring.quality_and_likelihood(np.arange(24), np.zeros((24, 7), dtype=np.int64))
     for row, instance in enumerate(split.instances[:6]):
@@ -298,7 +288,7 @@ def test_likelihood_is_that_of_the_untouched_model(data, tmp_path, tiny_tokenize
 def test_analytic_flops_are_counted_flops(data, extractor):
     core = make(data, extractor, token_shares=[0.0, 0.5]).unwrapped.core
     core.backbone.model.set_attn_implementation("eager")  # the only one whose products the counter sees on a CPU
-    split, decisions = core.split("train"), decisions_for(core, 2)
+    split, decisions = core.split("train"), random_decisions(core, 2, 0.3)
     decisions[:, -1] = [0, 1]
     for row in range(2):
         split.tokens.scores, split.tokens.droppable  # noqa: B018  (ranking is not part of the pass)
@@ -309,8 +299,7 @@ def test_analytic_flops_are_counted_flops(data, extractor):
 
 def test_a_backbone_of_the_wrong_kind_is_refused(data, tmp_path, tiny_tokenizer, tiny_backbone):
     for name, model in (("generator", make_model("bart")), ("extractor", make_extractor("bert"))):
-        model.save_pretrained(tmp_path / name)
-        tiny_tokenizer.save_pretrained(tmp_path / name)
+        save(model, tiny_tokenizer, tmp_path / name)
     with pytest.raises(ConfigError, match="gives a label, but question_answering needs a text or a span"):
         make(data, str(tiny_backbone))
     with pytest.raises(
@@ -330,8 +319,7 @@ def test_a_backbone_of_the_wrong_kind_is_refused(data, tmp_path, tiny_tokenizer,
 
 
 def test_a_bare_encoder_learns_to_extract_and_is_robust_to_skipping_and_dropping(data, tmp_path, tiny_tokenizer):
-    make_model("bert").bert.save_pretrained(tmp_path / "bare")
-    tiny_tokenizer.save_pretrained(tmp_path / "bare")
+    save(make_model("bert").bert, tiny_tokenizer, tmp_path / "bare")
     report = prepare_backbone(
         BackboneConfig(name=str(tmp_path / "bare"), max_source_length=20, max_target_length=3),
         DataConfig(dataset=data),
