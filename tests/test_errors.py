@@ -183,7 +183,7 @@ def test_a_data_set_with_a_script_runs_nothing_and_asks_nobody(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("name", ["[/]", "[bold]", "[red]x", ":smile:x", "[link]"])
-def test_messages_are_text_not_markup(name, tmp_path, tiny_backbone):
+def test_messages_are_text_not_markup(name, tmp_path):
     (tmp_path / "data.jsonl").write_text("{}")
     assert f"no backbone folder at './{name}'" in call(*train_call("data.jsonl", f"./{name}"))
     assert f"no config.json in {name}" in call("evaluate", name)
@@ -324,11 +324,3 @@ def test_damaged_json_of_a_run(content, tmp_path, reviews, tiny_backbone):
     assert "policy.safetensors is damaged" in call("evaluate", "run")
     (tmp_path / "run" / "config.json").write_bytes(content)
     assert "config.json is " in call("evaluate", "run")
-
-
-def test_a_number_that_names_a_class_is_that_class():
-    from sd_gym.backbones.heads.label import class_index
-    from sd_gym.data.instance import Instance
-
-    assert class_index(Instance("a", "x", 1), {"1": 0, "2": 1}) == 0
-    assert class_index(Instance("a", "x", 1), {"no": 0, "yes": 1}) == 1

@@ -2,6 +2,7 @@
 
 import gymnasium as gym
 import pytest
+import yaml
 
 import sd_gym
 from sd_gym.config import KEYS, PARTS, ConfigError, EnvConfig, dotted
@@ -69,8 +70,6 @@ def test_a_key_that_is_there_twice_is_told(text):
 
 def test_the_files_of_the_package_are_nested():
     for file in map(config_of, registered_ids()):
-        import yaml
-
         said = yaml.safe_load(file.read_text(encoding="utf-8"))
         assert {*said} <= {*EnvConfig.model_fields, "extends"}, file
         assert all(isinstance(said[part], dict) for part in PARTS if part in said), file

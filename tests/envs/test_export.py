@@ -116,7 +116,7 @@ def test_unknown_words_are_dropped_inside_the_model_as_in_the_env(tmp_path, tiny
     np.testing.assert_array_equal(of_texts.sum(dim=1).numpy(), split.tokens.kept_length(rows, most))
 
 
-def test_in_a_fresh_process_without_the_data_it_decides_the_same(tmp_path, tiny_tokenizer, reviews, tiny_backbone):
+def test_in_a_fresh_process_without_the_data_it_decides_the_same(tmp_path, reviews, tiny_backbone):
     data = tmp_path / "reviews" / "reviews.jsonl"
     data.parent.mkdir()
     reviews.rename(data)

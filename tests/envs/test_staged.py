@@ -108,7 +108,7 @@ def test_sb3_sees_episodes_of_several_steps(mode):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_no_layer_runs_twice_to_look(task, monkeypatch):
+def test_no_layer_runs_twice_to_look(task):
     """Each look goes on from the one before, and the last step from the last look."""
     env = mini(task, stages=["every_layer"])
     env.reset(seed=3)

@@ -95,7 +95,7 @@ def test_what_the_env_observes_is_reduced_to_what_the_table_has(name, shared_tab
     np.testing.assert_array_equal(np.concatenate([reduce(one[None]) for one in seen]), ours.observe(split, rows))
 
 
-def test_reducing_is_part_of_what_a_policy_costs(shared_table, small_table, tmp_path):
+def test_reducing_is_part_of_what_a_policy_costs(shared_table, tmp_path):
     """Not of one that does not look."""
     split = core_of(ID, table=shared_table).split("test")
     rows, projection = np.arange(len(split)), core_of(ID, table=shared_table).observation.projection

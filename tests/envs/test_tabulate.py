@@ -60,7 +60,7 @@ def test_right_and_wrong_take_a_bit_a_mask(full_table):
     assert arrays["quality"].shape[1] == len(gym.make(ID, table=full_table).unwrapped.core.masks) / 8
 
 
-def test_a_table_that_was_cut_off_goes_on_and_becomes_the_same(tmp_path, monkeypatch, table_source, small_table):
+def test_a_table_that_was_cut_off_goes_on_and_becomes_the_same(tmp_path, monkeypatch, table_source):
     env_id, keys = table_source
     asked = {"decisions": ["random:16"], "pca": 4, **keys}
     monkeypatch.setattr("sd_gym.envs.tabulate.CHUNK", 7)

@@ -31,6 +31,7 @@ def test_a_vector_env_with_a_seed_an_env_is_a_sync_vector_env(mode, keys, first,
     assert ours.metadata["autoreset_mode"] is theirs.metadata["autoreset_mode"] is mode
     assert (ours.observation_space, ours.action_space) == (theirs.observation_space, theirs.action_space)
     assert_same(ours.reset(seed=[first, first + 1, first + 2]), theirs.reset(seed=first))
+    assert ours.np_random_seed == theirs.np_random_seed == (first, first + 1, first + 2)
     random, ended = np.random.default_rng(draws), np.zeros(N, dtype=bool)
     for call in calls:
         if call is None:
@@ -63,18 +64,6 @@ def test_vector_kwargs_reach_the_vectorizers_of_gymnasium():
     keys = {"autoreset_mode": AutoresetMode.SAME_STEP, "observation_mode": "same", "copy": True}
     theirs = gym.make_vec(ID, num_envs=N, vectorization_mode="sync", vector_kwargs=keys, **SMALL)
     assert_same(theirs.reset(seed=3), make_vec().reset(seed=[3, 4, 5]))
-
-
-def test_a_seed_an_env_gives_what_single_envs_of_these_seeds_give():
-    vector, singles = make_vec(), [gym.make(ID, **SMALL) for _ in range(N)]
-    observations, infos = vector.reset(seed=[20, 21, 22])
-    assert vector.np_random_seed == (20, 21, 22)
-    first = [single.reset(seed=20 + number) for number, single in enumerate(singles)]
-    for _ in range(4):
-        np.testing.assert_array_equal(observations, [observation for observation, _ in first])
-        assert list(infos["instance"]) == [info["instance"] for _, info in first]
-        observations, *_, infos = vector.step(np.zeros(vector.action_space.shape, dtype=np.int64))
-        first = [single.reset() for single in singles]
 
 
 def test_one_seed_seeds_one_generator_for_all_as_ever():

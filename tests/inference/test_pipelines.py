@@ -62,7 +62,11 @@ def test_zero_shot_classification(tiny_tokenizer):
     sd_gym.attach(model, make_policy(model, seed=2))
     came = classify(TEXTS[1], ["good", "bad", "fine"], hypothesis_template="the food was {}")
     assert sorted(came["labels"]) == ["bad", "fine", "good"]
-    assert model.decisions.skip is not None
+    skip = model.decisions.skip
+    assert skip.any()
+    with torch.inference_mode():
+        model(**tiny_tokenizer(TEXTS[1], "the food was fine", return_tensors="pt"))
+    np.testing.assert_array_equal(model.decisions.skip, skip)
 
 
 @pytest.mark.parametrize("name", DECODER)

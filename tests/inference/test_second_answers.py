@@ -176,7 +176,7 @@ def test_a_text_is_written_again_densely_on_what_the_encoder_has_read(name, beam
     if not lone:
         stack = model.get_encoder()
         layer = (stack.layers if name == "bart" else stack.block)[0]
-        layer.register_forward_hook(lambda _, args, output: read.append(len(output if lone else output[0])))
+        layer.register_forward_hook(lambda _, args, output: read.append(len(output[0])))
     came = model.generate(**prompts, **how)
     for row in range(5):
         wanted = (dense if goes_on[row] else first)[row]

@@ -1,6 +1,7 @@
 """The rows of splits: reported, compared, and in one split only unless the user allows more."""
 
 import json
+from dataclasses import replace
 
 import gymnasium as gym
 import pytest
@@ -13,8 +14,10 @@ from typer.testing import CliRunner
 import sd_gym
 from sd_gym.cli import app
 from sd_gym.config import SPLITS, ConfigError, DataConfig
+from sd_gym.data.instance import Instance
 from sd_gym.errors import DataError
-from sd_gym.tasks.data import load_split
+from sd_gym.tasks import data, splits
+from sd_gym.tasks.data import Instances, load_split
 from sd_gym.tasks.splits import Splits
 from tests.conftest import write_mirror
 
@@ -173,8 +176,6 @@ def test_a_result_says_which_rows_it_is_of(reviews, tiny_backbone, tmp_path):
 
 
 def test_each_split_is_made_once(reviews, monkeypatch):
-    from sd_gym.tasks import data, splits
-
     read, made, inner = [], [], data.read_rows
     monkeypatch.setattr(data, "read_rows", lambda *given: read.append(given[0]) or inner(*given))
     cut = splits_of(reviews, splits=CUT)
@@ -196,12 +197,7 @@ def test_the_list_of_envs_says_what_is_tested_on():
 
 
 @pytest.mark.parametrize("change", [{"source": "other"}, {"target": 1}, {"difficulty": 3}, {"source_pair": "x"}])
-def test_a_hash_is_of_all_that_the_data_say(change, tmp_path):
-    from dataclasses import replace
-
-    from sd_gym.data.instance import Instance
-    from sd_gym.tasks.data import Instances
-
+def test_a_hash_is_of_all_that_the_data_say(change):
     one = Instance("train-0", "text", 0)
     assert Instances([replace(one, **change)]).hash != Instances([one]).hash
     assert Instances([replace(one, id="test-4")]).hash == Instances([one]).hash  # the same row in another split

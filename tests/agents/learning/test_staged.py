@@ -43,7 +43,7 @@ class Points(KVWriter):
 
 
 @pytest.mark.parametrize("algo", LEARNING)
-def test_an_agent_learns_to_skip_at_all_stages(env, algo, tmp_path):
+def test_an_agent_learns_to_skip_at_all_stages(env, algo):
     """Quality is free (epsilon 1). Rollouts and points of curves count whole decisions."""
     # A multiplier pays for quality to spare until it has fallen to 0; a fast one does so within these decisions.
     settings = {"multiplier_rate": 0.1} if algo == "ppo_lagrangian" else {}
@@ -101,7 +101,7 @@ def test_the_policy_decides_as_the_actor(env, algo, tmp_path):
 
 
 @pytest.mark.parametrize("algo", ["ppo", "reinforce"])
-def test_a_run_is_kept_evaluated_and_resumed(keys, algo, tmp_path, monkeypatch):
+def test_a_run_is_kept_evaluated_and_resumed(keys, algo, tmp_path):
     settings = {**keys, "epsilon": 0.5}
     result = train(CUSTOM, algo, tmp_path / "run", steps=200, **settings)
     _, core, policy = load_run(tmp_path / "run")
@@ -124,7 +124,7 @@ class Once(ReinforceAgent):
     staged = False
 
 
-def test_what_decides_once_says_so(env, tmp_path):
+def test_what_decides_once_says_so(env):
     with pytest.raises(ValueError, match=r"this agent decides once.*'encoder.1'"):
         Once(env)
     policy = make_agent("ppo", env).policy()

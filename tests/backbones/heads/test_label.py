@@ -12,6 +12,7 @@ def test_labels_outside_the_classes():
     classes = {"no": 0, "yes": 1}
     assert class_index(Instance("a", "x", "yes"), classes) == 1
     assert class_index(Instance("a", "x", 1), classes) == 1
+    assert class_index(Instance("a", "x", 1), {"1": 0, "2": 1}) == 0  # a number that names a class is that class
     for label in (2, "maybe"):
         with pytest.raises(DataError, match=f"label {label!r} is not one of the backbone's 2 classes"):
             class_index(Instance("a", "x", label), classes)
