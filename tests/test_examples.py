@@ -12,11 +12,11 @@ import torch
 import sd_gym
 from sd_gym.registration import import_own
 from tests.conftest import write_env
+from tests.envs.conftest import SMALL
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = [ROOT / "examples" / f"own_{name}.py" for name in ("agent", "objective", "network", "env", "task")]
 pytestmark = pytest.mark.usefixtures("own_names")
-TINY = {"train_size": 60, "validation_size": 20, "test_size": 20}
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_adaptive_classifier(reviews, tiny_backbone, tmp_path, monkeypatch, caps
 def test_own_env(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     example = imported("own_env")
-    result = example.main(steps=64, output="run", **TINY)
+    result = example.main(steps=64, output="run", **SMALL)
     assert result["epsilon"] == 0.005
     assert result["instances"] == 20
 

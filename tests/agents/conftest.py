@@ -8,7 +8,7 @@ import pytest
 import torch
 from sd_gym.agents.experiment.run import train
 from sd_gym.agents.registry import make_agent
-from stable_baselines3.common.logger import configure
+from stable_baselines3.common.logger import KVWriter, configure
 
 import sd_gym
 from sd_gym.policy import DecisionPolicy
@@ -135,6 +135,19 @@ def bold(env, folder):
         policy.head.bias.zero_()
     policy.save(folder)
     return policy
+
+
+class Points(KVWriter):
+    """Keeps the points that a logger makes of curves: the step and the values of each."""
+
+    def __init__(self):
+        self.points = []
+
+    def write(self, key_values, key_excluded, step=0):
+        self.points.append((step, dict(key_values)))
+
+    def close(self):
+        pass
 
 
 def learn(agent, steps, folder):

@@ -14,10 +14,11 @@ from gymnasium.wrappers.vector import (
 )
 from hypothesis import strategies as st
 from stable_baselines3 import PPO
-from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecMonitor
 
 from sd_gym.envs.sb3 import SwitchableVecEnv
+from tests.agents.conftest import Points
 from tests.envs.conftest import MODES, STEP_INFO, N, assert_same, make_vec, random_actions
 
 masks = st.lists(st.booleans(), min_size=N, max_size=N).filter(any).map(np.array)
@@ -94,14 +95,7 @@ def test_sb3_gets_the_episodes_that_a_wrapper_counts():
 def test_plain_sb3_logs_the_mean_return_of_episodes(wrap, stages):
     """With nothing around it; a ``VecMonitor`` changes nothing; rewards of several stages add up."""
     env = SwitchableVecEnv(make_vec(stages=["first", "encoder.1", "encoder.2"][:stages]))
-    rewards, episodes, written = [], [], {}
-
-    class Written(KVWriter):
-        def write(self, key_values, key_excluded, step=0):
-            written.update(key_values)
-
-        def close(self):
-            pass
+    rewards, episodes, written = [], [], Points()
 
     def gather(found, _):
         rewards.append(found["rewards"])
@@ -109,10 +103,10 @@ def test_plain_sb3_logs_the_mean_return_of_episodes(wrap, stages):
         return True
 
     model = PPO("MlpPolicy", wrap(env) if wrap else env, n_steps=6, batch_size=6, n_epochs=1, device="cpu")
-    model.set_logger(Logger(None, [Written()]))
+    model.set_logger(Logger(None, [written]))
     model.learn(6 * N, callback=gather)
     assert [episode["l"] for episode in episodes] == [stages] * (6 * N // stages)
-    assert written["rollout/ep_rew_mean"] == pytest.approx(np.sum(rewards) / len(episodes), rel=1e-5)
+    assert written.points[-1][1]["rollout/ep_rew_mean"] == pytest.approx(np.sum(rewards) / len(episodes), rel=1e-5)
 
 
 def test_episodes_that_do_not_end_together_are_refused_where_steps_would_be_lost():

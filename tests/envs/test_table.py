@@ -125,7 +125,8 @@ def test_nothing_else_is_passed_on(shared_table, table_source):
     assert ours.description["chosen"] == "random:6 and codebook:masks.json, seed 0"
     assert ours.config.data.dataset == "reviews.jsonl"
     written = b"".join(contents_of(shared_table).values())
-    secret = [table_source[1]["dataset"], table_source[1]["backbone"], *(one.source for one in source.instances)]
+    secret = [table_source[1]["dataset"], table_source[1]["backbone"]]
+    secret += [one.source for name in SPLITS for one in theirs.split(name).instances]
     assert not [one for one in secret if one.encode() in written]
 
 

@@ -8,9 +8,9 @@ import pytest
 from gymnasium.vector import AutoresetMode
 
 from sd_gym.envs.wrappers import LagrangianVectorWrapper, LagrangianWrapper, SafetyWrapper
+from tests.envs.conftest import ID, SMALL
 
-ID, STAGED = "SD/Classification-Mini-v0", "SD/Classification-Mini-Staged-v0"
-SMALL = {"train_size": 60, "validation_size": 20, "test_size": 20}
+STAGED = "SD/Classification-Mini-Staged-v0"
 KEYS = {**SMALL, "epsilon": 0.1, "penalty": 3.0, "cost_scale": 0.5}
 
 

@@ -30,8 +30,9 @@ def reports(tmp_path):
     return str(tmp_path / "reports.jsonl")
 
 
-def test_a_generator_becomes_robust_to_skipping(reports, generator, tmp_path):
+def test_a_generator_becomes_robust_to_skipping(reports, tmp_path, tiny_tokenizer):
     output = tmp_path / "prepared"
+    generator = save(make_model("t5"), tiny_tokenizer, tmp_path / "generator")
     options = ["--env", "SD/Summarization-Custom-v0", "--set", "overlap=allow"]
     options += ["--steps", 150, "--learning-rate", 0.01, "--output", output]
     arguments = ["prepare", "--backbone", generator, "--dataset", reports, *options]

@@ -14,6 +14,7 @@ from stable_baselines3 import PPO
 import sd_gym
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from tests.conftest import dense_policy, write_env
+from tests.envs.conftest import SMALL
 
 CUSTOM = "SD/Classification-Custom-v0"
 
@@ -162,8 +163,7 @@ def test_what_cannot_be_evaluated(arguments, error, message, custom):
 
 
 def test_a_policy_of_another_env_is_refused(custom):
-    small = {"train_size": 60, "validation_size": 20, "test_size": 20}
-    policy = dense_policy("SD/Classification-Mini-v0", **small)
+    policy = dense_policy("SD/Classification-Mini-v0", **SMALL)
     with pytest.raises(ValueError, match=r"the policy decides on components \[2, .*but SD/Classification-Custom"):
         sd_gym.evaluate(CUSTOM, policy, **custom)
 

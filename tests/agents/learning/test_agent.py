@@ -8,11 +8,11 @@ import pytest
 import torch
 from sd_gym.agents import make_agent
 from sd_gym.agents.learning.agent import decision_logits, learning_bias
-from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.logger import Logger
 
 import sd_gym
 from sd_gym.envs.protocols import Outcome
-from tests.agents.conftest import LEARNING, learn
+from tests.agents.conftest import LEARNING, Points, learn
 
 CUSTOM = "SD/Classification-Custom-v0"
 
@@ -93,27 +93,14 @@ def test_a_margin_makes_a_policy_skip_less_and_less(env):
         assert shyer.sum() < bolder.sum()
 
 
-class Kept(KVWriter):
-    """Keeps what is dumped, by step."""
-
-    def __init__(self):
-        self.dumped = {}
-
-    def write(self, key_values, key_excluded, step=0):
-        self.dumped.setdefault(step, {}).update(key_values)
-
-    def close(self):
-        pass
-
-
 @pytest.mark.parametrize("name", ["ppo", "ppo_lex", "a2c", "reinforce"])
 def test_tags_of_a_rollout_are_means_over_all_its_decisions(name, custom):
     env = gym.make_vec(CUSTOM, num_envs=32, epsilon=0.0, **custom).unwrapped
     env.reset(seed=0)
     agent = make_agent(name, env, initial_skip_rate=0.5)
-    kept, rollouts = Kept(), {}
+    kept, rollouts = Points(), {}
     agent.learn(3_000, Logger(None, [kept]), lambda rollout: rollouts.update({rollout.steps: rollout}))
-    points = {step: values for step, values in kept.dumped.items() if "rollout/ep_rew_mean" in values}
+    points = {step: values for step, values in kept.points if "rollout/ep_rew_mean" in values}
     assert 40 <= len(points) <= 100  # of all agents, however large their rollouts
     for step, values in points.items():
         rollout = rollouts[step]

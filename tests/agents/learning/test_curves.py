@@ -2,23 +2,14 @@
 
 import pytest
 from sd_gym.agents.learning.curves import CurveLogger
-from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.logger import Logger
 
-
-class Written(KVWriter):
-    def __init__(self):
-        self.points = []
-
-    def write(self, key_values, key_excluded, step=0):
-        self.points.append((step, dict(key_values)))
-
-    def close(self):
-        pass
+from tests.agents.conftest import Points
 
 
 def points_of(steps, total, done=0, stages=1):
     """The points of an agent that dumps at these steps, and each time records the step."""
-    written = Written()
+    written = Points()
     logger = CurveLogger(Logger(None, [written]), total, done, stages)
     for step in steps:
         logger.record("step", step)

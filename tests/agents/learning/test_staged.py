@@ -10,12 +10,12 @@ from sd_gym.agents.experiment.run import load_run, train
 from sd_gym.agents.learning.decisions import outcomes
 from sd_gym.agents.registry import make_agent
 from sd_gym.agents.reinforce.agent import ReinforceAgent
-from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.logger import Logger
 from torch.utils.flop_counter import FlopCounterMode
 
 import sd_gym
 from sd_gym.policy import DecisionPolicy
-from tests.agents.conftest import STAGES, bold, cut_off, learned, leaves, staged_settings, walked
+from tests.agents.conftest import STAGES, Points, bold, cut_off, learned, leaves, staged_settings, walked
 
 CUSTOM = "SD/Classification-Custom-Staged-v0"
 LEARNING = ["ppo", "a2c", "ppo_lagrangian", "ppo_lex", "reinforce", "blind-ppo"]
@@ -31,17 +31,6 @@ def env(staged_env):
     return staged_env
 
 
-class Points(KVWriter):
-    """Keeps where a logger makes points, and what the last one says."""
-
-    def __init__(self):
-        self.steps = []
-
-    def write(self, key_values, key_excluded, step=0):
-        self.steps.append(step)
-        self.values = dict(key_values)
-
-
 @pytest.mark.parametrize("algo", LEARNING)
 def test_an_agent_learns_to_skip_at_all_stages(env, algo):
     """Quality is free (epsilon 1). Rollouts and points of curves count whole decisions."""
@@ -49,8 +38,8 @@ def test_an_agent_learns_to_skip_at_all_stages(env, algo):
     settings = {"multiplier_rate": 0.1} if algo == "ppo_lagrangian" else {}
     agent, rollouts, points = make_agent(algo, env, seed=0, learning_rate=1e-2, entropy=0.0, **settings), [], Points()
     agent.learn(1500, Logger(None, [points]), rollouts.append)
-    assert points.steps[-1] == rollouts[-1].steps
-    assert points.values["rollout/ep_len_mean"] == 3
+    step, values = points.points[-1]
+    assert (step, values["rollout/ep_len_mean"]) == (rollouts[-1].steps, 3)
     assert rollouts[-1].steps >= 1500 > rollouts[-2].steps
     assert all(len(rollout.rewards) == len(rollout.infos["quality"]) for rollout in rollouts)
     if algo != "ppo_lagrangian":  # whose reward is not the env's
