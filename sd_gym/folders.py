@@ -44,6 +44,12 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def check_empty(folder: Path) -> None:
+    """Raise ``FileExistsError`` if a folder is there and holds anything."""
+    if folder.exists() and contents(folder):
+        raise FileExistsError(f"{folder} is not empty; choose another --output")
+
+
 def contents(folder: Path) -> list[str]:
     """Names of the files in a folder, without the lock and incomplete files."""
     return sorted(file.name for file in folder.iterdir() if file.name != LOCK and file.suffix != ".tmp")

@@ -136,13 +136,13 @@ def export(
     with terminal.errors_as_lines(), terminal.status("exporting"), TemporaryDirectory() as folder:
         from sd_gym.agents.experiment.run import reduce as reduce_run
         from sd_gym.inference.choices import few_masks
-        from sd_gym.inference.export import check_installed
+        from sd_gym.inference.export import check_exportable
         from sd_gym.inference.export import export as export_policy
         from sd_gym.policy.artefact import SkipPolicy
 
-        check_installed()  # before minutes of reducing
         policy = SkipPolicy.from_pretrained(run)
         if not few_masks(policy, masks) and (run / "config.json").is_file():
+            check_exportable(policy, output, backbone)  # before minutes of reducing
             terminal.say(f"the policy decides among more than {masks} masks, so it is reduced to those that fit best")
             reduce_run(run, masks, Path(folder, "reduced"), backbone=backbone)
             policy = SkipPolicy.from_pretrained(Path(folder, "reduced"))

@@ -18,7 +18,7 @@ from sd_gym.data.instance import Instance
 from sd_gym.errors import MissingExtraError
 from sd_gym.execution.bank import without_skipped
 from sd_gym.files import as_json, sha256, write_json, write_text
-from sd_gym.folders import contents, locked
+from sd_gym.folders import check_empty, locked
 from sd_gym.going_on import resumed_from
 from sd_gym.inference.branches import branched
 from sd_gym.inference.choices import choices_of, decided_masks, few_masks, masks_of
@@ -73,17 +73,14 @@ def export(
         ValueError: If the policy cannot be exported; the message gives the reason, and what to do.
         MissingExtraError: If ``onnx`` or ``onnxruntime`` is not installed.
     """
-    check_installed()
     folder, policy = Path(folder), policy if isinstance(policy, SkipPolicy) else SkipPolicy.from_pretrained(policy)
-    _check_policy(policy)
-    if not few_masks(policy, masks):
-        remedy = f"sd-gym reduce RUN --codebook {masks} --output REDUCED makes it decide among few; export that"
-        raise _refused(f"it decides among more than {masks} masks, so few inputs would run together", remedy)
-    model = SkippingModel(policy, backbone, dtype="float32")
-    _check_model(model)
     with locked(folder):
-        if contents(folder):
-            raise FileExistsError(f"{folder} is not empty; choose another --output")
+        model, among = check_exportable(policy, folder, backbone), decided_masks(policy)
+        if len(policy.token_shares) > 1 if among is None else among[:, -1].any():
+            raise _refused("it drops tokens", f"learn one with token_shares=[0.0], or {INSTEAD}")
+        if not few_masks(policy, masks):
+            remedy = f"sd-gym reduce RUN --codebook {masks} --output REDUCED makes it decide among few; export that"
+            raise _refused(f"it decides among more than {masks} masks, so few inputs would run together", remedy)
         temporary = folder / "export.tmp"
         shutil.rmtree(temporary, ignore_errors=True)  # left by an export that was killed
         temporary.mkdir()
@@ -96,26 +93,23 @@ def export(
     return manifest
 
 
-def check_installed() -> None:
-    """Raise MissingExtraError if a package that an export needs is missing."""
+def check_exportable(policy: SkipPolicy, folder: Path, backbone: str | None = None) -> SkippingModel:
+    """The policy on its backbone; raises what ``export`` raises, whatever masks the policy decides among."""
     if lacking := [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]:
         raise MissingExtraError(f"an export needs {' and '.join(lacking)}: pip install 'sd-gym[onnx]'")
-
-
-def _refused(why: str, remedy: str) -> ValueError:
-    return ValueError(f"this policy cannot be exported to ONNX: {why}; {remedy}")
-
-
-def _check_policy(policy: SkipPolicy) -> None:
-    """Raise ValueError if a policy has no export."""
+    check_empty(folder)
     network = policy.learned
     if later := [name for name in policy.stages_of_pass if name != "first"]:
         raise _refused(f"it decides in the middle of the pass, at {', '.join(later)}", INSTEAD)
     if network.noise != "none" or network.blind:
         raise _refused("it is a control, which sees nothing or draws its decisions", "export one that has learned")
-    masks = decided_masks(policy)
-    if len(policy.token_shares) > 1 if masks is None else masks[:, -1].any():
-        raise _refused("it drops tokens", f"learn one with token_shares=[0.0], or {INSTEAD}")
+    model = SkippingModel(policy, backbone, dtype="float32")
+    _check_model(model)
+    return model
+
+
+def _refused(why: str, remedy: str) -> ValueError:
+    return ValueError(f"this policy cannot be exported to ONNX: {why}; {remedy}")
 
 
 def _check_model(model: SkippingModel) -> None:

@@ -269,6 +269,26 @@ def test_a_backbone_that_generates_is_not_exported(tmp_path, tiny_tokenizer):
         sd_gym.export(artefact, tmp_path / "onnx")
 
 
+@pytest.mark.parametrize(
+    ("task", "stages", "output", "why"),
+    [
+        ("classification", ["first"], "data", "is not empty"),
+        ("classification", ["first", "encoder.1"], "onnx", "in the middle of the pass"),
+        ("summarization", ["first"], "onnx", "is no encoder"),
+    ],
+)
+def test_what_cannot_be_exported_is_not_reduced_before(
+    task, stages, output, why, tmp_path, tiny_tokenizer, monkeypatch
+):
+    monkeypatch.setattr("sd_gym.agents.experiment.run.reduce", pytest.fail)
+    trained(task, None, tmp_path, tiny_tokenizer, stages=stages)
+    (tmp_path / "artefact" / "config.json").write_text("{}")  # as in a run's folder
+    command = ["export", str(tmp_path / "artefact"), "--output", str(tmp_path / output)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2
+    assert why in done.output
+
+
 def test_a_folder_that_holds_anything_is_not_written_to(exported, tmp_path):
     policy, folder, _ = exported
     with pytest.raises(FileExistsError, match="is not empty"):
@@ -321,7 +341,8 @@ def test_a_missing_package_is_a_line_before_any_work(exported, tmp_path, monkeyp
     monkeypatch.setattr("sd_gym.inference.export.find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     source = write(tmp_path / "in.jsonl", [{"text": "good"}])
-    for command in (["export", "nowhere"], ["run", str(exported[1]), "--input", str(source)]):
+    artefact = str(exported[1].parent / "artefact")
+    for command in (["export", artefact], ["run", str(exported[1]), "--input", str(source)]):
         done = CliRunner().invoke(app, [*command, "--output", str(tmp_path / "out")])
         assert done.exit_code == 2
         assert "pip install 'sd-gym[onnx]'" in done.output
