@@ -77,7 +77,7 @@ class PlannedRun:
         was = read_description(self.folder)
         for settings in (was["agent_settings"], now["agent_settings"]):  # the same folder may be given by another path
             settings |= {key: Path(settings[key]).name for key in STARTS if settings.get(key) is not None}
-        check_same_run(self.folder, was, now, "; choose another --output")
+        check_same_run(self.folder, was, now)
         return True
 
 

@@ -42,7 +42,7 @@ from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import joined
 from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.files import as_json, damaged_checkpoint, read_checkpoint, write_checkpoint, write_json
-from sd_gym.folders import contents, foreign, locked
+from sd_gym.folders import check_empty, contents, foreign, locked
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.card import FILE
 from sd_gym.registration import SERVING, all_ids, no_decisions, plain_id
@@ -266,8 +266,7 @@ def reduce(run: str | Path, codebook: int, output: str | Path, *, backbone: str 
     """
     folder = Path(output)
     with locked(folder):
-        if contents(folder):
-            raise FileExistsError(f"{folder} is not empty; choose another --output")
+        check_empty(folder)
         description, core, policy = load_run(Path(run), backbone)
         if policy.noise != "none":
             raise ValueError(f"{run}: its policy decides at random; expected the run of an agent that learns")
@@ -366,12 +365,12 @@ def write_result(result: dict[str, Any], core: Core, folder: Path) -> None:
     write_json(folder / "result.json", result)
 
 
-def check_same_run(folder: Path, present: dict[str, Any], described: dict[str, Any], hint: str = "") -> None:
+def check_same_run(folder: Path, present: dict[str, Any], described: dict[str, Any]) -> None:
     """Raise ``ValueError`` if a folder holds another run: if a key that both descriptions have differs."""
     was, now = _identity(present), _identity(json.loads(as_json(described)))
     if differ := [key for key in now if key in was and was[key] != now[key]]:
         shown = ", ".join(f"its {key} is {was[key]}, now it is {now[key]}" for key in differ)
-        raise ValueError(f"{folder} holds another run: {shown}{hint}")
+        raise ValueError(f"{folder} holds another run; choose another --output: {shown}")
 
 
 def _identity(description: dict[str, Any]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def _by_settings(agent: str, runs: list[Run]) -> list[tuple[str, list[Run]]]:
     differ = sorted(key for key in keys if len({json.dumps(run.identity.get(key)) for run in runs}) > 1)
     groups: dict[str, dict[str, Run]] = {}
     for run in runs:
-        notes = [f"{key} {run.identity.get(key)}" for key in differ]
+        notes = [f"{key} {value}" for key in differ if (value := run.identity.get(key)) is not None]
         shared = run.result["data"]["test"]["also_in"]
         notes += [f"{count} of its {run.result['instances']} test rows in {name}" for name, count in shared.items()]
         group = groups.setdefault(f"{agent} ({', '.join(notes)})" if notes else agent, {})

@@ -9,6 +9,7 @@ from gymnasium.utils import seeding
 from numpy.typing import NDArray as Array
 from scipy.optimize import linprog
 from scipy.sparse import csr_array, diags_array, eye_array, hstack, kron, vstack
+from sd_gym.agents.serving.learn import OnProgress
 
 from sd_gym.envs.serving.arrivals import arrival_times
 from sd_gym.envs.serving.config import ServingConfig
@@ -121,15 +122,24 @@ class Played(NamedTuple):
         return answers / np.maximum(answers.sum(axis=1, keepdims=True), 1)
 
 
-def play(config: ServingConfig, networks: Sequence[Network], split: str, episodes: int) -> Played:
+def play(
+    config: ServingConfig,
+    networks: Sequence[Network],
+    split: str,
+    episodes: int,
+    on_progress: OnProgress | None = None,
+) -> Played:
     """Play each network for ``episodes`` episodes; all networks get the same requests."""
     seeds = FIRST_SEED[split] + np.arange(episodes)
     stacked, shape = Network.stacked(networks), (len(networks), episodes)
     queues, random = Queues(config, len(networks) * episodes), np.random.default_rng(0)
     randoms = [seeding.np_random(int(seed))[0] for _ in networks for seed in seeds]
     queues.reset(np.arange(queues.n), randoms, split)
-    answers, refused = np.zeros((queues.n, len(config.points))), np.zeros(queues.n)
+    answers, refused, decided = np.zeros((queues.n, len(config.points))), np.zeros(queues.n), 0
     while not queues.over.all():
+        if on_progress is not None:
+            decided += int(np.count_nonzero(~queues.over))
+            on_progress(decided, {})
         points = stacked.choose(queues.observe().reshape(*shape, -1), random).ravel()
         infos = queues.serve(points)
         answers[np.arange(queues.n), points] += infos["answers"]

@@ -81,18 +81,21 @@ def train(described: dict[str, Any], folder: Path, settings: dict[str, Any], on_
             logger = configure(str(folder), ["tensorboard"])
             networks = learned(algo, env, of_agent, described["steps"], seed, logger, on_progress)
             logger.close()
-        result = _selected(config, *_undominated(config, networks), described["confidence"], folder)
+        tried = _undominated(config, networks, on_progress if of_agent is None else None)
+        result = _selected(config, *tried, described["confidence"], folder)
     result["data"] = {name: core.split(name).provenance for name in SPLITS}
     write_json(folder / "result.json", result)
     return result
 
 
-def _undominated(config: ServingConfig, networks: Sequence[Network]) -> tuple[list[Network], Array]:
+def _undominated(
+    config: ServingConfig, networks: Sequence[Network], on_progress: OnProgress | None
+) -> tuple[list[Network], Array]:
     """The networks that no other beats in loss and goodput on policy rows and training arrivals, from dense to bold.
 
     Also which of them are on the hull; selection uses the others as steps in between.
     """
-    played = play(config, networks, "train", SEARCH_EPISODES)
+    played = play(config, networks, "train", SEARCH_EPISODES, on_progress)
     loss, goodput = played.shares @ expected_loss(config), played.goodput.mean(axis=1)
     front = pareto_front(goodput, loss)
     return [networks[number] for number in front], np.isin(front, lower_hull(loss, -goodput).number)

@@ -148,10 +148,14 @@ def test_resume_names_what_differs(settings, tmp_path):
     arguments = cut_run(settings, tmp_path / "run")
     changed = {**arguments, "penalty": 3.0, "n_steps": 8}
     with pytest.raises(
-        ValueError, match=r"another run: its reward\.penalty is 20\.0, now it is 3\.0, its n_steps is 1, now it is 8$"
+        ValueError,
+        match=r"another run; choose another --output: its reward\.penalty is 20\.0, now it is 3\.0, "
+        r"its n_steps is 1, now it is 8$",
     ):
         train(CUSTOM, "ppo", tmp_path / "run", **changed, resume=True)
-    with pytest.raises(ValueError, match=r"another run: its confidence is 0\.95, now it is 0\.9$"):
+    with pytest.raises(
+        ValueError, match=r"another run; choose another --output: its confidence is 0\.95, now it is 0\.9$"
+    ):
         train(CUSTOM, "ppo", tmp_path / "run", **arguments, confidence=0.9, resume=True)
 
 
@@ -176,7 +180,7 @@ def test_the_reduced_run_stands_beside_the_one_it_was_made_of(run, tmp_path):
     assert result["decisions_used"] <= 3
     assert len(sd_gym.SkipPolicy.from_pretrained(tmp_path / "few").network.codebook) <= 3
     rows = sd_gym.compare([run, tmp_path / "few"])
-    assert sorted(row["agent"] for row in rows) == ["ppo (codebook 3)", "ppo (codebook None)"]
+    assert sorted(row["agent"] for row in rows) == ["ppo", "ppo (codebook 3)"]
     model = sd_gym.load(tmp_path / "few")
     assert len({tuple(one.skip) for one in model(["good food", "the room was bad", "awful", "fine fine room"])}) <= 3
     sd_gym.detach(model.model)

@@ -84,9 +84,13 @@ def test_learning_prices_quality_in_epsilons():
 
 def test_a_run_is_selected_compared_and_its_dial_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("sd_gym.agents.serving.run.EPISODES", 4)
+    told = []
     for algo in ("threshold", "fixed", "foresight"):
-        result = sd_gym.train(TREC, algo, tmp_path / algo, steps=1, requests=200, load=1.5)
+        options = {"on_progress": lambda *progress: told.append(progress), "requests": 200, "load": 1.5}
+        result = sd_gym.train(TREC, algo, tmp_path / algo, steps=1, **options)
         assert 0 < result["goodput"] <= 1
+    assert len(told) > 2
+    assert all(decisions > 0 and figures == {} for decisions, figures in told)  # shown as a search
     rows = {
         row["agent"]: row for row in sd_gym.compare([tmp_path / algo for algo in ("threshold", "fixed", "foresight")])
     }
@@ -118,7 +122,7 @@ def test_a_run_that_was_cut_off_starts_again_and_only_as_itself(tmp_path, monkey
 
     with pytest.raises(KeyboardInterrupt):
         sd_gym.train(TREC, "ppo", **small, on_progress=kill)
-    with pytest.raises(ValueError, match="holds another run: its seed is 0, now it is 7"):
+    with pytest.raises(ValueError, match="holds another run; choose another --output: its seed is 0, now it is 7"):
         sd_gym.train(TREC, "ppo", **small, seed=7, resume=True)
     sd_gym.train(TREC, "ppo", **small, resume=True)
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
