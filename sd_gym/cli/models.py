@@ -82,9 +82,12 @@ def prepare(
 
         if (backbone is None) == (policy is None):
             raise ValueError("pass either --backbone, or --policy for the backbone of a run")
-        options = {"data.dataset": dataset, "backbone.max_source_length": max_length}
+        options = {"backbone.name": backbone, "data.dataset": dataset, "backbone.max_source_length": max_length}
         overrides = {key: value for key, value in options.items() if value is not None}
-        overrides |= dotted(terminal.settings_of(set_), "--set")
+        settings = dotted(terminal.settings_of(set_), "--set")
+        if twice := [key for key in settings if key in overrides]:
+            raise ValueError(f"{twice[0]} is given as an option and by --set; leave one of them out")
+        overrides |= settings
         recipe = Recipe(steps, learning_rate, batch_size, accumulate, max_rate, draw, patience, seed)
         skip_logits = None
         if policy is not None:
@@ -94,7 +97,7 @@ def prepare(
                 raise ValueError("--policy tunes the run's own backbone; leave out backbone=")
             config, skip_logits = skip_logits_of_run(policy, overrides)
         else:
-            config = load_config(config_of(env), {**overrides, "backbone.name": backbone})
+            config = load_config(config_of(env), overrides)
         report = prepare_backbone(
             config.backbone,
             config.data,
@@ -144,8 +147,8 @@ def run(
     """Answer many inputs with a trained policy; rows of similar length, or with the same decision, run together.
 
     A row's object has its line (in CSV and Parquet the row's number), answer, skip (0 or 1 per switch), token_level,
-    flops_ratio, unknown_tokens and went_on. A malformed line gets an "error" instead; the exit code is then 1. Blank
-    lines are skipped.
+    flops_ratio, unknown_tokens and went_on. A malformed line gets an "error" instead; the exit code is then 1. If all
+    lines are malformed, nothing is written. Blank lines are skipped.
 
     Until the run is finished, answers are in the folder OUTPUT.part. --resume continues there, and refuses another
     policy, operating point, column or input.
@@ -189,13 +192,18 @@ def run(
     for name, value in done.figures().items():
         table.add_row(name, value)
     terminal.console.print(table)
-    terminal.print_line(f"Answers: {output}")
+    where = "their errors are in the output"
+    if done.malformed and not (done.rows or done.before):
+        output.unlink()
+        where = (
+            f"no line was answered, so {output} was not kept; --column FIELD=COLUMN takes a field from another column"
+        )
+    else:
+        terminal.print_line(f"Answers: {output}")
     for line in done.malformed[:3]:
         terminal.say(f"line {line.number}: {line.error}", "yellow")
     if done.malformed:
-        terminal.say(f"malformed lines: {len(done.malformed)}; their errors are in the output", "yellow")
-        if not done.rows:
-            terminal.say("No line was answered; --column FIELD=COLUMN takes a field from another column", "yellow")
+        terminal.say(f"malformed lines: {len(done.malformed)}; {where}", "yellow")
         raise typer.Exit(1)
 
 

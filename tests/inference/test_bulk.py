@@ -60,6 +60,19 @@ def test_a_malformed_line_stops_no_other(model, tmp_path):
     assert [line.number for line in bulk.malformed] == [2, 3, 4]
 
 
+def test_an_output_without_answers_is_not_kept(model, tmp_path):
+    write(tmp_path / "in.jsonl", [{"review": text} for text in model[1]])
+    command = ["run", str(tmp_path / "artefact"), "--input", str(tmp_path / "in.jsonl")]
+    command += ["--output", str(tmp_path / "o.jsonl")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1
+    assert "no line was answered" in done.output
+    assert "Answers:" not in done.output
+    done = CliRunner().invoke(app, [*command, "--column", "text=review"])
+    assert done.exit_code == 0, done.output
+    assert len(lines_of(tmp_path / "o.jsonl")) == ROWS
+
+
 def test_half_a_character_is_an_error_of_its_row(model, tmp_path):
     model, texts = model
     source = write(tmp_path / "in.jsonl", [{"text": texts[0]}, {"text": "bad \ud800"}, {"text": texts[1]}])

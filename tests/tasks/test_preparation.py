@@ -258,6 +258,14 @@ def test_a_run_has_its_own_backbone(tmp_path):
     assert "leave out backbone=" in " ".join((result.output + result.stderr).split())
 
 
+@pytest.mark.parametrize("key", ["backbone.name", "data.dataset", "backbone.max_source_length"])
+def test_a_key_is_given_as_an_option_or_by_set(key, tmp_path):
+    options = ["--backbone", "x", "--dataset", "y", "--max-length", "8", "--output", str(tmp_path / "o")]
+    result = CliRunner().invoke(app, ["prepare", *options, "--set", f"{key.removesuffix('.name')}=16"])
+    assert result.exit_code == 2
+    assert f"{key} is given as an option and by --set" in " ".join((result.output + result.stderr).split())
+
+
 def test_either_a_backbone_or_a_policy(tmp_path):
     for options in ([], ["--backbone", "x", "--policy", "y"]):
         result = CliRunner().invoke(app, ["prepare", "--output", str(tmp_path / "o"), *options])
