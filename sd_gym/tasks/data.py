@@ -279,7 +279,10 @@ def _fields(
     fields |= unknown
     missing = [name for name in family.fields if name not in fields]
     if missing:
-        raise DataError(f"{origin}: no field {missing[0]!r}; {task} needs {', '.join(family.fields)}")
+        raise DataError(
+            f"{origin}: no field {missing[0]!r}; {task} needs {', '.join(family.fields)}, and the columns are "
+            f"{', '.join(row)}: set columns={{{missing[0]}: COLUMN}}"
+        )
     for name in dict.fromkeys((*family.needed, *family.inputs)):
         if fields.get(name) is not None:  # an empty cell of a CSV file is None
             check_text(fields[name], name, origin)

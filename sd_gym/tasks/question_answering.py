@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class QuestionAnswering(Task):
-    """References are lists of right texts, empty if a question has no answer; or SQuAD's form of that."""
+    """References are right texts: one, a list (empty if a question has no answer), or SQuAD's form of that."""
 
     texts = ("question", "context")
     reference = "answers"
@@ -60,10 +60,14 @@ class QuestionAnswering(Task):
 
 def _answers(value: Any, origin: str) -> tuple[list[str], tuple[tuple[int, int], ...]]:
     """The texts of answers, and their (start, end) in SQuAD's form: ``{"text": [...], "answer_start": [...]}``."""
+    if value is None:  # an empty cell of a CSV file
+        value = []
+    elif isinstance(value, str) and not value.startswith(("[", "{")):  # those are lists that a program wrote as texts
+        value = [value]
     answers = value.get("text") if isinstance(value, dict) else value
     if not isinstance(answers, list) or not all(isinstance(answer, str) and answer.strip() for answer in answers):
         raise DataError(
-            f"{origin}: answers must be a list of texts, or SQuAD's form of it, got {short(value)}; for a "
+            f"{origin}: answers must be a text, a list of texts, or SQuAD's form of it, got {short(value)}; for a "
             "question without answer, give an empty list"
         )
     for answer in answers:

@@ -104,5 +104,5 @@ def test_questions_without_answer_are_refused_where_there_are_none(tmp_path):
     with pytest.raises(DataError, match="row 2: the question has no answer"):
         load_split(DataConfig(dataset=data, unanswerable=False), "question_answering", "train")
     (tmp_path / "qa.jsonl").write_text('{"question": "q", "context": "c", "answers": 3}\n')
-    with pytest.raises(DataError, match="line 1: answers must be a list of texts"):
+    with pytest.raises(DataError, match="line 1: answers must be a text, a list of texts"):
         load_split(str(tmp_path / "qa.jsonl"), "question_answering", "train")

@@ -28,6 +28,15 @@ def test_question_answering_and_summarization_fields(tmp_path):
     file.write_text(json.dumps(row) + "\n")
     (instance,) = load_split(str(file), "question_answering", "train")
     assert (instance.source, instance.source_pair, instance.target) == ("who?", "ben did", "ben")
+    rows = "question,context,answers\nwho?,ben did,ben\nwhy?,ben did,\n"
+    (tmp_path / "qa.csv").write_text(rows)
+    instances = load_split(
+        DataConfig(dataset=str(tmp_path / "qa.csv"), unanswerable=True), "question_answering", "train"
+    )
+    assert [instance.target for instance in instances] == ["ben", ""]
+    (tmp_path / "qa.csv").write_text(rows.replace(",ben\n", ",['ben']\n"))  # a list, as pandas writes it
+    with pytest.raises(DataError, match="line 2: answers must be a text, a list of texts"):
+        load_split(str(tmp_path / "qa.csv"), "question_answering", "train")
     file.write_text(json.dumps({"document": "long", "summary": "short"}) + "\n")
     (instance,) = load_split(str(file), "summarization", "train")
     assert (instance.source, instance.target) == ("long", "short")
@@ -38,7 +47,7 @@ def test_question_answering_and_summarization_fields(tmp_path):
     [
         ('{"text": "a", "label": 0}\n{"text": oops\n', "line 2: not JSON"),
         ("[1, 2]\n", "line 1: expected a JSON object, got list"),
-        ('{"text": "a"}\n', "line 1: no field 'label'"),
+        ('{"text": "a"}\n', r"line 1: no field 'label'.* the columns are text: set columns=\{label: COLUMN\}"),
         ('{"text": 7, "label": 0}\n', "line 1: text must be a text, got 7"),
         ('{"text": "a", "text_pair": 7, "label": 0}\n', "line 1: text_pair must be a text, got 7"),
         ('{"text": " ", "label": 0}\n', "the split 'train' .* is empty: all 1 rows have empty texts"),
