@@ -72,6 +72,9 @@ def print_policy(args: argparse.Namespace) -> None:
     served = service(args.served or args.run, Limits(), Settings(), allow_loss=args.allow_loss, threads=1)
     described = json.loads((args.run / "config.json").read_text())
     table = table_folder(described["env_config"]["table"]).resolve()
+    print(
+        f"# {args.id}: a queue in front of a server of the policy in {args.run.resolve().name}, simulated on a table."
+    )
     print(f"id: {args.id}\ntable: {table}\npolicy: {args.run.resolve()}\npoints:")
     for number, point in reversed([*enumerate(served.points.points)]):
         per_request, per_group = fitted(median_seconds(served.engine, texts, number))

@@ -355,7 +355,8 @@ def check_learnable(env: SwitchableVectorEnv, staged: bool) -> None:
     if env.core.is_staged and not staged:
         raise NotApplicableError(
             f"this agent decides once, before the first layer, but the stages of this env are {env.core.stages}; leave "
-            "stages out, or take an agent that decides in stages (ppo, a2c, reinforce, imitation)"
+            "stages out, or take an agent that decides in stages (ppo, a2c, ppo_lagrangian, ppo_lex, "
+            "reinforce, imitation)"
         )
     if env.config.reward.vector:
         raise ValueError("the agents of sd_gym learn from one number, got reward.vector=True; leave it out")

@@ -50,7 +50,8 @@ def tabulate(
         list[str],
         Option(
             help="all; or, repeatable: layers (all that skip whole layers), random:N, path (greedy search), codebook "
-            "(the env's), codebook:FILE [default: all if there are at most 4,096, otherwise random:64]."
+            "(the env's), codebook:FILE [default: path if there are stages, else all if they are at most 4,096, else "
+            "random:64]."
         ),
     ] = [],
     instances: Annotated[int | None, Option(min=1, help="Use the first so many instances of each split.")] = None,

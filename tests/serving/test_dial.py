@@ -82,5 +82,7 @@ def test_measured_points_are_of_the_table_that_the_policy_learned_on(tmp_path, m
         run=tmp_path, served=None, input=tmp_path / "texts.jsonl", allow_loss=None, id="Mine/Serving-v0"
     )
     service_times.print_policy(arguments)
-    table = yaml.safe_load(capsys.readouterr().out)["table"]
+    printed = capsys.readouterr().out
+    assert printed.startswith("# Mine/Serving-v0: a queue")  # what sd-gym envs shows
+    table = yaml.safe_load(printed)["table"]
     assert Path(table, "table.json").is_file()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sd_gym.agents.experiment.run import load_run, train
 from sd_gym.agents.learning.decisions import outcomes
-from sd_gym.agents.registry import make_agent
+from sd_gym.agents.registry import agent_class, learning_agents, make_agent
 from sd_gym.agents.reinforce.agent import ReinforceAgent
 from stable_baselines3.common.logger import Logger
 from torch.utils.flop_counter import FlopCounterMode
@@ -114,8 +114,10 @@ class Once(ReinforceAgent):
 
 
 def test_what_decides_once_says_so(env):
-    with pytest.raises(ValueError, match=r"this agent decides once.*'encoder.1'"):
+    with pytest.raises(ValueError, match=r"this agent decides once.*'encoder.1'") as error:
         Once(env)
+    named = str(error.value).rpartition("(")[2].rstrip(")").split(", ")
+    assert {*named} == {name for name in learning_agents() if agent_class(name).staged}
     policy = make_agent("ppo", env).policy()
     with pytest.raises(ValueError, match=r"decides at first, encoder.1, encoder.2 needs the components of each stage"):
         policy.reduced(2, np.zeros((1, policy.observation_size), np.float32))
