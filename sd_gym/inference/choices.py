@@ -29,7 +29,7 @@ def choices_of(policy: SkipPolicy) -> NDArray | None:
         return of_all[of_all[:, 0] >= 0]  # the others are of later stages
     if size == 1:
         return np.arange(network.nvec[0])[:, None]
-    if network.head.weight.any():
+    if network.head.weight[: sum(network.nvec[:size])].any():  # a cascade only looks at the answer
         return None
     margins = {0.0, *(point.margin for point in policy.operating_points)}  # one decision for all inputs at each
     biases = [network.with_margin(margin).head.bias.detach() for margin in margins]

@@ -158,6 +158,23 @@ def test_where_the_answer_is_not_accepted_rows_go_on(exported_judging):
         assert any(one.went_on for one in check_same(policy, folder, texts, **limits))
 
 
+def test_a_cascade_keeps_its_operating_points(tmp_path, tiny_tokenizer):
+    """It decides on one mask, and looks at the answer alone."""
+    *_, policy, texts = trained("classification", None, tmp_path, tiny_tokenizer, stages=("first", "answer"))
+    with torch.no_grad():
+        policy.network.head.weight[:-2] = 0
+        policy.network.head.bias[[1, 2, 4, 7, 8, 11]] += 100  # to skip the switches 0, 3 and 5
+    policy = with_points(policy)
+    manifest, each_point = sd_gym.export(policy, tmp_path / "onnx"), ({"max_flops": 0.3}, {}, {"max_loss": 0.0})
+    assert manifest["masks"] == [[0] * 6, [1, 0, 0, 1, 0, 1]]
+    assert [OperatingPoint(**one) for one in manifest["operating_points"]] == list(policy.operating_points)
+    went_on = [
+        np.mean([one.went_on for one in check_same(policy, tmp_path / "onnx", texts, **each)]) for each in each_point
+    ]
+    assert went_on[-1] == 0  # nothing is skipped
+    assert len({*went_on}) > 1
+
+
 def test_spans_are_judged_in_their_context(tmp_path, tiny_tokenizer):
     policy, texts = judging("extracted", tmp_path, tiny_tokenizer, "tokens", [[0, 0, 1, 1, 0, 1]])
     sd_gym.export(policy, tmp_path / "onnx")
