@@ -20,12 +20,13 @@ def stages_of_pass(stages: Iterable[str]) -> list[str]:
 def parted(decisions: NDArray, components: int) -> tuple[NDArray, NDArray]:
     """Masks ``[n, components]`` of decisions, and whether each row goes on, bool ``[n]``.
 
-    Decisions are ``[n, components]`` or, with the answer stage, ``[n, components + 1]``.
+    Decisions are ``[n, components]`` or, with the answer stage, ``[n, components + 1]``. A row that skipped nothing
+    does not go on: nothing is left to run.
     """
     masks = decisions[:, :components]
     if decisions.shape[1] == components:
         return masks, np.zeros(len(masks), dtype=np.bool_)
-    return masks, decisions[:, components] == 1
+    return masks, (decisions[:, components] == 1) & masks.any(axis=1)
 
 
 def answering(decisions: NDArray, components: int) -> NDArray:

@@ -31,9 +31,9 @@ def test_what_is_run_again_is_what_was_skipped_and_all_after_its_point(skips, le
 
 
 def test_decisions_have_one_component_more_where_they_may_go_on():
-    decisions = np.array([[1, 0, 2, 0], [1, 0, 2, 1]])
+    decisions = np.array([[1, 0, 2, 0], [1, 0, 2, 1], [0, 0, 1, 1], [0, 0, 0, 1]])
     seen, goes_on = parted(decisions, 3)
-    assert seen.tolist() == [[1, 0, 2], [1, 0, 2]]
-    assert goes_on.tolist() == [False, True]
-    assert answering(decisions, 3).tolist() == [[1, 0, 2], [0, 0, 0]]
+    assert seen.tolist() == decisions[:, :3].tolist()
+    assert goes_on.tolist() == [False, True, True, False]  # where nothing was skipped, nothing is left to run
+    assert answering(decisions, 3).tolist() == [[1, 0, 2], *[[0, 0, 0]] * 3]
     assert answering(seen, 3).tolist() == seen.tolist()

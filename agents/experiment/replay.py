@@ -91,7 +91,8 @@ def replay(folder: Path) -> Replay:
         own = dense * (recorded.scores["flops_ratio_with_policy"] - recorded.scores["flops_ratio"])
     else:
         decided = decide_on(core, policy, split, rows)
-        if len(differ := np.flatnonzero((decided != decisions).any(axis=1))):
+        again, were = (core.joined(core.to_masks(one), core.goes_on(one)) for one in (decided, decisions))
+        if len(differ := np.flatnonzero((again != were).any(axis=1))):
             raise ReplayError(
                 f"{file}: {len(differ)} of {len(decided)} decisions are not the saved policy's, that of "
                 f"{recorded.ids[differ[0]]!r} the first"
@@ -154,9 +155,9 @@ def _check_same(where: str, was: Any, now: Any) -> None:
     if isinstance(now, list | tuple):
         now = dict(enumerate(now))
         was = dict(enumerate(was)) if isinstance(was, list | tuple) else was
-    if isinstance(now, dict) and isinstance(was, dict) and was.keys() == now.keys():
-        for key, value in now.items():
-            _check_same(f"{where}.{key}", was[key], value)
+    if isinstance(now, dict) and isinstance(was, dict) and was.keys() <= now.keys():
+        for key, value in was.items():  # runs of before have fewer keys
+            _check_same(f"{where}.{key}", value, now[key])
     elif isinstance(now, float) and isinstance(was, int | float):
         if not math.isclose(was, now, rel_tol=QUALITY_TOLERANCE, abs_tol=QUALITY_TOLERANCE / 10):
             raise ReplayError(f"{where} is {was:.6g} there, and {now:.6g} replayed")

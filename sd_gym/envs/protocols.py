@@ -179,7 +179,7 @@ class Core(Protocol[S]):
         return len(self.nvec) - self.has_answer_stage
 
     def goes_on(self, decisions: Array) -> Array:
-        """Which rows go on after their answer, bool ``[n]``, of decisions ``[n, components]``."""
+        """Which rows go on after their answer, bool ``[n]``, of decisions ``[n, components]``; see ``parted``."""
         return parted(decisions, self.n_skips)[1]
 
     def joined(self, masks: Array, goes_on: Array) -> Array:

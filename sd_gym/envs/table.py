@@ -287,7 +287,7 @@ class TableCore(Core[TableSplit]):
                 arrays["deviation"],
                 arrays.get("rarity"),
                 protection and ProtectedTokens.from_json(protection),
-                None if self.exhaustive else self.joined(self.to_masks(of_table), self.goes_on(of_table)),
+                None if self.exhaustive else self.joined(self.to_masks(of_table), of_table[:, -1]),
                 self.observation.projection,
                 context=context and ProtectedTokens.from_json(context),
                 ranking_costs_flops=RANKINGS.find(self.config.tokens.ranking).costs_flops,

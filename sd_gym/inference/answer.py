@@ -21,7 +21,7 @@ class Answer(NamedTuple):
     token_level: int  # level at which it dropped tokens
     flops_ratio: float  # FLOPs over those of the dense backbone, the policy's own included
     unknown_tokens: int  # tokens of the input that the tokenizer does not know
-    went_on: bool = False  # whether the answer is the dense one, because the policy rejected the first one
+    went_on: bool = False  # whether what it skipped ran after all, because the policy rejected the first answer
 
 
 class TextModel:

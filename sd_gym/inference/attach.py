@@ -403,8 +403,7 @@ class Decisions(local):
         if self.went_on.any():
             again_always, again = self._costs(source, source, target_again)
             ran = ran + self.went_on * going_on_flops(again_always, again, self.resumed)
-            ran_again = self.went_on & (self.resumed < self.skip.shape[1])  # others had skipped nothing
-            whole = np.where(ran_again, again_always + again.sum(axis=1), whole)
+            whole = np.where(self.went_on, again_always + again.sum(axis=1), whole)
         return flops_share(ran, whole)
 
     def _costs(self, source: NDArray, kept: NDArray, target: int | None) -> tuple[NDArray, NDArray]:

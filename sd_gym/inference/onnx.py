@@ -210,11 +210,11 @@ class OnnxModel(TextModel):
         """
         values, *hidden = self.run(number, batch)
         went_on = np.zeros(len(values), dtype=bool)
-        if seen is not None and self.looks_at_answer:
+        if seen is not None and self.looks_at_answer and number != DENSE:
             share = self.flops_ratio(np.full(len(values), number), batch["attention_mask"].sum(axis=1))
             shown = {"seen": seen, "judged": self._judged(values), "share": share.astype(np.float32)}
             went_on = self._run(ANSWER, shown)[0] + self.margin > 0
-            if went_on.any() and number != DENSE:
+            if went_on.any():
                 part = {name: value[went_on] for name, value in batch.items()}
                 values[went_on] = self.run_rest(number, part, [state[went_on] for state in hidden])
         return values, went_on

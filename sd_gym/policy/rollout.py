@@ -69,7 +69,8 @@ class StagedRollout:
         """Decide, by the head's judgement ``[n, values]``, which rows go on."""
         values = torch.as_tensor(judged).detach().cpu().numpy()
         self._features[:, self._features.shape[1] - self._answer_size :] = values
-        self.went_on = self._decided(ANSWER, self.decisions)[:, -1] == 1
+        rejected = self._decided(ANSWER, self.decisions)[:, -1] == 1
+        self.went_on = rejected & self.decisions.any(axis=1)  # of others nothing is left to run
 
     def resumable(self) -> Iterator[tuple[NDArray, PassState | None]]:
         """Parts of the rows that go on after skipping, int64 ``[rows]``, each with the state from which they do.

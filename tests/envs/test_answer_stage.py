@@ -144,9 +144,16 @@ def test_more_margin_goes_on_more_and_skips_less(core):
     assert skips == sorted(skips, reverse=True)
     assert (on[0], on[-1], skips[-1]) == (0, 1, 0)
     assert core.score(split, rows, decisions).flops_ratio.max() == 1
+    assert not core.goes_on(decisions).any()  # nothing was skipped
     sure = core.rollout(split, rows, policy.with_sureness(20.0).decide)[0]
     assert sure[:, -1].all()
     np.testing.assert_array_equal(sure[:, :-1], core.rollout(split, rows, policy.decide)[0][:, :-1])
+
+
+def test_a_policy_that_skips_nothing_goes_on_nowhere(table, tmp_path):
+    result = sd_gym.train(TABLE, "imitation", tmp_path / "run", table=table, epsilon=1e-6, epochs=1)
+    assert (result["flops_ratio"], result["goes_on"]) == (1, 0)
+    assert replay(tmp_path / "run").decided
 
 
 def test_a_text_is_judged_by_the_tokens_that_were_generated():

@@ -80,7 +80,7 @@ def test_any_rows_go_on_from_any_layer_and_the_others_stay(drawn, stages, left):
     try:
         torch.testing.assert_close(logits(model, inputs), wanted, rtol=1e-4, atol=1e-4)
         np.testing.assert_array_equal(model.decisions.skip, masks)
-        np.testing.assert_array_equal(model.decisions.went_on, goes_on)
+        np.testing.assert_array_equal(model.decisions.went_on, goes_on & (masks.any(axis=1) | (levels > 0)))
     finally:
         detach(model)
 
