@@ -10,7 +10,7 @@ from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.table_export import TablePolicy
 
 RESULT_KEYS = ("split", "instances", "quality", "quality_ref", "flops_ratio", "flops_ratio_with_policy")
-RESULT_KEYS += ("quality_difference", "quality_difference_interval", "verdict", "guarantee")
+RESULT_KEYS += ("quality_difference", "quality_difference_interval", "verdict", "guarantee", "goes_on")
 
 
 def run_card(result: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:

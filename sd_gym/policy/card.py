@@ -56,6 +56,7 @@ class _Result(Strict):
     quality_difference_interval: tuple[float, float]
     verdict: str
     guarantee: str | None
+    goes_on: float = Field(0.0, ge=0, le=1)
 
 
 class _Run(Strict):
@@ -124,10 +125,20 @@ def model_card(card: dict[str, Any], operating_points: Sequence[OperatingPoint])
         f"{'yes' if point.passed else 'no'} |"
         for point in operating_points
     )
+    points = f"""
+Operating points, tested on the validation split from the bottom up (`attach(..., max_loss=0.005)` or `max_flops=0.4`
+chooses one):
+
+| margin | FLOPs | points lost | at most | passed |
+| --- | --- | --- | --- | --- |
+{versions}
+"""
     on = card["run"]["env"]
     trained_on = env["id"] if on == env["id"] else f"{env['id']}, its outcomes in a table ({on})"
     base = "" if backbone["is_local"] else f"base_model: {backbone['name']}\n"
     guarantee = "" if result["guarantee"] is None else f"Guarantee: {result['guarantee']}.\n"
+    if share := result.get("goes_on"):
+        guarantee += f"{share:.1%} of the answers went on densely.\n"
     return f"""---
 library_name: sd_gym
 {base}tags: [sd_gym, skipping, {env["task"]}]
@@ -150,14 +161,7 @@ Verdict at epsilon {env["reward"]["epsilon"]:g}: {result["verdict"]}.
 {guarantee}
 ```python
 {_usage(backbone)}```
-
-Operating points, tested on the validation split from the bottom up (`attach(..., max_loss=0.005)` or `max_flops=0.4`
-chooses one):
-
-| margin | FLOPs | points lost | at most | passed |
-| --- | --- | --- | --- | --- |
-{versions}
-"""
+{points if operating_points else ""}"""
 
 
 def _usage(backbone: dict[str, Any]) -> str:

@@ -59,6 +59,7 @@ RESULT = {
     "quality_difference": -0.05,
     "quality_difference_interval": [-0.1, 0.0],
     "verdict": "too few instances to tell",
+    "goes_on": 0.25,
 }
 PROMPT = "the {source} room {source_pair} food"
 

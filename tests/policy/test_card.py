@@ -14,7 +14,7 @@ from sd_gym.agents.runs.folder import run_description
 from sd_gym import SkipPolicy
 from sd_gym.files import read_tensors, write_tensors
 from sd_gym.policy import DecisionPolicy
-from sd_gym.policy.card import FILE, HASHED, TENSORS, OperatingPoint, read_card, write_card
+from sd_gym.policy.card import FILE, HASHED, TENSORS, OperatingPoint, model_card, read_card, write_card
 from tests.conftest import sign
 from tests.envs.conftest import RESULT
 
@@ -121,6 +121,16 @@ def test_every_change_of_a_field_of_the_network_is_refused_or_is_a_network(folde
             SkipPolicy.from_pretrained(folder)
         with contextlib.suppress(ValueError):
             DecisionPolicy.load(folder)
+
+
+def test_the_card_tells_what_is_known(folder):
+    text, card = (folder / "README.md").read_text(), read_card(folder)
+    assert "25.0% of the answers went on densely." in text
+    assert "Operating points, tested" in text
+    del card["result"]["goes_on"]  # as in cards of before
+    text = model_card(card, ())
+    assert "went on" not in text
+    assert "perating points" not in text
 
 
 def test_a_card_without_keys_of_its_env_has_their_defaults(folder):
