@@ -339,9 +339,13 @@ def _check_start(
     for name in names:
         has, needs = getattr(start, name), getattr(expected, name)
         if has != needs:
-            hint = "; both observe tokens (observation=tokens), or neither" if name == "channels" else ""
+            hints = {
+                "channels": "; both observe tokens (observation=tokens), or neither",
+                "hidden": "; take the run of an agent that learns: a cascade is no start",
+            }
             raise ValueError(
-                f"the policy in {folder} cannot be a start here: its {name} is {has}, expected {needs}{hint}"
+                f"the policy in {folder} cannot be a start here: its {name} is {has}, expected {needs}"
+                f"{hints.get(name, '')}"
             )
 
 

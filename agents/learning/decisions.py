@@ -59,7 +59,7 @@ class PolicyLike(Protocol):
 
 @runtime_checkable
 class SplitPolicy(Protocol):
-    """A policy that uses more than the observation, such as a cascade."""
+    """A policy that uses more than the observation, such as an early exit."""
 
     def decide_split(self, split: Split, rows: NDArray) -> SplitDecisions:
         """Its decisions on ``rows [n]`` of a split, the same at every call, and their FLOPs."""

@@ -19,7 +19,9 @@ def test_a_cascade_is_a_policy_that_goes_on_from_unsure_answers(settings, tmp_pa
     assert result["last_policy"]["flops_ratio_with_policy"] < 1
     texts, dense = ["a lovely film", "a dull film", "what a waste"], sd_gym.load(tmp_path / "run", max_loss=0.0)
     assert len({answer.skip.tobytes() for answer in sd_gym.load(tmp_path / "run")(texts)}) == 1
-    assert all(answer.went_on or not answer.skip.any() for answer in dense(texts))
+    assert all(answer.went_on == answer.skip.any() for answer in dense(texts))
+    with pytest.raises(ValueError, match=r"its hidden is 1, expected .*: a cascade is no start"):
+        train("SD/Classification-Custom-v0", "ppo", tmp_path / "next", start=tmp_path / "run", **keys)
 
 
 def test_a_cascade_judges_generated_texts(tmp_path):
