@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from sd_gym.agents.drawing.style import COLOURS, INK, LOST, SKIP_RATE, figure, flops_limit, style, write_png
+from sd_gym.agents.drawing.style import ALLOWED, COLOURS, INK, SKIP_RATE, figure, flops_limit, style, write_png
+from sd_gym.agents.runs.folder import own_included
 
 FEW = 30  # levels with fewer instances are marked
 
@@ -42,7 +43,7 @@ def draw_skip_rates(axes: Axes, levels: Sequence[dict[str, Any]], switches: Sequ
     axes.invert_yaxis()
     few = [level["instances"] < FEW for level in levels]
     labels = [
-        f"{level['difficulty']}\n{level['flops_ratio']:.0%}" + (f"\nn={level['instances']}!" if is_few else "")
+        f"{level['difficulty']}\n{own_included(level):.0%}" + (f"\nn={level['instances']}!" if is_few else "")
         for level, is_few in zip(levels, few, strict=True)
     ]
     axes.set_xticks(np.arange(len(levels)) + 0.5, labels)
@@ -61,14 +62,17 @@ def _draw_history(quality: Axes, flops: Axes, result: dict[str, Any]) -> None:
     steps = [entry["step"] for entry in history]
     validation: dict[str, Any] = {"marker": "o", "color": COLOURS[0]}
     quality.axhline(0, color=INK, linewidth=0.8, label="dense")
-    quality.axhline(-100 * result["epsilon"], color=LOST, linestyle="--", linewidth=1, label="allowed loss")
+    quality.axhline(-100 * result["epsilon"], **ALLOWED)
     lost = [100 * (entry["quality"] - entry["quality_ref"]) for entry in history]
-    quality.plot(steps, lost, **validation, label="validation, most probable decisions")
-    flops.plot(steps, [100 * entry["flops_ratio"] for entry in history], **validation)
+    if history:
+        quality.plot(steps, lost, **validation, label="validation, most probable decisions")
+        flops.plot(steps, [100 * own_included(entry) for entry in history], **validation)
     end = max(steps, default=0)
     test: dict[str, Any] = {"marker": "*", "markersize": 12, "color": COLOURS[2], "linestyle": "none"}
     quality.plot(end, 100 * result["quality_difference"], **test, label="test, selected policy")
-    flops.plot(end, 100 * result["flops_ratio"], **test)
+    flops.plot(end, 100 * result["flops_ratio_with_policy"], **test)
+    if len(steps) < 2:  # the axis would have ticks between whole decisions
+        flops.set_xticks([end])
     quality.set(ylabel="quality against dense, points", title="Quality and FLOPs")
     quality.legend(loc="best")
     flops.set(xlabel="decisions learned from", ylabel="FLOPs, % of dense", ylim=(0, flops_limit(flops.dataLim.ymax)))

@@ -25,6 +25,8 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 MARKERS, CONTROL_MARKERS = ("o", "s", "^", "D", "v", "P", "X"), ("x", "+", "1", "2", "3", "4", "|", "_")
 LINES = ("-", "--", "-.", ":")
 SKIP_RATE = LinearSegmentedColormap.from_list("skip rate", [to_rgba(RAN, alpha) for alpha in (1, 0)])  # solid: ran
+# Of the line of the allowed loss, which is no agent's: dash, dot, dot.
+ALLOWED: dict[str, Any] = {"color": INK, "linewidth": 1, "linestyle": (0, (6, 2, 1, 2, 1, 2)), "label": "allowed loss"}
 WIDTH = 4.3  # inches, so that letters are readable on a phone
 SETTINGS: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), INK),
@@ -32,7 +34,7 @@ SETTINGS: dict[Any, Any] = {
     **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
     **{"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8.5, "svg.fonttype": "none"},
     **{"axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.15},
-    **{"axes.facecolor": "none", "figure.facecolor": PAPER},
+    **{"axes.facecolor": "none", "figure.facecolor": PAPER, "text.parse_math": False},  # names may have a $
 }
 
 

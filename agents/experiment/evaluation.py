@@ -124,7 +124,10 @@ def decisions_hash(decisions: NDArray) -> str:
 
 def by_difficulty(scored: dict[str, NDArray], levels: NDArray) -> list[dict[str, Any]]:
     """Means of scored decisions (see ``outcomes``) by the instances' ``levels [n]``."""
-    columns = {**{name: scored[name] for name in SCORES}, "skip_rate": scored["decision"][:, :-1]}
+    columns = {
+        **{name: scored[name] for name in (*SCORES, "flops_ratio_with_policy")},
+        "skip_rate": scored["decision"][:, :-1],
+    }
     return [{"difficulty": means.pop("group"), **means} for means in means_by(levels, columns)]
 
 

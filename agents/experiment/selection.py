@@ -94,7 +94,7 @@ class Selection:
         scored = outcomes(self.core, policy, split, rows)
         return {
             "step": step,
-            **{name: float(scored[name].mean()) for name in SCORES},
+            **{name: float(scored[name].mean()) for name in (*SCORES, "flops_ratio_with_policy")},
             "quality_kept": self._kept(scored),
             "reward": float(objective.rewards(*(scored[name] for name in SCORES)).mean()),
         }

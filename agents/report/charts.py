@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
-from sd_gym.agents.drawing.style import INK, LOST, PAPER, RAN, SKIP_RATE, AgentStyle, flops_limit
+from sd_gym.agents.drawing.style import ALLOWED, INK, LOST, PAPER, RAN, SKIP_RATE, AgentStyle, flops_limit
+from sd_gym.agents.runs.folder import own_included
 from sd_gym.agents.runs.statistics import curve_interval, pareto_front
 
 
@@ -35,7 +36,7 @@ def draw_results(
     then as learned.
     """
     axes.axhline(0, color=INK, linewidth=0.8)
-    axes.axhline(-100 * epsilon, color=LOST, linewidth=1, linestyle="--")
+    axes.axhline(-100 * epsilon, **ALLOWED)
     axes.plot(100, 0, marker="h", markersize=8, color=INK, linestyle="none", zorder=3)
     axes.annotate("dense", (100, 0), (-6, 5), textcoords="offset points", ha="right", fontsize=8.5)
     handles = []
@@ -54,7 +55,7 @@ def draw_results(
         front = pareto_front(difference, flops)
         axes.step(flops[front], difference[front], where="post", color=INK, linewidth=0.8, alpha=0.6)
         handles.append(Line2D([], [], color=INK, linewidth=0.8, alpha=0.6, label="front of all runs"))
-    handles.append(Line2D([], [], color=LOST, linestyle="--", linewidth=1, label="allowed loss"))
+    handles.append(Line2D([], [], **ALLOWED))
     axes.set(xlabel="FLOPs, % of dense", ylabel="quality against dense, points")
     axes.set_xlim(left=0, right=flops_limit(axes.dataLim.xmax))
     axes.figure.legend(handles=handles, loc="outside lower center", ncols=2)
@@ -69,11 +70,11 @@ def draw_curves(
 ) -> None:
     """Validation during learning: interquartile means over runs, with 95% intervals."""
     quality.axhline(0, color=INK, linewidth=0.8)
-    quality.axhline(-100 * epsilon, color=LOST, linewidth=1, linestyle="--")
+    quality.axhline(-100 * epsilon, **ALLOWED)
     for name, runs in histories.items():
         steps = np.unique([entry["step"] for history in runs for entry in history])
         lost = _at_steps(runs, steps, lambda entry: 100 * (entry["quality"] - entry["quality_ref"]))
-        cost = _at_steps(runs, steps, lambda entry: 100 * entry["flops_ratio"])
+        cost = _at_steps(runs, steps, lambda entry: 100 * own_included(entry))
         for axes, values in ((quality, lost), (flops, cost)):
             mean, low, high = curve_interval(values, samples=500)
             axes.fill_between(steps, low, high, color=styles[name].color, alpha=0.15, linewidth=0)
@@ -82,7 +83,7 @@ def draw_curves(
     quality.tick_params(labelbottom=False)
     flops.set(xlabel="decisions learned from", ylabel="FLOPs, % of dense", ylim=(0, flops_limit(flops.dataLim.ymax)))
     flops.locator_params(axis="x", nbins=5)
-    flops.figure.legend(*flops.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    quality.figure.legend(*quality.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
 def _at_steps(

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.report.charts import ExampleDecision
 from sd_gym.agents.runs.finished_runs import Run, finished_runs, group_by_agent, grouped
+from sd_gym.agents.runs.folder import own_included
 from sd_gym.agents.runs.statistics import aggregate, hypervolume
 
 WORST = 5  # epsilons lost at which the area of runs ends
@@ -70,7 +71,8 @@ class AgentRuns:
         """``by_difficulty``, means over runs."""
         means = []
         for levels in zip(*(run.result["by_difficulty"] for run in self.runs), strict=True):
-            keys = [key for key in ("flops_ratio", "skip_rate") if key in levels[0]]
+            levels = [level | {"flops_ratio_with_policy": own_included(level)} for level in levels]
+            keys = [key for key in ("flops_ratio_with_policy", "skip_rate") if key in levels[0]]
             means.append(levels[0] | {key: np.mean([level[key] for level in levels], axis=0) for key in keys})
         return means
 
@@ -101,6 +103,11 @@ class EnvRuns:
     def learned(self) -> list[AgentRuns]:
         """The agents that are not controls."""
         return [agent for agent in self.agents if not agent.is_control]
+
+    @property
+    def best(self) -> AgentRuns | None:
+        """The agent that saves most of those that keep the quality in all runs, or else of all; ``None``: controls."""
+        return next((agent for agent in self.learned if agent.kept.all()), next(iter(self.learned), None))
 
     @property
     def epsilon(self) -> float:

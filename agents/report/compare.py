@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from sd_gym.agents.runs.finished_runs import finished_runs, group_by_agent, grouped
+from sd_gym.agents.runs.folder import own_included
 from sd_gym.agents.runs.statistics import half_interval
 
 COLUMNS = ["env", "agent", "test rows", "dense quality", "against dense, points (worst, its 95% interval)"]
@@ -53,7 +54,8 @@ def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
 
 def markdown(columns: list[str], rows: list[list[str]]) -> str:
     """A table."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *rows])
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in [columns, ["---"] * len(columns), *rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -109,8 +111,8 @@ def _row(env: str, agent: str, results: list[dict[str, Any]]) -> dict[str, Any]:
         "goodput": [result["goodput"] for result in results] if "goodput" in worst else None,
         "goodput_at": [[result["goodput_at"][part] for result in results] for part in worst.get("goodput_at", ())],
         "worst_flops": max(result["flops_ratio_with_policy"] for result in results),
-        "flops_easy": fmean(result["by_difficulty"][0]["flops_ratio"] for result in results),
-        "flops_hard": fmean(result["by_difficulty"][-1]["flops_ratio"] for result in results),
+        "flops_easy": fmean(own_included(result["by_difficulty"][0]) for result in results),
+        "flops_hard": fmean(own_included(result["by_difficulty"][-1]) for result in results),
         "time_ratio": _mean(times, "time_ratio"),
         "dense_by_length": _mean(times, "dense_by_length"),
         "decisions_used": (min(decisions), max(decisions)),

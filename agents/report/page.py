@@ -111,13 +111,13 @@ def _main_pictures(number: str, env: EnvRuns, styles: dict[str, AgentStyle]) -> 
         charts.draw_curves(quality, flops, histories, styles, env.epsilon)
         caption = "Learning: results on validation, interquartile means over runs with 95% intervals."
         pictures.append(Picture(f"{number}-curves", caption, curves))
-    best = next(iter(env.learned), env.agents[0])
+    best = env.best or env.agents[0]
     if decisions := example_decisions(best.median_run):
         instances = figure(1.3 + 0.2 * len(decisions))
         charts.draw_decisions(instances.subplots(), decisions, env.switches)
         caption = (
-            f"Decisions on single test instances, {best.name}, seed {best.median_run.seed}: a cell per switch, in the "
-            "order of execution, and the FLOPs. Lost: more than the allowed mean loss."
+            f"Decisions on single test instances, {best.name}, seed {text.cell(best.median_run.seed)}: a cell per "
+            "switch, in the order of execution, and the FLOPs. Lost: more than the allowed mean loss."
         )
         pictures.append(Picture(f"{number}-instances", caption, instances))
     return pictures

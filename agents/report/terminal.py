@@ -8,6 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 from sd_gym.agents.report.compare import COLUMNS
+from sd_gym.agents.runs.folder import own_included
 from sd_gym.agents.runs.guarantee import in_points
 
 IN_TITLE = "env", "dense quality", "test rows"  # columns of a comparison
@@ -39,6 +40,8 @@ def result_tables(title: str, result: dict[str, Any]) -> Iterator[RenderableType
         f"[{low * 100:+.2f}, {high * 100:+.2f}] at epsilon {in_points(result['epsilon'])}; "
         f"different decisions used: {result['decisions_used']}."
     )
+    if share := result.get("goes_on"):
+        yield Text(f"{share:.1%} of the answers went on densely.")
     if result["guarantee"]:
         yield Text(f"Guarantee: {result['guarantee']}.")
     if "goodput" in result:
@@ -114,10 +117,12 @@ def _quality_and_cost(title: str, result: dict[str, Any]) -> Table:
             table.add_row(f"  {name}", "", "", *blank, *(f"{time:.0%}" for time in controls), style="dim")
     levels = result["by_difficulty"]
     for level in levels if len(levels) > 1 else ():
-        cells = f"  level {level['difficulty']}", f"{level['quality']:.1%}", f"{level['flops_ratio']:.1%}"
+        cells = f"  level {level['difficulty']}", f"{level['quality']:.1%}", f"{own_included(level):.1%}"
         table.add_row(*cells, style="dim")
     if last := result["last_policy"]:
         table.add_row("as learned", *figures(last), style="dim")
+    for column in table.columns:  # a narrow terminal wraps lines, and cuts no figures
+        column.min_width = max(len(str(cell)) for cell in (column.header, *column.cells))
     return table
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,15 +51,16 @@ def verdict_sentences(env: EnvRuns) -> list[str]:
         f"{changes_allowed(n, epsilon, highest=highest):,} changed with as many gained as lost, and the quality is "
         "still shown to be kept."
     )
-    keeps = [agent for agent in env.learned if agent.kept.all()]
-    best = next(iter(keeps or env.learned), None)
-    if best is None:
+    if (best := env.best) is None:
         return [*sentences, "There are only controls; no agent has learned here."]
     n, (mean, low, high) = len(best.runs), aggregate([best.flops])
     figures = f"{mean:.1f}% of the FLOPs" + (f" ({low:.1f} to {high:.1f})" if n > 1 else "")
-    if keeps:
+    if best.kept.all():
         runs = "its one run" if n == 1 else f"all {n} runs"
-        sentences.append(f"{best.name} keeps the quality in {runs} and runs {figures}: by its mean it saves most.")
+        sentences.append(
+            f"{best.name} keeps the quality in {runs} and runs {figures}. Of the agents that keep it in all runs, it "
+            "saves most by its mean."
+        )
     else:
         sentences.append(
             f"No agent keeps the quality in all its runs; {best.name}, which has the best score, keeps it in "
@@ -208,17 +209,24 @@ def levels_table(env: EnvRuns) -> Table:
     """FLOPs of each agent against difficulty."""
     levels = env.agents[0].levels
     columns = ["agent", *(f"level {level['difficulty']} (n={level['instances']})" for level in levels)]
-    rows = [[agent.name, *(f"{level['flops_ratio']:.1%}" for level in agent.levels)] for agent in env.agents]
+    rows = [
+        [agent.name, *(f"{level['flops_ratio_with_policy']:.1%}" for level in agent.levels)] for agent in env.agents
+    ]
     return Table("FLOPs against difficulty", columns, rows)
 
 
 def reproduction_table(env: EnvRuns) -> Table:
     """A row per run: its command, its seed and its folder."""
     rows = [
-        [agent.name, str(run.seed), str(run.config.get("steps", "-")), run.config.get("command", "-"), run.folder.name]
+        [agent.name, *(cell(run.config.get(key)) for key in ("seed", "steps", "command")), run.folder.name]
         for agent, run in env.runs
     ]
     return Table("Runs", ["agent", "seed", "steps", "command", "folder"], rows)
+
+
+def cell(value: Any) -> str:
+    """A value as a cell; ``None``: it is not known."""
+    return "-" if value is None else str(value)
 
 
 def versions_table(envs: Sequence[EnvRuns]) -> Table:

@@ -60,6 +60,7 @@ class _Level(BaseModel):
     difficulty: int
     instances: int
     flops_ratio: Finite
+    flops_ratio_with_policy: Finite = 0.0
     skip_rate: list[Finite] = []
 
 
@@ -68,6 +69,7 @@ class _Validation(BaseModel):
     quality: Finite
     quality_ref: Finite
     flops_ratio: Finite
+    flops_ratio_with_policy: Finite = 0.0
 
 
 class _Timed(BaseModel):
@@ -163,6 +165,11 @@ def read_description(folder: Path) -> dict[str, Any]:
         ValueError: If it is damaged, or not of a run.
     """
     return _read(folder, "config.json", _Description)
+
+
+def own_included(means: dict[str, Any]) -> float:
+    """The FLOPs ratio in an entry of ``by_difficulty`` or ``history``, the policy's own included if they are known."""
+    return means.get("flops_ratio_with_policy", means["flops_ratio"])
 
 
 def read_result(folder: Path) -> dict[str, Any]:

@@ -233,4 +233,4 @@ def print_result(title: str, result: dict[str, Any]) -> None:
     """Print the table of a result."""
     from sd_gym.agents.report.terminal import result_tables
 
-    console.print(*result_tables(title, result), sep="\n")
+    console.print(*result_tables(title, result), sep="\n", crop=False)

@@ -5,6 +5,7 @@ import os
 import time
 from inspect import signature
 
+import numpy as np
 import pytest
 from rich.console import Console
 from sd_gym.agents.experiment.run import train
@@ -12,6 +13,7 @@ from sd_gym.agents.experiment.tabulation import tabulate
 from sd_gym.agents.experiment.tune import tune
 from typer.main import get_command
 
+from sd_gym import evaluate
 from sd_gym.cli import app, terminal
 
 
@@ -50,6 +52,19 @@ def test_a_narrow_terminal_shows_steps_and_time_and_cuts_figures(monkeypatch):
         progress.update(bar, completed=28_160)
     assert "28160/100000" in text.getvalue()
     assert "quality 0.8" in text.getvalue()
+
+
+def test_a_narrow_terminal_cuts_no_figure_of_a_result(monkeypatch):
+    text, env = io.StringIO(), "SD/Classification-TREC-Table-v1"
+    monkeypatch.setattr(terminal, "console", Console(file=text, width=30, markup=False))
+    result = evaluate(env, lambda seen: np.zeros((len(seen), 13), dtype=np.int64), policy_flops=0)
+    level = {"difficulty": 1, "instances": 1, "quality": 0.5, "flops_ratio": 0.3, "flops_ratio_with_policy": 0.412}
+    result |= {"goes_on": 0.256, "by_difficulty": [level, level], "return": -0.1234}
+    terminal.print_result("TREC", result)
+    shown = " ".join(text.getvalue().split())
+    assert "…" not in shown
+    assert {"100.0%", "41.2%", "-0.123"} <= {*shown.split()}
+    assert "25.6% of the answers went on" in shown
 
 
 def test_what_a_terminal_cannot_print_is_escaped(monkeypatch):

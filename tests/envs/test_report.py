@@ -26,7 +26,10 @@ def test_reports_take_the_dense_loss_where_the_data_have_no_level(settings, tiny
     assert (split.levels == quartiles(split.dense_loss)).all()
     result = evaluate(core, dense_policy("SD/Classification-Custom-v0", **settings), "train")
     levels = result["by_difficulty"]
-    assert sum(level["instances"] for level in levels) == 32
+    counts = [level["instances"] for level in levels]
+    assert sum(counts) == 32
+    own = np.average([level["flops_ratio_with_policy"] for level in levels], weights=counts)
+    assert own == pytest.approx(result["flops_ratio_with_policy"])
     assert levels[0]["quality_ref"] >= levels[-1]["quality_ref"]
     assert set(result["by_fact"]) == {"source_length", "dense_loss", "label"}
     assert [group["group"] for group in result["by_fact"]["label"]] == ["0", "1"]

@@ -5,6 +5,7 @@ import re
 from xml.etree import ElementTree
 
 import numpy as np
+from sd_gym.agents.drawing.run_picture import plot_run
 from sd_gym.agents.drawing.style import agent_styles, as_svg, figure, style
 from sd_gym.agents.report.charts import draw_curves, draw_results
 
@@ -16,10 +17,22 @@ def test_more_flops_than_dense_are_within_every_picture():
         quality, flops = figure(2).subplots(2, 1)
         draw_curves(quality, flops, {"ppo": histories}, agent_styles(["ppo"]), 0.01)
         assert flops.get_ylim()[1] > 127
+        (legend,) = flops.figure.legends
+        assert [one.get_text() for one in legend.get_texts()] == ["allowed loss", "ppo"]
         axes = figure(2).subplots()
         points = [np.array([0.0]), np.array([50.0]), np.array([0.0]), np.array([127.0])]
         draw_results(axes, {"ppo": points}, agent_styles(["ppo"]), 0.01)
         assert axes.get_xlim()[1] > 127
+
+
+def test_a_run_without_validations_shows_its_test_at_one_tick(monkeypatch, tmp_path):
+    pictures, rates = [], {"difficulty": 1, "instances": 4, "flops_ratio": 1.0, "skip_rate": [0.0]}
+    monkeypatch.setattr("sd_gym.agents.drawing.run_picture.write_png", lambda picture, file: pictures.append(picture))
+    result = {"history": [], "epsilon": 0.01, "quality_difference": 0.0, "flops_ratio_with_policy": 1.0}
+    plot_run({**result, "by_difficulty": [rates]}, ["encoder.0.attention"], tmp_path / "result.png")
+    quality, flops, *_ = pictures[0].get_axes()
+    assert quality.get_legend_handles_labels()[1] == ["dense", "allowed loss", "test, selected policy"]
+    assert flops.get_xticks().tolist() == [0]
 
 
 def test_a_picture_of_a_page_shows_all_that_the_figure_does():

@@ -63,9 +63,9 @@ def test_ids_in_a_page_are_unique(run, tmp_path):
 
 
 def test_names_are_text(run, tmp_path):
-    (page,) = write_report([run("<b>bold</b>")], tmp_path / "report.html")
+    page, *_ = write_report([run("<b>bold</b> at $\\none_{}$", seed=None)], tmp_path / "report.html", also=True)
     assert "b" not in Page(page.read_text()).tags
-    assert "&lt;b&gt;bold" in page.read_text()
+    assert "&lt;b&gt;bold&lt;/b&gt; at $\\none_{}$, seed -:" in page.read_text()
 
 
 def test_the_same_is_there_as_markdown_csv_and_png(run, tmp_path):

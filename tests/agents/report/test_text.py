@@ -1,8 +1,18 @@
 """The sentences of a report never say more than the runs show."""
 
+import json
+
+import pytest
 from sd_gym.agents.report.collect import collect
-from sd_gym.agents.report.compare import COLUMNS, cells, compare
-from sd_gym.agents.report.text import overall_sentences, overall_tables, results_table, verdict_sentences
+from sd_gym.agents.report.compare import COLUMNS, cells, compare, markdown
+from sd_gym.agents.report.text import (
+    levels_table,
+    overall_sentences,
+    overall_tables,
+    reproduction_table,
+    results_table,
+    verdict_sentences,
+)
 
 from tests.agents.report.conftest import ENV, OTHER, seeds
 
@@ -71,6 +81,36 @@ def test_an_agent_that_loses_quality_saves_nothing(run):
     assert "careful keeps the quality in all 5 runs" in said
     assert "It is ahead of bold" in said
     assert "No agent keeps the quality in all its runs; bold" in words(bold)
+
+
+def test_who_is_said_to_save_most_keeps_the_quality_in_all_runs(run):
+    once_lost = [run("bold", seed, flops=0.4, kept=seed < 4) for seed in range(5)]
+    (task,) = collect([*once_lost, *seeds(run, "steady", [0.8] * 5)])
+    assert (task.learned[0].name, task.best.name) == ("bold", "steady")
+    said = " ".join(verdict_sentences(task))
+    assert "steady keeps the quality in all 5 runs and runs 80.0% of the FLOPs (80.0 to 80.0)." in said
+    assert "Of the agents that keep it in all runs, it saves most by its mean." in said
+
+
+def test_what_a_run_does_not_tell_is_a_dash(run):
+    (task,) = collect([run("mine", seed=None, steps=None)])
+    assert reproduction_table(task).rows[0][1:3] == ["-", "-"]
+
+
+def test_a_bar_in_a_name_begins_no_cell_in_markdown():
+    assert markdown(["a|b"], [["c"]]).splitlines() == ["| a\\|b |", "| --- |", "| c |"]
+
+
+def test_flops_against_difficulty_are_those_that_are_compared(run):
+    folder = run("ppo")
+    result = json.loads((folder / "result.json").read_text())
+    assert levels_table(*collect([folder])).rows == [["ppo", "30.0%", "70.0%"]]  # of a run that does not tell the rest
+    for level in result["by_difficulty"]:
+        level["flops_ratio_with_policy"] = level["flops_ratio"] + 0.01
+    (folder / "result.json").write_text(json.dumps(result))
+    assert levels_table(*collect([folder])).rows == [["ppo", "31.0%", "71.0%"]]
+    (row,) = compare([folder])
+    assert (row["flops_easy"], row["flops_hard"]) == pytest.approx((0.31, 0.71))
 
 
 def test_an_agent_that_does_not_beat_the_hull_is_said_to_have_learned_nothing_of_its_inputs(run):
