@@ -22,8 +22,7 @@ def locked(folder: Path) -> Iterator[None]:
     The operating system holds the lock (``flock``), so it ends with the process. Raises ``FolderInUseError`` at once if
     another process is writing to the folder, ``FileExistsError`` if it is a file.
     """
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; choose another --output")
+    _check_folder(folder)
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
@@ -44,8 +43,14 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; choose another --output")
+
+
 def check_empty(folder: Path) -> None:
-    """Raise ``FileExistsError`` if a folder is there and holds anything."""
+    """Raise ``FileExistsError`` if a folder is there and holds anything, or is a file."""
+    _check_folder(folder)
     if folder.exists() and contents(folder):
         raise FileExistsError(f"{folder} is not empty; choose another --output")
 

@@ -14,7 +14,7 @@ import sd_gym
 from sd_gym.backbones import Recipe
 from sd_gym.cli import app
 from sd_gym.config import BackboneConfig, DataConfig
-from sd_gym.folders import FolderInUseError, contents, locked
+from sd_gym.folders import FolderInUseError, check_empty, contents, locked
 from sd_gym.tasks.preparation import prepare_backbone
 from tests.conftest import CutError
 
@@ -102,6 +102,8 @@ def test_a_folder_that_was_made_for_nothing_is_gone_again(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="is a file"), locked(tmp_path / "file"):
         pass
+    with pytest.raises(FileExistsError, match="is a file"):
+        check_empty(tmp_path / "file")
 
 
 @pytest.fixture

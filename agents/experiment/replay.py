@@ -155,8 +155,8 @@ def _check_same(where: str, was: Any, now: Any) -> None:
     if isinstance(now, list | tuple):
         now = dict(enumerate(now))
         was = dict(enumerate(was)) if isinstance(was, list | tuple) else was
-    if isinstance(now, dict) and isinstance(was, dict) and was.keys() <= now.keys():
-        for key, value in was.items():  # runs of before have fewer keys
+    if isinstance(now, dict) and isinstance(was, dict) and was.keys() == now.keys():
+        for key, value in was.items():
             _check_same(f"{where}.{key}", value, now[key])
     elif isinstance(now, float) and isinstance(was, int | float):
         if not math.isclose(was, now, rel_tol=QUALITY_TOLERANCE, abs_tol=QUALITY_TOLERANCE / 10):

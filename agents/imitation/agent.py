@@ -93,6 +93,8 @@ class ImitationAgent(Agent[ImitationSettings]):
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Search and learn; ``total_steps`` plays no part."""
         core, on_round = self.env.core, partial(report_scored, on_rollout)
+        if core.config.split != "train":
+            raise ValueError(f"imitation learns on the rows of split=train, got an env with split={core.config.split}")
         split = core.split("train")
         rows = np.random.default_rng(self.seed).permutation(len(split))[: self.settings.instances]
         if self.settings.path is not None:

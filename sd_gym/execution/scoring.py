@@ -17,6 +17,7 @@ from sd_gym.tasks.metrics import ACCURACY, METRICS, corpus_metric, text_metrics,
 
 AT_ONCE = 1024  # rows that the dense backbone is scored on together
 KNOWN = 2**18  # qualities that are remembered at most, about 60 MB; the least recently used are forgotten
+BATCHES = 256  # whose judgement is remembered: those of a selection, whose points differ by the threshold alone
 Key = tuple[int, bytes]  # a row, and its decision
 
 
@@ -31,6 +32,7 @@ class Scoring:
         self._instances, self._encoded = passes.instances, passes.encoded
         self._measure = self._head.measured_by(settings.kind)
         self._dense: tuple[dict[Key, float], Array] | None = None  # dense qualities and likelihoods of all rows
+        self._judged = OrderedDict[tuple[bytes, bytes], Array]()  # of batches of rows and masks
         self.load_scores(None)
 
     def quality(self, rows: Array, decisions: Array, seen: PassState | None = None) -> tuple[Array, Array]:
@@ -61,12 +63,17 @@ class Scoring:
     def judged(self, rows: Array, masks: Array, seen: PassState | None = None) -> Array:
         """The head's judgement of its answers under masks ``[n, switches + 1]``, float64 ``[n, values]``.
 
-        It is computed anew; the qualities of the pass are remembered. Passes resume from the state ``seen``.
+        Passes resume from the state ``seen``. Their qualities are remembered, and the judgement of the last batches:
+        only of the same batch is it the same to the last bit, on which a threshold may depend.
         """
-        quality, judged = self._run_and_judge(rows, masks, seen)
-        keys = zip(rows.tolist(), map(bytes, _packed(masks)), quality.tolist(), strict=True)
-        self._remember({(row, mask): value for row, mask, value in keys if (row, mask) not in self._scores})
-        return judged
+        batch = rows.tobytes(), masks.tobytes()
+        if batch not in self._judged:
+            quality, self._judged[batch] = self._run_and_judge(rows, masks, seen)
+            keys = zip(rows.tolist(), map(bytes, _packed(masks)), quality.tolist(), strict=True)
+            self._remember({(row, mask): value for row, mask, value in keys if (row, mask) not in self._scores})
+            while len(self._judged) > BATCHES:
+                self._judged.popitem(last=False)
+        return self._judged[batch].copy()
 
     def _run_and_judge(self, rows: Array, masks: Array, seen: PassState | None) -> tuple[Array, Array]:
         """Quality ``[n]`` and judgement ``[n, values]``; one pass gives both, unless a text is generated and scored."""

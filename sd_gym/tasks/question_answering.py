@@ -68,7 +68,7 @@ def _answers(value: Any, origin: str) -> tuple[list[str], tuple[tuple[int, int],
     if not isinstance(answers, list) or not all(isinstance(answer, str) and answer.strip() for answer in answers):
         raise DataError(
             f"{origin}: answers must be a text, a list of texts, or SQuAD's form of it, got {short(value)}; for a "
-            "question without answer, give an empty list"
+            "question without answer, give an empty list; a text that begins with [ or { goes in a list"
         )
     for answer in answers:
         check_text(answer, "an answer", origin)

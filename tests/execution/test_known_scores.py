@@ -35,3 +35,26 @@ def test_the_qualities_that_were_not_asked_for_longest_are_forgotten(settings, m
     saved = scoring.scores()
     scoring.load_scores(saved)
     assert [row for row, _ in scoring._scores] == [2, 3, 0, 4]  # in the order of a run that was not cut off
+
+
+def test_a_batch_is_judged_once(settings, monkeypatch):
+    split = gym.make(CUSTOM, **settings).unwrapped.core.split("train")
+    rows, masks = torch.arange(6).numpy(), torch.ones(6, 7, dtype=torch.int64).numpy()
+    masks[:, -1] = 0
+    first, passes = split.scoring.judged(rows, masks), []
+
+    def run(rows, *_):
+        passes.append(rows)
+        return rows * 0.0, first[: len(rows)] + 1
+
+    monkeypatch.setattr(split.scoring, "_run_and_judge", run)
+    again = split.scoring.judged(rows, masks)
+    assert (again == first).all()
+    again[:] = 0  # what a caller does with it is its own affair
+    assert (split.scoring.judged(rows, masks) == first).all()
+    assert not passes
+    assert (split.scoring.judged(rows[:5], masks[:5]) != first[:5]).all()
+    monkeypatch.setattr("sd_gym.execution.scoring.BATCHES", 1)
+    split.scoring.judged(rows[:4], masks[:4])
+    split.scoring.judged(rows[:5], masks[:5])
+    assert len(passes) == 3

@@ -132,3 +132,9 @@ def test_imitation_learns_what_is_to_come_at_each_stage(staged_keys, algo, tmp_p
         other = gym.make_vec(STAGED, num_envs=2, **{**staged_keys, "stages": stages}).unwrapped
         agent, _ = learned(other, algo, 1, tmp_path / "log", path=tmp_path / "run", epochs=1)
         np.testing.assert_array_equal(agent.path, path)
+
+
+def test_it_learns_on_the_training_split_alone(custom):
+    env = gym.make_vec(CUSTOM, num_envs=8, split="validation", **custom).unwrapped
+    with pytest.raises(ValueError, match=r"learns on the rows of split=train, got an env with split=validation"):
+        make_agent("imitation", env).learn(1, configure(None, []), lambda rollout: None)
