@@ -50,7 +50,7 @@ def evaluate(
 
     Returns:
         ``flops_ratio`` is the mean over instances of the backbone's ratio; ``flops_ratio_with_policy`` adds the FLOPs
-        of deciding, if ``policy_flops_counted``. ``goes_on`` is the share of answers that were not accepted. ``return``
+        of deciding, if ``policy_flops_counted``. ``goes_on`` is the share of rows that went on. ``return``
         is the mean reward, which FLOPs of deciding do not lower; ``regret`` is how much more the best masks of a table
         would earn. Both are ``None`` if unknown: without a table, or with an unregistered objective.
         ``normalised_score`` is 0 on the hull of a table's masks and 1 for full information (``sd_gym.envs.exact``).
