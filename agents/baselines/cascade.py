@@ -36,7 +36,9 @@ class Cascade(StaticAgent):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not self.env.core.has_answer_stage:
-            raise NotApplicableError("a cascade goes on from an answer: it needs stages that end with answer")
+            raise NotApplicableError(
+                "a cascade goes on from an answer: it needs stages that end with answer, such as stages=[first, answer]"
+            )
         self._channels = 1  # of tokens, which it does not read
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:

@@ -144,7 +144,7 @@ class ImitationAgent(Agent[ImitationSettings]):
 
     @torch.no_grad()
     def _judge_by_answer(self, network: DecisionPolicy) -> None:
-        """At the answer read only the FLOPs and the head's judgement: for more, the rows are too few."""
+        """At the answer read only the FLOPs and the head's judgement: to learn from the text there takes more rows."""
         core = self.env.core
         flat, read = flat_size(core.observation_space), torch.zeros(network.features)
         read[: len(core.stages) + 1] = read[flat - core.stage_observation.answer_size : flat] = 1
