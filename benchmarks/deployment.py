@@ -3,13 +3,14 @@
     sd-gym reduce runs/reviews --codebook 8 --output runs/reviews-8
     python benchmarks/deployment.py runs/reviews-8
 
-All answer the same texts, from text to answer, deciding included, and take turns. Rows "1" are single texts. Rows "8"
-and "32" are a queue of 64 texts, of which at most so many run together, grouped by mask. The last are a file, which
-begins with the env's test rows. "time" is over that of dense in eager, "own dense" over dense of the same engine; the
-latter leaves out tokenising, which is the same for both. In ONNX Runtime, dense and one mask are graphs without
-branches. Promise kept = FLOPs / own dense; 1 is all of it. "agree" is the share of answers that equal those of dense in
-eager. "quality" is the difference to it on the test rows, with its paired bootstrap interval. Last, ONNX is compared
-with sd_gym.load on the texts of the file and as many random ones.
+All answer the same texts, from text to answer, deciding included. They take turns, each with all texts, since what runs
+alone finds its weights in the processor's cache. Rows "1" are single texts. Rows "8" and "32" are a queue of 64 texts,
+of which at most so many run together, grouped by mask. The last are a file, which begins with the env's test rows.
+"time" is over that of dense in eager, "own dense" over dense of the same engine; the latter leaves out tokenising,
+which is the same for both. In ONNX Runtime, dense and one mask are graphs without branches. Promise kept = FLOPs / own
+dense; 1 is all of it. "agree" is the share of answers that equal those of dense in eager. "quality" is the difference
+to it on the test rows, with its paired bootstrap interval. Last, ONNX is compared with sd_gym.load on the texts of the
+file and as many random ones.
 """
 
 from __future__ import annotations
@@ -154,8 +155,8 @@ def add_rows(table: Table, ways: list[Way], sample: Sample, size: int | None, ro
     seconds = {way.name: np.zeros((2, rounds, len(asked))) for way in ways}  # to tokenise and answer, and to tokenise
     answers = {way.name: list[Answer]() for way in ways}
     for number in range(-WARM_UP if size else 0, rounds):
-        for at, texts in enumerate(asked):
-            for way in ways:
+        for way in ways:
+            for at, texts in enumerate(asked):
                 started = time.perf_counter()
                 given = way.answers(texts, size)
                 answered = time.perf_counter()
