@@ -42,6 +42,7 @@ from sd_gym.version import __version__
 INLINE = 1024  # smaller weights, in bytes, stay in their graphs
 ALIGNED = 4096  # weights begin at multiples of this in their file, so that it can be mapped into memory
 INSTEAD = "use it with sd_gym.load or sd_gym.attach"  # instead of an export
+LENGTH = 7  # tokens of the example that graphs are traced with
 TOLERANCE = 1e-3  # largest difference of logits between a graph and its model
 
 
@@ -145,22 +146,22 @@ class _Writer:
         levels = np.zeros((len(self._masks), 1), dtype=np.int64)
         points = self._head.resume_points(self._board)
         self._resumed = resumed_from(np.concatenate([self._masks, levels], axis=1), points).tolist()
-        self._inputs = {name: torch.ones(2, 7, dtype=torch.int64) for name in INPUTS}
-        self._inputs["attention_mask"][1, 5:] = 0
+        self._inputs = {name: torch.ones(2, LENGTH, dtype=torch.int64) for name in INPUTS}
+        self._inputs["attention_mask"][1, LENGTH - 2 :] = 0
         self._inputs["token_type_ids"][:] = 0
         if "token_type_ids" not in model.tokenizer.model_input_names:
             del self._inputs["token_type_ids"]
 
     def written(self) -> dict[str, Any]:
         """Write all; the manifest."""
-        graphs: dict[str, Any] = {DECIDE: Decider(self._board, self._policy, self._choices)}
-        if self._policy.sees_answer:
-            graphs[ANSWER] = AnswerDecider(self._policy, graphs[DECIDE].size, len(self._head.judgement))
-        resumed = sorted({first for first in self._resumed if 0 < first < len(self._board)})
-        resumed = resumed if self._policy.sees_answer else []
+        policy, board = self._policy, self._board
+        resumed = sorted({first for first in self._resumed if 0 < first < len(board)}) if policy.sees_answer else []
         branches = self._branches(resumed)
-        graphs[MODEL] = Switched(self._board, branches, resumed, self._inputs)
-        graphs |= {rest_file(first): Rest(self._board, first) for first in resumed}
+        switched = Switched(board, branches, resumed, self._inputs)
+        graphs: dict[str, Any] = {DECIDE: Decider(board, policy, self._choices), MODEL: switched}
+        if policy.sees_answer:
+            graphs[ANSWER] = AnswerDecider(policy, self._head, graphs[DECIDE].size, switched.logits)
+        graphs |= {rest_file(first): Rest(board, first) for first in resumed}
         with (self._folder / WEIGHTS).open("wb") as file:
             weights = _Weights(file)
             for name, module in graphs.items():
@@ -199,8 +200,9 @@ class _Writer:
         import onnx
 
         given = module.inputs(self._inputs)
-        axes = {name: {0: "batch", 1: "length"} if value.shape[:2] == (2, 7) else {0: "batch"} for name, value in given}
-        axes |= {name: {0: "batch"} for name in module.outputs}
+        axes: dict[str, dict[int, str]] = {name: {0: "batch"} for name in [*dict(given), *module.outputs]}
+        for name, value in given:  # a fixed size that equals LENGTH becomes a variable one, too, which does no harm
+            axes[name] |= {at: "length" for at, size in enumerate(value.shape) if size == LENGTH}
         names = {"input_names": [name for name, _ in given], "output_names": list(module.outputs)}
         with TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tracing warns about each shape that Python reads, and about itself

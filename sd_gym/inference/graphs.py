@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from sd_gym.backbones.heads.base import Head
 from sd_gym.inference.branches import Sides
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.features import pooled_features
@@ -45,6 +45,7 @@ class Switched(Graph):
     Attributes:
         sides: What enters and leaves each branch, by number of its first switch.
         hidden: The hidden states before the layers of ``resumed``, by number of the switch.
+        logits: Those of ``given``.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Switched(Graph):
             layer = twin_at(layers, str(board.switches[number].index))
             layer.register_forward_pre_hook(partial(self._enters, f"before.{number}"), with_kwargs=True)
         with torch.no_grad():
-            self.forward(*given.values())
+            self.logits, *_ = self.forward(*given.values())
         names = self._names
         self.outputs = ("logits", *(name for name, _ in self._seen.values()))
         self.sides = {
@@ -154,39 +155,46 @@ class Decider(Graph):
     def forward(self, share: Tensor, *inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """The scores ``[n, choices]``, and what the answer stage sees again; ``share [n]``: FLOPs spent."""
         hidden, attention_mask = self.first_input(**dict(zip(INPUTS, inputs, strict=False))), inputs[1]
-        pooled = pooled_features(hidden, attention_mask)
-        read = pooled[:, :0]
+        pooled, share = pooled_features(hidden, attention_mask), share[:, None]
+        read = list[Tensor]()
         if self.encoder is not None:
             hidden, mask = hidden[:, : self.longest], attention_mask[:, : self.longest]
             tokens = standardised(hidden.float(), *self.of_tokens) * mask[:, :, None]
-            read = (self.encoder.read(tokens, mask) - self.encoder.mean) / self.encoder.deviation
-        judged = torch.zeros_like(pooled[:, : self.network.judged])
-        scores = self.network(pooled, read, share, judged) @ self.chosen
-        return (scores, torch.cat([pooled, read], dim=1)) if self.answers else scores
+            read = [(self.encoder.read(tokens, mask) - self.encoder.mean) / self.encoder.deviation]
+        scores = self.network([pooled, *_unknown(self.network.judged, share)], read, share) @ self.chosen
+        return (scores, torch.cat([pooled, *read], dim=1)) if self.answers else scores
 
 
 class AnswerDecider(Graph):
-    """The policy's preference for going on over accepting the answer, in log-odds."""
+    """The policy's preference for going on over accepting the answer, in log-odds.
+
+    ``pooled`` is the number of features of the input, ``logits`` an example of the head's output.
+    """
 
     outputs = ("preference",)
 
-    def __init__(self, policy: SkipPolicy, pooled: int, judged: int) -> None:
+    def __init__(self, policy: SkipPolicy, head: Head, pooled: int, logits: Tensor) -> None:
         super().__init__()
-        self.network, self.pooled, self.size = _Network(policy, 1, pooled), pooled, pooled
-        self.judged, self.others = judged, self.network.judged - judged
+        self.network, self.head, self.logits = _Network(policy, 1, pooled), head, logits
+        self.sizes, self.others = [pooled], self.network.judged - len(head.judgement)
         if isinstance(encoder := policy.learned.token_encoder, TokenEncoder):
-            self.size += len(encoder.mean)
+            self.sizes.append(len(encoder.mean))
 
     def inputs(self, of_model: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
         """See ``Graph``."""
-        shown = {"seen": self.size, "judged": self.judged}
-        return [("share", torch.zeros(2)), *((name, torch.zeros(2, size)) for name, size in shown.items())]
+        return [("share", torch.zeros(2)), ("seen", torch.zeros(2, sum(self.sizes))), ("logits", self.logits)]
 
-    def forward(self, share: Tensor, seen: Tensor, judged: Tensor) -> Tensor:
-        """The preference ``[n]``, from what the first stage saw and the judgement of the answer."""
-        judged = F.pad(judged, (self.others, 0))
-        logits = self.network(seen[:, : self.pooled], seen[:, self.pooled :], share, judged)
-        return logits[:, -1] - logits[:, -2]
+    def forward(self, share: Tensor, seen: Tensor, logits: Tensor) -> Tensor:
+        """The preference ``[n]``, from what the first stage saw and the logits of the answer."""
+        share, (pooled, *read) = share[:, None], seen.split(self.sizes, dim=1)
+        observed = [pooled, *_unknown(self.others, share), self.head.judge(logits)]
+        scores = self.network(observed, read, share)
+        return scores[:, -1] - scores[:, -2]
+
+
+def _unknown(features: int, share: Tensor) -> list[Tensor]:
+    """Zeros ``[n, features]`` for what is not known at a stage, as many as ``share [n, 1]`` has rows."""
+    return [share * torch.zeros(features)] if features else []  # expand() would fix the traced number of rows
 
 
 class _Network(nn.Module):
@@ -205,21 +213,20 @@ class _Network(nn.Module):
         self.stage = torch.eye(len(self.network.stages))[number] if policy.is_staged else None
         self.judged = len(self.mean) - pooled if policy.is_staged else 0
 
-    def forward(self, pooled: Tensor, read: Tensor, share: Tensor, judged: Tensor) -> Tensor:
+    def forward(self, features: list[Tensor], read: list[Tensor], share: Tensor) -> Tensor:
+        """Logits ``[n, actions]``, from what is pooled and judged, what a token encoder reads, and ``share [n, 1]``."""
         observed = read
         if self.sees_pooled:
-            seen = torch.cat([pooled, judged], dim=1) if self.judged else pooled
-            observed = standardised(seen, self.mean, self.deviation)
+            observed = [standardised(torch.cat(features, dim=1), self.mean, self.deviation)]
         if self.stage is not None:
-            stage = torch.zeros_like(share)[:, None] + self.stage  # expand() would fix the traced number of rows
-            observed = torch.cat([stage, share[:, None], observed], dim=1)
+            observed = [share * 0 + self.stage, share, *observed]
         if self.projection is not None:
             mean, components = (torch.from_numpy(values).double() for values in self.projection[:2])
-            reduced = (observed.double() - mean) @ components.T
-            observed = reduced.clip(-OBSERVATION_LIMIT, OBSERVATION_LIMIT).half().float()
+            reduced = (torch.cat(observed, dim=1).double() - mean) @ components.T
+            observed = [reduced.clip(-OBSERVATION_LIMIT, OBSERVATION_LIMIT).half().float()]
         if self.stage is not None:
-            observed = torch.cat([observed, read], dim=1)
-        return self.network(observed)
+            observed = [*observed, *read]
+        return self.network(torch.cat(observed, dim=1))
 
 
 class _GivenHidden(nn.Module):

@@ -23,14 +23,13 @@ if TYPE_CHECKING:
     import onnxruntime
 
 MANIFEST, TOKENIZER, WEIGHTS = "sd_gym_onnx.json", "tokenizer.json", "weights.bin"
-FORMAT = 3  # which files and graphs a folder has
+FORMAT = 4  # which files and graphs a folder has
 DECIDE, MODEL, ANSWER = "decide.onnx", "model.onnx", "answer.onnx"  # before the first layer, the model, on the answer
 DENSE = 0  # number of the mask that skips nothing
 DECIDED = 256  # inputs per run of the graph that decides
 BATCH = 32  # default number of inputs of one mask that run together
 PASS = 16  # tokens of padding that take as long as the fixed part of a pass
 NOWHERE = np.float32(-1e9)  # logit of a position where no answer may begin or end
-LEAST, MOST = np.float32(1e-13), np.float32(30)  # least probability, highest log-odds, as in the heads
 Batch = dict[str, NDArray]
 
 
@@ -166,7 +165,7 @@ class OnnxModel(TextModel):
                 seen[part] = shown
             own = self.own_flops(length)
         answers = np.empty(len(rows), dtype=object)
-        for mask in np.unique(number):
+        for mask in sorted({*number.tolist()}):
             for part in _parts(np.flatnonzero(number == mask), length, batch_size or BATCH):
                 batch = self.batch([rows[row] for row in part])
                 values, went_on[part] = self.run_policy(mask, batch, None if seen is None else seen[part])
@@ -212,7 +211,7 @@ class OnnxModel(TextModel):
         went_on = np.zeros(len(values), dtype=bool)
         if seen is not None and self.looks_at_answer and number != DENSE:
             share = self.flops_ratio(np.full(len(values), number), batch["attention_mask"].sum(axis=1))
-            shown = {"seen": seen, "judged": self._judged(values), "share": share.astype(np.float32)}
+            shown = {"seen": seen, "logits": values, "share": share.astype(np.float32)}
             went_on = self._run(ANSWER, shown)[0] + self.margin > 0
             if went_on.any():
                 part = {name: value[went_on] for name, value in batch.items()}
@@ -310,16 +309,6 @@ class OnnxModel(TextModel):
         inside = batch.get("context_mask")
         return values if inside is None else np.where(inside[:, None], values, NOWHERE)
 
-    def _judged(self, values: NDArray) -> NDArray:
-        """The judgement of answers, float32 ``[n, values]``, as of ``Head.judge``."""
-        if values.ndim == 2:
-            return _judged_choice(_log_softmax(values))
-        log_prob, rows = _log_softmax(values), np.arange(len(values))
-        first, last = best_spans(values, values.shape[2]).T
-        best = log_prob[rows, 0, first] + log_prob[rows, 1, last]
-        answered = np.minimum(best - log_prob[:, 0, 0] - log_prob[:, 1, 0], MOST)
-        return np.concatenate([*(_judged_choice(log_prob[:, place]) for place in (0, 1)), answered[:, None]], axis=1)
-
     def in_words(self, rows: list[Encoding], texts: list[list[str]], values: NDArray) -> list[str]:
         """The answers of one pass in words."""
         if self.head == "label":
@@ -331,21 +320,6 @@ class OnnxModel(TextModel):
             context[row.offsets[first][0] : row.offsets[last][1]].strip() if first else ""
             for (_, context), row, (first, last) in zip(texts, rows, spans.tolist(), strict=True)
         ]
-
-
-def _log_softmax(values: NDArray) -> NDArray:
-    """Along the last axis, in float32 as torch computes it."""
-    shifted = values - values.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-
-
-def _judged_choice(log_prob: NDArray) -> NDArray:
-    """Log-odds of the best choice, its margin over the next, entropy: ``[n, 3]``, of log-probabilities."""
-    probability, best = np.exp(log_prob), log_prob.max(axis=1)
-    two = np.zeros((len(best), 2), dtype=best.dtype)  # a single choice has no next one
-    two[:, -probability.shape[1] :] = np.sort(probability, axis=1)[:, -2:]
-    odds = np.clip(best - np.log(np.maximum(-np.expm1(best), LEAST)), -MOST, MOST)
-    return np.stack([odds, two[:, 1] - two[:, 0], -(probability * log_prob).sum(axis=1)], axis=1)
 
 
 def best_spans(logits: NDArray, max_length: int) -> NDArray:

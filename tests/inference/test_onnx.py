@@ -230,10 +230,10 @@ def test_a_flipped_byte_is_an_error_that_names_the_file(name, exported, tmp_path
 def test_a_folder_of_another_version_is_an_error(exported, tmp_path):
     shutil.copytree(exported[1], tmp_path / "onnx")
     file = tmp_path / "onnx" / onnx.MANIFEST
-    manifest = json.loads(file.read_text()) | {"format": 2}
+    manifest = json.loads(file.read_text()) | {"format": 3}
     manifest["files"][onnx.MANIFEST] = onnx.own_hash(manifest)
     file.write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="expected format 3, got 2; export anew"):
+    with pytest.raises(ValueError, match="expected format 4, got 3; export anew"):
         onnx.load(tmp_path / "onnx")
 
 

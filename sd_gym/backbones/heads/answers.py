@@ -106,7 +106,9 @@ def judged_choice(logits: Tensor) -> Tensor:
     two = probability.topk(min(2, logits.shape[-1]), dim=-1).values
     margin = two[:, 0] - (two[:, 1] if two.shape[1] > 1 else 0.0)
     entropy = -(probability * log_prob).nan_to_num().sum(dim=-1)
-    return torch.stack([log_odds_of(log_prob.amax(dim=-1)), margin, entropy], dim=1)
+    best, place = log_prob.max(dim=-1, keepdim=True)
+    others = log_prob.scatter(-1, place, MOST_UNSURE).logsumexp(dim=-1)  # more exact than 1 - probability
+    return torch.stack([best[:, 0] - others, margin, entropy], dim=1)
 
 
 def log_odds_of(log_prob: Tensor) -> Tensor:

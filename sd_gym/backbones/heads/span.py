@@ -106,12 +106,12 @@ class SpanHead(Head):
 
     def judge(self, logits: Tensor) -> Tensor:
         """``judged_choice`` of the start and of the end, and the log-odds of the best span against "no answer"."""
-        first, last = best_spans(logits, logits.shape[-1]).T
-        log_prob = logits.log_softmax(dim=-1)
-        best = log_prob[:, 0].gather(1, first[:, None]) + log_prob[:, 1].gather(1, last[:, None])
-        nothing = log_prob[:, 0, :1] + log_prob[:, 1, :1]
-        answered = (best - nothing).clamp(max=-MOST_UNSURE)  # 0 where there is no answer
-        return torch.cat([judged_choice(logits[:, 0]), judged_choice(logits[:, 1]), answered], dim=1)
+        start, end = logits.log_softmax(dim=-1).unbind(dim=1)
+        place = torch.arange(logits.shape[-1], device=logits.device)[1:]
+        spans = start[:, 1:, None] + end[:, None, 1:]
+        best = spans.masked_fill(place[:, None] > place, 2 * NOWHERE).amax(dim=(1, 2))
+        answered = (best - start[:, 0] - end[:, 0]).clamp(0.0, -MOST_UNSURE)  # 0 where there is no answer
+        return torch.cat([judged_choice(logits[:, 0]), judged_choice(logits[:, 1]), answered[:, None]], dim=1)
 
     def best(self, logits: Tensor, longest: int) -> Tensor:
         """The most probable spans, int64 ``[batch, 2]``."""
