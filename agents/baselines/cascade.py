@@ -20,7 +20,7 @@ from sd_gym.envs.spaces import flat_size
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.features import log_odds
 
-CERTAIN = 100.0  # log-odds of the mask, beyond the margins of all thresholds
+CERTAIN = 10.0  # log-odds of the mask
 SCALE = 0.01  # of the judgement in the hidden layers, which are nearly linear there
 LEAST = -20.0  # margin at which every answer is accepted; judgements are at least -10
 

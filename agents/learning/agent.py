@@ -32,7 +32,6 @@ from sd_gym.tasks.ranking import STATISTICS_SIZE
 BLIND_REFINING_RATE = 1e-3  # learning rate of a blind agent with a start
 FIRST_LOOK = 256  # texts to standardise untrained token encoders on
 TOKENS_DROPPED = 0.1  # initial rate at which the second of two token levels is chosen
-SURENESS = (-2.0, -1.0, 0.0, 1.0, 2.0)  # log-odds, for versions that accept answers more or less easily
 START_FIELDS = ("stages", "observation_size", "channels", "token_width", "nvec", "switches", "network", "hidden")
 INFO_KEYS = (*SCORES, "is_success")
 
@@ -200,12 +199,8 @@ class Agent(BaseAgent[SettingsT]):
         return [self.policy(), *([] if self.start is None else [self.start])]
 
     def operating_points(self) -> list[Version]:
-        """Versions of all policies to select from; with an answer stage, each with several thresholds for accepting."""
-        core, points = self.env.core, list[Version]()
-        for policy in self.selectable_policies():
-            variants = [policy.with_sureness(margin) for margin in SURENESS] if core.has_answer_stage else [policy]
-            points += [point._replace(learned=policy) for variant in variants for point in versions(core, variant)]
-        return points
+        """Versions of all policies to select from."""
+        return [version for policy in self.selectable_policies() for version in versions(self.env.core, policy)]
 
     def state(self) -> dict[str, Any]:
         """What learning depends on, as tensors and plain values; empty for agents that search and so start again."""

@@ -106,15 +106,32 @@ class Version(NamedTuple):
 def versions(core: Core, policy: DecisionPolicy | TablePolicy) -> list[Version]:
     """Operating points of a policy, from cautious to bold, including the policy itself.
 
-    Their margins are quantiles of the policy's preferences on policy rows, if these can be computed without a pass.
+    Their margins are quantiles of the policy's preferences on policy rows: those for accepting an answer, if it has
+    that stage, else those for skipping. Where only a part of a pass shows these, margins are fixed.
     """
     margins = list(MARGINS if core.config.table is None else TABLE_MARGINS)
-    if not core.is_staged and isinstance(policy, DecisionPolicy) and policy.codebook is None:
-        parts, train = row_batches(core, policy_rows(core)), core.split("train")
-        gaps = np.concatenate([policy.preference(core.observe(train, part)).ravel() for part in parts])
-        quantiles = np.quantile(gaps[np.isfinite(gaps)], np.linspace(0, 1, POINTS - 1))
+    at_once = not core.is_staged and policy.codebook is None
+    if isinstance(policy, DecisionPolicy) and (core.has_answer_stage or at_once):
+        preferences = _preferences(core, policy)
+        quantiles = np.quantile(preferences[np.isfinite(preferences)], np.linspace(0, 1, POINTS - 1))
         margins = np.unique([0.0, *quantiles]).tolist()
     return [Version(policy.with_margin(margin), margin, policy) for margin in margins[::-1]]
+
+
+def _preferences(core: Core, policy: DecisionPolicy) -> NDArray:
+    """Those of ``DecisionPolicy.preference`` on policy rows, at the last stage; float32, flat."""
+    seen, split = list[Observations](), core.split("train")
+
+    def decide(observations: Observations) -> NDArray:
+        seen.append(observations)
+        return policy.decide(observations)
+
+    few = core.is_staged and core.config.table is None
+    found = list[NDArray]()
+    for part in row_batches(core, policy_rows(core, FEW_ROWS if few else POLICY_ROWS)):
+        core.rollout(split, part, decide)
+        found.append(policy.preference(seen[-1]).ravel())
+    return np.concatenate(found)
 
 
 def check_fits(policy: PolicyT, core: Core) -> PolicyT:

@@ -243,7 +243,7 @@ class _Writer:
             "switches": self._board.names,
             "choices": {
                 "mask": self._mask_of_choice.tolist(),
-                "cautious": per_margin.int().tolist(),  # what a margin of 1 adds to the scores
+                "cautious": per_margin.tolist(),  # what a margin of 1 adds to the scores
             },
             "looks_at_answer": policy.sees_answer,
             "int8": self._int8,

@@ -24,6 +24,7 @@ from sd_gym.policy.token_encoder import TokenEncoder, flops_per_token
 from sd_gym.registry import naming_imports
 
 HIDDEN = 64
+BEFORE = 0.1  # of a margin on the answer, what counts at earlier stages; that of dense (1,000) still skips nothing
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -216,10 +217,14 @@ class DecisionPolicy(nn.Module):
     def preference(self, observations: Observations) -> NDArray:
         """Margins near which decisions change (``with_margin``), in log-odds, float32 ``[n, margins]``.
 
-        Each component has one, that of its best choice against running; if ``graded``, each choice has one, against the
-        choice before it. Not finite where there is no such choice. For a policy with one stage and no codebook.
+        At the answer stage there is one, that of accepting against going on. Otherwise each component has one, that of
+        its best choice against running; if ``graded``, each choice has one, against the choice before it. Not finite
+        where there is no such choice. For a policy with that stage, or with one stage and no codebook.
         """
-        choices = self._padded(self(to_tensors(observations, self.head.weight.device)))
+        logits = self(to_tensors(observations, self.head.weight.device))
+        if self.stages[-1] == ANSWER:
+            return (logits[:, -2:-1] - logits[:, -1:]).cpu().numpy()
+        choices = self._padded(logits)
         if self.graded:
             return choices.diff(dim=2).flatten(1).cpu().numpy()
         return (F.pad(choices[..., 1:], (0, 1), value=-torch.inf).amax(dim=2) - choices[..., 0]).cpu().numpy()
@@ -234,29 +239,25 @@ class DecisionPolicy(nn.Module):
     def with_margin(self, margin: float) -> DecisionPolicy:
         """A copy that skips only where it prefers skipping by more than ``margin`` in log-odds.
 
-        At the answer stage it accepts only where it prefers accepting by as much.
+        With an answer stage, it is one that accepts an answer only where it prefers that by more than ``margin``. What
+        to skip before hardly changes then (``BEFORE``): the answer tells more of its risk than any earlier observation.
         """
-        return self._with_added(margin * self.per_margin)
-
-    def with_sureness(self, margin: float) -> DecisionPolicy:
-        """A copy that accepts an answer only where it prefers accepting by more than ``margin`` in log-odds."""
-        return self._with_added(np.r_[np.zeros(sum(self.nvec) - 1), margin])
+        copy = deepcopy(self)
+        with torch.no_grad():
+            copy.head.bias.add_(torch.from_numpy(margin * self.per_margin).to(copy.head.bias))
+        return copy
 
     @property
     def per_margin(self) -> NDArray:
         """What a margin of 1 adds to each logit, float64 ``[sum(nvec)]``."""
         if self.graded:
             return -np.concatenate([np.arange(size, dtype=np.float64) for size in self.nvec])
-        added, cautious = np.zeros(sum(self.nvec)), np.cumsum([0, *self.nvec[:-1]])  # the first choice is to run
-        cautious[-1] += self.stages[-1] == ANSWER  # where the second choice is to go on
-        added[cautious] = 1
+        added = np.zeros(sum(self.nvec))
+        added[np.cumsum([0, *self.nvec[:-1]])] = 1  # the first choice is to run
+        if self.stages[-1] == ANSWER:  # where the second choice is to go on
+            added *= BEFORE
+            added[-2:] = 0, 1
         return added
-
-    def _with_added(self, added: NDArray) -> DecisionPolicy:
-        copy = deepcopy(self)
-        with torch.no_grad():
-            copy.head.bias.add_(torch.from_numpy(added).to(copy.head.bias))
-        return copy
 
     @_deciding
     def reduced(

@@ -5,8 +5,10 @@ from itertools import product
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env
 from sd_gym.agents.experiment.replay import replay
+from sd_gym.agents.learning.decisions import DENSE_MARGIN, versions
 from stable_baselines3.common.env_checker import check_env as check_sb3_env
 
 import sd_gym
@@ -145,9 +147,23 @@ def test_more_margin_goes_on_more_and_skips_less(core):
     assert (on[0], on[-1], skips[-1]) == (0, 1, 0)
     assert core.score(split, rows, decisions).flops_ratio.max() == 1
     assert not core.goes_on(decisions).any()  # nothing was skipped
-    sure = core.rollout(split, rows, policy.with_sureness(20.0).decide)[0]
-    assert sure[:, -1].all()
-    np.testing.assert_array_equal(sure[:, :-1], core.rollout(split, rows, policy.decide)[0][:, :-1])
+
+
+def test_a_margin_raises_the_threshold_of_answers_and_keeps_the_masks(core):
+    policy = DecisionPolicy(
+        core.observation_space.shape[0], core.nvec.tolist(), core.switch_names, stages=core.stages
+    ).eval()
+    *masks, _ = np.cumsum([0, *core.nvec[:-1]]) + np.arange(len(core.nvec)) % core.nvec
+    policy.head.bias.data[torch.tensor(masks)] += 5.0  # preferred by more than margins of answers change
+    split = core.split("validation")
+    rows = np.arange(len(split))
+    points = versions(core, policy)
+    decided = np.stack([core.rollout(split, rows, point.policy.decide)[0] for point in points])
+    assert (decided[..., :-1] == decided[0, :, :-1]).all()
+    shares = decided[..., -1].mean(axis=1).tolist()
+    assert shares == sorted(shares, reverse=True)
+    assert len({*shares}) > 3
+    assert not core.rollout(split, rows, policy.with_margin(DENSE_MARGIN).decide)[0][:, :-1].any()
 
 
 def test_a_policy_that_skips_nothing_goes_on_nowhere(table, tmp_path):

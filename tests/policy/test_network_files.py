@@ -45,7 +45,8 @@ def edit_weights(folder, change):
         ({"hidden": "missing"}, r"hidden: Field required"),
         ({"hidden": "64"}, r"hidden: Input should be a valid integer, got '64'"),
         ({"blind": "yes"}, r"blind: Input should be a valid boolean"),
-        ({"format": 2}, r"format: Input should be 1, got 2"),
+        ({"format": 3}, r"format: Input should be 1 or 2, got 3"),
+        ({"format": 1, "stages": ["first", "answer"]}, "expected format 2 for a policy with the stage answer; train"),
         (
             {"nvec": [2, 2, 1]},
             r"a 2 for each of the 3 switches .* then the number of token levels, .* got \[2, 2, 1\]",
