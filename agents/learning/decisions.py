@@ -110,8 +110,9 @@ def versions(core: Core, policy: DecisionPolicy | TablePolicy) -> list[Version]:
     that stage, else those for skipping. Where only a part of a pass shows these, margins are fixed.
     """
     margins = list(MARGINS if core.config.table is None else TABLE_MARGINS)
-    at_once = not core.is_staged and policy.codebook is None
-    if isinstance(policy, DecisionPolicy) and (core.has_answer_stage or at_once):
+    if isinstance(policy, DecisionPolicy) and (
+        core.has_answer_stage or (not core.is_staged and policy.codebook is None)
+    ):
         preferences = _preferences(core, policy)
         quantiles = np.quantile(preferences[np.isfinite(preferences)], np.linspace(0, 1, POINTS - 1))
         margins = np.unique([0.0, *quantiles]).tolist()
