@@ -25,7 +25,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 MARKERS, CONTROL_MARKERS = ("o", "s", "^", "D", "v", "P", "X"), ("x", "+", "1", "2", "3", "4", "|", "_")
 LINES = ("-", "--", "-.", ":")
 SKIP_RATE = LinearSegmentedColormap.from_list("skip rate", [to_rgba(RAN, alpha) for alpha in (1, 0)])  # solid: ran
-# Of the line of the allowed loss, which is no agent's: dash, dot, dot.
+# Style of the line of the allowed loss. No agent has its dash, dot, dot.
 ALLOWED: dict[str, Any] = {"color": INK, "linewidth": 1, "linestyle": (0, (6, 2, 1, 2, 1, 2)), "label": "allowed loss"}
 WIDTH = 4.3  # inches, so that letters are readable on a phone
 SETTINGS: dict[Any, Any] = {
@@ -94,21 +94,21 @@ def as_svg(picture: Figure, name: str, words: str) -> str:
     text = text[text.index("<svg") :]
     for colour, of_page in ((INK, "currentColor"), (PAPER, "var(--paper)"), (RAN, "var(--blue)")):
         text = text.replace(colour, of_page)
-    text = _light(re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL))
+    text = _minified(re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL))
     # Ids get the name, or one picture is drawn with parts of another.
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{escape(words)}" ', 1)
 
 
-def _light(svg: str) -> str:
-    """A Matplotlib SVG without unused ids, fonts and digits, and spaces, which are most of its characters."""
+def _minified(svg: str) -> str:
+    """A Matplotlib SVG without unused ids, fonts, digits and spaces, which are most of its characters."""
     svg = re.sub(r"font-family: [^;\"]*; ?", "", svg)
     svg = re.sub(r'transform="rotate\(-?0 [^)]*\)"', "", svg)
     used = set(re.findall(r'(?:href="#|url\(#)([^")]*)', svg))
 
-    def light_tag(tag: re.Match[str]) -> str:
+    def minified_tag(tag: re.Match[str]) -> str:
         text = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", tag[0])
         text = re.sub(r"\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), text)
         return re.sub(r"\s+", " ", text)
 
-    return re.sub(r">\s+<", "><", re.sub(r"<[^>]*>", light_tag, svg))
+    return re.sub(r">\s+<", "><", re.sub(r"<[^>]*>", minified_tag, svg))

@@ -29,7 +29,7 @@ from sd_gym.agents.learning.decisions import (
 )
 from sd_gym.agents.registry import agent_class, is_control, make_agent, make_settings
 from sd_gym.agents.runs.folder import check_backbone, origins, read_description, run_description
-from sd_gym.agents.runs.guarantee import on_other_rows
+from sd_gym.agents.runs.guarantee import measured_loss
 from sd_gym.agents.runs.verdict import CONFIDENCE
 from sd_gym.agents.serving import run as dials
 from sd_gym.agents.serving.learn import OnProgress
@@ -355,7 +355,7 @@ def measure(
     if isinstance(core, BackboneCore) and not isinstance(policy, SplitPolicy):
         result["time"] = {str(size): time_ratio(core, policy, split, size) for size in TIMED_BATCH_SIZES}
     if selection.selected is not None:
-        result["guarantee"] += f"; {on_other_rows(result)}"
+        result["guarantee"] += f"; {measured_loss(result)}"
     return result | {"data": {name: core.split(name).provenance for name in splits}}
 
 

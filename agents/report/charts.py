@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from sd_gym.agents.drawing.style import ALLOWED, INK, LOST, PAPER, RAN, SKIP_RATE, AgentStyle, flops_limit
-from sd_gym.agents.runs.folder import own_included
+from sd_gym.agents.runs.folder import flops_with_policy
 from sd_gym.agents.runs.statistics import curve_interval, pareto_front
 
 
@@ -32,8 +32,8 @@ def draw_results(
 ) -> None:
     """Quality against FLOPs: selected policies (filled), policies as learned (hollow), and the front of all runs.
 
-    Points of an agent are quality against dense in points and FLOPs in % of dense, each ``[runs]``: as selected, and
-    then as learned.
+    ``points`` has four arrays ``[runs]`` per agent: quality against dense (points) and FLOPs (% of dense) as selected,
+    then both as learned.
     """
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.axhline(-100 * epsilon, **ALLOWED)
@@ -74,7 +74,7 @@ def draw_curves(
     for name, runs in histories.items():
         steps = np.unique([entry["step"] for history in runs for entry in history])
         lost = _at_steps(runs, steps, lambda entry: 100 * (entry["quality"] - entry["quality_ref"]))
-        cost = _at_steps(runs, steps, lambda entry: 100 * own_included(entry))
+        cost = _at_steps(runs, steps, lambda entry: 100 * flops_with_policy(entry))
         for axes, values in ((quality, lost), (flops, cost)):
             mean, low, high = curve_interval(values, samples=500)
             axes.fill_between(steps, low, high, color=styles[name].color, alpha=0.15, linewidth=0)

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.report.charts import ExampleDecision
 from sd_gym.agents.runs.finished_runs import Run, finished_runs, group_by_agent, grouped
-from sd_gym.agents.runs.folder import own_included
+from sd_gym.agents.runs.folder import flops_with_policy
 from sd_gym.agents.runs.statistics import aggregate, hypervolume
 
-WORST = 5  # epsilons lost at which the area of runs ends
+WORST = 5  # loss, in epsilons, at which the area of a run is 0
 DEFAULT_EPSILON = 0.01
 EXAMPLES_PER_LEVEL, MOST_EXAMPLES = 3, 14
 
@@ -24,7 +24,7 @@ EXAMPLES_PER_LEVEL, MOST_EXAMPLES = 3, 14
 class AgentRuns:
     """The runs of one agent on one env; they differ in their seed only."""
 
-    name: str  # the agent's, and how these runs differ from its others
+    name: str  # the agent's name, and how these runs differ from its other runs
     runs: list[Run]
 
     @property
@@ -56,7 +56,7 @@ class AgentRuns:
     def areas(self) -> NDArray:
         """The area dominated by a run's selected and last policies, from 0 (dense) to 1, ``[runs]``.
 
-        1 means no loss and no FLOPs; a loss of ``WORST`` times epsilon (of the default, if it is 0) counts as all.
+        1 means no loss and no FLOPs; 0 means a loss of ``WORST`` times epsilon (or ``DEFAULT_EPSILON``, if that is 0).
         """
         areas = []
         for run in self.runs:
@@ -71,7 +71,7 @@ class AgentRuns:
         """``by_difficulty``, means over runs."""
         means = []
         for levels in zip(*(run.result["by_difficulty"] for run in self.runs), strict=True):
-            levels = [level | {"flops_ratio_with_policy": own_included(level)} for level in levels]
+            levels = [level | {"flops_ratio_with_policy": flops_with_policy(level)} for level in levels]
             keys = [key for key in ("flops_ratio_with_policy", "skip_rate") if key in levels[0]]
             means.append(levels[0] | {key: np.mean([level[key] for level in levels], axis=0) for key in keys})
         return means
@@ -106,7 +106,7 @@ class EnvRuns:
 
     @property
     def best(self) -> AgentRuns | None:
-        """The agent that saves most of those that keep the quality in all runs, or else of all; ``None``: controls."""
+        """The agent that saves most, if possible one that keeps the quality in all runs; ``None``: all are controls."""
         return next((agent for agent in self.learned if agent.kept.all()), next(iter(self.learned), None))
 
     @property

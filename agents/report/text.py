@@ -82,7 +82,7 @@ def _controls(env: EnvRuns) -> str:
 
 
 def _against(agents: list[AgentRuns], others: list[AgentRuns]) -> str:
-    """How an agent compares with another: the probability that a run of it is better. Arguments: runs on each env."""
+    """A sentence about the probability that a run of one agent is better; both arguments have an item per env."""
     first, second = agents[0].name, others[0].name
     scores = _scores(agents), _scores(others)
     if not enough_runs(*scores):

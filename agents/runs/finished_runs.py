@@ -56,7 +56,7 @@ def agent_label(run: Run) -> str:
 
 
 def grouped(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
-    """Runs by a key, which is sorted."""
+    """Runs grouped by a key, in the order of the sorted keys."""
     groups: dict[Any, list[Run]] = {}
     for run in runs:
         groups.setdefault(key(run), []).append(run)
@@ -64,7 +64,7 @@ def grouped(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[Ru
 
 
 def group_by_agent(runs: Iterable[Run]) -> list[tuple[str, list[Run]]]:
-    """Runs of one env by agent; those of a group differ only in their seed, and its name says how from other groups."""
+    """Runs of one env, by agent and settings: within a group only seeds differ, and its name tells it from others."""
     by_label = grouped(runs, agent_label)
     return [group for label, of_agent in by_label.items() for group in _by_settings(label, of_agent)]
 
@@ -82,8 +82,8 @@ def _by_settings(agent: str, runs: list[Run]) -> list[tuple[str, list[Run]]]:
         origins = run.config.get("origin_seeds", starts)  # older runs have none
         key = str(run.folder) if run.seed is None else json.dumps([run.seed, origins])
         if key in group:  # a result of sd_gym.evaluate has no history
-            kept, left_out = sorted((group[key], run), key=lambda one: not one.result["history"])
-            warnings.warn(f"counted once: {left_out.folder} is the run {kept.folder} again", stacklevel=4)
+            kept, left_out = sorted((group[key], run), key=lambda run: not run.result["history"])
+            warnings.warn(f"counted once: {left_out.folder} is a copy of the run {kept.folder}", stacklevel=4)
             run = kept
         group[key] = run
     return [(name, list(group.values())) for name, group in sorted(groups.items())]

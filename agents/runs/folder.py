@@ -111,7 +111,7 @@ class _Result(_Means):
     data: dict[str, _Provenance]
 
     @model_validator(mode="after")
-    def _has_what_is_compared(self) -> _Result:
+    def _has_compared_values(self) -> _Result:
         if self.time and "32" not in self.time:
             raise ValueError(f"expected a time at batch size 32, got {', '.join(self.time)}")
         if self.split not in self.data:
@@ -122,7 +122,7 @@ class _Result(_Means):
 def run_description(
     names: dict[str, Any], config: BaseModel, backbone: Any, data: Any, splits: Sequence[str] = SPLITS
 ) -> dict[str, Any]:
-    """``config.json``: what names the run, the env's config, and the command, versions, backbone and data of today.
+    """``config.json``: what names the run, the env's config, and the current command, versions, backbone and data.
 
     ``data``: the core's. An error in one of the ``splits`` is raised.
     """
@@ -138,10 +138,10 @@ def run_description(
 
 
 def origins(settings: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Describes each run that an agent's ``settings`` name: what was run, and with which seed.
+    """Two dictionaries about the runs that an agent's ``settings`` name, by setting: what was run, and its seed.
 
-    What was run is its agent and a hash of everything but its seed and folder. A folder that is not a run has its name
-    and its path instead.
+    What was run: the agent, and a hash of everything but seed and folder. If a folder is not a run: its name and path
+    instead.
     """
     found, seeds = dict[str, str](), dict[str, Any]()
     for key in STARTS:
@@ -152,7 +152,8 @@ def origins(settings: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
         if (folder / "config.json").is_file():
             run = read_description(folder)
             what = {name: run.get(name) for name in ("env", "steps", "confidence", "weights", "env_config", "origins")}
-            what["agent_settings"] = {name: of for name, of in run["agent_settings"].items() if name not in STARTS}
+            settings_of_run = run["agent_settings"].items()
+            what["agent_settings"] = {name: value for name, value in settings_of_run if name not in STARTS}
             found[key], seeds[key] = f"{run['algo']}, {hash_of(what)[:8]}", [run.get("seed"), run.get("origin_seeds")]
     return found, seeds
 
@@ -167,8 +168,8 @@ def read_description(folder: Path) -> dict[str, Any]:
     return _read(folder, "config.json", _Description)
 
 
-def own_included(means: dict[str, Any]) -> float:
-    """The FLOPs ratio in an entry of ``by_difficulty`` or ``history``, the policy's own included if they are known."""
+def flops_with_policy(means: dict[str, Any]) -> float:
+    """The FLOPs ratio in an entry of ``by_difficulty`` or ``history``, with the policy's own FLOPs if known."""
     return means.get("flops_ratio_with_policy", means["flops_ratio"])
 
 
@@ -177,24 +178,24 @@ def read_result(folder: Path) -> dict[str, Any]:
     return _read(folder, "result.json", _Result)
 
 
-def _read(folder: Path, name: str, kind: type[BaseModel]) -> dict[str, Any]:
+def _read(folder: Path, name: str, schema: type[BaseModel]) -> dict[str, Any]:
     file = folder / name
     if not file.exists():
         raise FileNotFoundError(f"no {name} in {folder}; expected a folder that 'sd-gym train' wrote")
     values = read_json(file)
     try:
-        kind.model_validate(values)
+        schema.model_validate(values)
     except ValidationError as error:
         key, problem = first_problem(error)
-        expected = "expected the folder of one (sd-gym train)"
-        raise ValueError(f"{file} is not of a run; {expected}: {key}: {problem}") from error
+        expected = "expected a folder that 'sd-gym train' wrote"
+        raise ValueError(f"{file} does not describe a run; {expected}: {key}: {problem}") from error
     return values
 
 
-def check_backbone(run: Path, before: str, backbone: Any) -> None:
-    """Raise ``ValueError`` if a backbone's weights have another hash than ``before``, that of ``config.json``."""
-    if before != backbone.weights:
+def check_backbone(run: Path, expected: str, backbone: Any) -> None:
+    """Raise ``ValueError`` if the hash of a backbone's weights is not the ``expected`` one, from ``config.json``."""
+    if expected != backbone.weights:
         raise ValueError(
-            f"{run}: the backbone {backbone.name!r} has other weights than in training (hash {before[:12]}, now "
-            f"{backbone.weights[:12]}); restore those, or train again"
+            f"{run}: the backbone {backbone.name!r} has other weights than in training (hash {expected[:12]}, now "
+            f"{backbone.weights[:12]}); restore the old ones, or train again"
         )

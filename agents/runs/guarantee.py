@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-POINTS = 30  # of a sequence, at most
+POINTS = 30  # most points of a sequence
 ERRORS = 3.0  # standard errors in the bound of a loss: points that change few answers pass more tests
 
 
@@ -27,7 +27,7 @@ def sequence(flops: NDArray, losses: NDArray, path: NDArray, most: int = POINTS)
     Args:
         flops: Mean FLOPs over dense FLOPs, ``[points]``.
         losses: Quality that each row loses at each point, ``[points, rows]``.
-        path: A number per point, the same for all versions of one policy, ``[points]``.
+        path: The index of each point's policy, ``[points]``.
         most: Points of the sequence, at most.
 
     Returns:
@@ -56,7 +56,7 @@ def sequence(flops: NDArray, losses: NDArray, path: NDArray, most: int = POINTS)
 class Tested(NamedTuple):
     """An operating point that was tested on the selection rows."""
 
-    flops_ratio: float  # over dense FLOPs, a mean, without the FLOPs of deciding
+    flops_ratio: float  # mean, without the FLOPs of deciding
     flops_ratio_with_policy: float
     loss: float  # mean quality lost; negative: gained
     highest_loss: float  # the one-sided upper bound of the loss, at the confidence of the selection
@@ -71,7 +71,7 @@ def guarantee(rows: int, epsilon: float, confidence: float, is_dense: bool) -> s
     return f"selected on {rows:,} rows: loses {less}"
 
 
-def on_other_rows(result: dict[str, Any]) -> str:
+def measured_loss(result: dict[str, Any]) -> str:
     """The loss of a result on the rows of its split, with the 95% interval, in words."""
     low, high = sorted(-100 * bound for bound in result["quality_difference_interval"])
     lost = -100 * result["quality_difference"]

@@ -20,7 +20,7 @@ BOUNDS = 2.5, 97.5  # percentiles of a 95% interval
 
 def bootstrap_interval(values: NDArray) -> tuple[float, float]:
     """95% percentile interval of the mean of ``values [n]``."""
-    return interval(_drawn([values], SAMPLES)[0].mean(axis=1))
+    return interval(_bootstrap_samples([values], SAMPLES)[0].mean(axis=1))
 
 
 def interquartile_mean(scores: NDArray) -> NDArray:
@@ -30,7 +30,7 @@ def interquartile_mean(scores: NDArray) -> NDArray:
 
 def aggregate(scores: Scores, *, samples: int = SAMPLES) -> tuple[float, float, float]:
     """Interquartile mean over the runs of all envs, and its interval: mean, low, high."""
-    drawn = np.concatenate(_drawn(scores, samples), axis=1)
+    drawn = np.concatenate(_bootstrap_samples(scores, samples), axis=1)
     return float(interquartile_mean(np.concatenate(list(scores)))), *interval(interquartile_mean(drawn))
 
 
@@ -41,7 +41,7 @@ def performance_profile(
 
     Where one algorithm's profile lies above another's, it is better by every quantile.
     """
-    drawn = np.concatenate(_drawn(scores, samples), axis=1)
+    drawn = np.concatenate(_bootstrap_samples(scores, samples), axis=1)
     share = (np.concatenate(list(scores)) > thresholds[:, None]).mean(axis=1)
     low, high = np.percentile([(drawn > threshold).mean(axis=1) for threshold in thresholds], BOUNDS, axis=1)
     return share, low, high
@@ -55,9 +55,9 @@ def probability_of_improvement(scores: Scores, others: Scores, *, samples: int =
     """
     if len(scores) != len(others):
         raise ValueError(f"expected scores of the same envs, got {len(scores)} and {len(others)} of them")
-    pairs = zip(_drawn(scores, samples), _drawn(others, samples, seed=1), strict=True)
-    drawn = np.mean([_better(first, second) for first, second in pairs], axis=0)
-    observed = [_better(first[None], second[None])[0] for first, second in zip(scores, others, strict=True)]
+    pairs = zip(_bootstrap_samples(scores, samples), _bootstrap_samples(others, samples, seed=1), strict=True)
+    drawn = np.mean([_share_better(first, second) for first, second in pairs], axis=0)
+    observed = [_share_better(first[None], second[None])[0] for first, second in zip(scores, others, strict=True)]
     return float(np.mean(observed)), *interval(drawn)
 
 
@@ -110,13 +110,13 @@ def hypervolume(quality: NDArray, flops_ratio: NDArray, reference: tuple[float, 
     return float((width * (quality[front] - worst)).sum())
 
 
-def _drawn(scores: Scores, samples: int, seed: int = 0) -> list[NDArray]:
+def _bootstrap_samples(scores: Scores, samples: int, seed: int = 0) -> list[NDArray]:
     """Runs drawn with replacement within each env: ``[samples, runs]`` per env."""
     random = np.random.default_rng(seed)
     return [np.asarray(runs)[random.integers(len(runs), size=(samples, len(runs)))] for runs in scores]
 
 
-def _better(first: NDArray, second: NDArray) -> NDArray:
+def _share_better(first: NDArray, second: NDArray) -> NDArray:
     """Share of the pairs of runs ``[samples, runs]`` in which the first is better, ``[samples]``."""
     above = (first[:, :, None] > second[:, None, :]).mean(axis=(1, 2))
     return above + 0.5 * (first[:, :, None] == second[:, None, :]).mean(axis=(1, 2))

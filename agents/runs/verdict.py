@@ -19,8 +19,8 @@ class Differences(NamedTuple):
 
     mean: float
     square: float  # mean square
-    lost: float  # share of the instances that lose more than half of what they can, weighted by how much of that
-    others: float  # mean of the others
+    lost: float  # summed loss of the instances that lose more than ``worst / 2``, over ``n * worst``
+    others: float  # mean difference of the other instances
 
 
 class Verdict(StrEnum):
@@ -53,7 +53,7 @@ def losses_allowed(n: int, epsilon: float, highest: float = 1.0) -> int | None:
 
     ``None`` if the instances are too few; arguments as in ``verdict``.
     """
-    return _most(n, epsilon, highest, lambda lost: Differences(-lost / n, lost / n, lost / n, 0.0))
+    return _largest_count(n, epsilon, highest, lambda lost: Differences(-lost / n, lost / n, lost / n, 0.0))
 
 
 def changes_allowed(n: int, epsilon: float, highest: float = 1.0) -> int | None:
@@ -65,16 +65,19 @@ def changes_allowed(n: int, epsilon: float, highest: float = 1.0) -> int | None:
     def changed(pairs: int) -> Differences:
         return Differences(0.0, min(1.0, 2 * pairs / n), pairs / n, pairs / max(1, n - pairs))
 
-    most = _most(n, epsilon, highest, changed)
+    most = _largest_count(n, epsilon, highest, changed)
     return None if most is None else min(2 * most, n - n % 2)
 
 
-def _most(n: int, epsilon: float, highest: float, of: Callable[[int], Differences]) -> int | None:
-    """The largest count, at most ``n``, for which the differences ``of(count)`` still show that quality is kept."""
+def _largest_count(n: int, epsilon: float, highest: float, differences: Callable[[int], Differences]) -> int | None:
+    """The largest count, at most ``n``, whose ``differences`` still show that the quality is kept."""
     if n < max(1, fewest_instances(epsilon, highest)):
         return None
     limit = epsilon / highest
-    return bisect_left(range(n + 1), True, key=lambda count: not _shown(of(count), n, limit, 1.0, CONFIDENCE)) - 1
+    return (
+        bisect_left(range(n + 1), True, key=lambda count: not _is_shown(differences(count), n, limit, 1.0, CONFIDENCE))
+        - 1
+    )
 
 
 def verdict(
@@ -85,10 +88,10 @@ def verdict(
     A score test. Its variance is that under the hypothesis that exactly epsilon is lost: the least favourable one, in
     which some instances lose all that they can (``worst``). For paired binary outcomes it is close to Tango's (1998,
     Statistics in Medicine 17, equation 3). It has a variance where no answer differs, and holds for graded outcomes.
-    For few instances, the exact binomial probability of so few losses has to be small enough as well: net, and of those
-    that lose most, beside what the others gain. ``tests/agents/runs/test_verdict.py`` simulates all of it.
-    ``quality [n]`` is at least 0, ``quality_ref [n]`` dense, ``confidence`` one-sided, and ``highest``
-    (``Scores.highest``) the most that any instance can lose.
+    For few instances, exact binomial tests have to pass as well: of the net loss, and of the losses above ``worst /
+    2``, allowing for what other instances gain. ``tests/agents/runs/test_verdict.py`` simulates all of it. ``quality
+    [n]`` is at least 0, ``quality_ref [n]`` dense, ``confidence`` one-sided, and ``highest`` (``Scores.highest``) the
+    most that any instance can lose.
     """
     difference, n, worst = quality - quality_ref, len(quality), _worst(quality_ref, highest)
     if n < max(1, fewest_instances(epsilon, worst, confidence)):
@@ -96,7 +99,7 @@ def verdict(
     loses = difference < -worst / 2
     lost, others = -difference[loses].sum() / worst / n, difference[~loses].mean() if not loses.all() else 0.0
     known = Differences(float(difference.mean()), float(np.mean(difference**2)), float(lost), float(others))
-    return Verdict.KEPT if _shown(known, n, epsilon, worst, confidence) else Verdict.NOT_SHOWN
+    return Verdict.KEPT if _is_shown(known, n, epsilon, worst, confidence) else Verdict.NOT_SHOWN
 
 
 def highest_loss(quality: NDArray, quality_ref: NDArray, confidence: float = CONFIDENCE, highest: float = 1.0) -> float:
@@ -129,7 +132,7 @@ def _worst(quality_ref: NDArray, highest: float) -> float:
     return max(1.0, highest, float(quality_ref.max(initial=0.0)))
 
 
-def _shown(known: Differences, n: int, epsilon: float, worst: float, confidence: float) -> bool:
+def _is_shown(known: Differences, n: int, epsilon: float, worst: float, confidence: float) -> bool:
     """Whether ``n`` differences, summarised in ``known``, show that less than epsilon is lost."""
     mean, gain = known.mean, max(0.0, known.others)
     if mean <= -epsilon:
@@ -139,11 +142,13 @@ def _shown(known: Differences, n: int, epsilon: float, worst: float, confidence:
     share = (mean + epsilon) / (mean + worst)  # share of instances that would have to lose all, for epsilon to be lost
     variance = (1 - share) * known.square + share * worst**2 - epsilon**2
     net, beside_gains = epsilon / worst, (epsilon + gain) / (worst + gain)  # how many lose all if epsilon is lost
-    by_chance = max(_at_most(max(0.0, -mean) / worst, n, net), _at_most(known.lost, n, beside_gains))
+    by_chance = max(
+        _probability_of_at_most(max(0.0, -mean) / worst, n, net), _probability_of_at_most(known.lost, n, beside_gains)
+    )
     return bool((mean + epsilon) * math.sqrt(n / variance) >= norm.ppf(confidence) and by_chance <= 1 - confidence)
 
 
-def _at_most(share: float, n: int, expected: float) -> float:
-    """The probability that at most this share of ``n`` instances is lost, if each is lost with that ``expected``."""
+def _probability_of_at_most(share: float, n: int, expected: float) -> float:
+    """The probability that at most this share of ``n`` instances is lost, each with probability ``expected``."""
     lost = share * n
     return float(betainc(n - lost, lost + 1, max(0.0, 1 - expected))) if lost < n else 1.0

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray as Array
 from sd_gym.agents.learning.agent import NotApplicableError
 from sd_gym.agents.runs.folder import run_description
-from sd_gym.agents.runs.guarantee import guarantee, on_other_rows
+from sd_gym.agents.runs.guarantee import guarantee, measured_loss
 from sd_gym.agents.runs.statistics import bootstrap_interval, pareto_front
 from sd_gym.agents.runs.verdict import Verdict, difference_interval, fewest_instances, losses_allowed, verdict
 from sd_gym.agents.serving import controls
@@ -115,7 +115,7 @@ def _selected(
     Dial(config, expected_loss(config), chosen).save(folder)
     tested, dense = play(config, tried, "test", EPISODES), _play_dense(config, EPISODES)
     result = _measured(config, Played(*(values[[passed - 1]] for values in tested)) if passed else dense)
-    result["guarantee"] = f"{guarantee(len(quality), config.epsilon, confidence, passed == 0)}; {on_other_rows(result)}"
+    result["guarantee"] = f"{guarantee(len(quality), config.epsilon, confidence, passed == 0)}; {measured_loss(result)}"
     # Random mixtures of the dials on the hull and dense, which loses nothing.
     loss = np.append(tested.shares[on_hull] @ outcomes(config, "test").cost.mean(axis=0), 0.0)
     hull = lower_hull(loss, -np.append(tested.goodput[on_hull].mean(axis=1), dense.goodput.mean()))

@@ -35,7 +35,7 @@ def test_a_result_that_was_computed_again_does_not_replace_its_run(run, order):
     folder, again = run("ppo"), run("ppo")
     result = json.loads((again / "result.json").read_text())
     (again / "result.json").write_text(json.dumps({**result, "history": []}))
-    with pytest.warns(UserWarning, match=f"counted once: {again} is the run {folder} again"):
+    with pytest.warns(UserWarning, match=f"counted once: {again} is a copy of the run {folder}"):
         (task,) = collect([folder, again][order])
     assert [one.folder for one in task.learned[0].runs] == [folder]
 

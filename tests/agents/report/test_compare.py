@@ -76,7 +76,7 @@ def test_one_folder_counts_once_by_whatever_path_and_it_says_so(run, tmp_path, m
 def test_a_copy_of_a_run_is_no_other_seed(run, tmp_path):
     folder = run("first")
     shutil.copytree(folder, tmp_path / "copy")
-    with pytest.warns(UserWarning, match="copy is the run .*first again"):
+    with pytest.warns(UserWarning, match="copy is a copy of the run .*first"):
         assert agents([folder, tmp_path / "copy"]) == {"random": 1}
 
 
@@ -101,10 +101,10 @@ def test_runs_that_start_from_others_are_seeds_if_those_are(tmp_path, monkeypatc
     config = json.loads(file.read_text())
     file.write_text(json.dumps({key: value for key, value in config.items() if key != "origin_seeds"}))
     assert agents(seeds) == {"ppo from imitation": 3}
-    with pytest.warns(UserWarning, match="again/ppo is the run .*ppo-0 again"):
+    with pytest.warns(UserWarning, match="again/ppo is a copy of the run .*ppo-0"):
         assert agents([*seeds, again]) == {"ppo from imitation": 3}
     sd_gym.evaluate("SD/Classification-TREC-Table-v1", seeds[0], output=tmp_path / "evaluated")
-    with pytest.warns(UserWarning, match="evaluated is the run .*ppo-0 again"):
+    with pytest.warns(UserWarning, match="evaluated is a copy of the run .*ppo-0"):
         assert agents([*seeds, tmp_path / "evaluated"]) == {"ppo from imitation": 3}
     found = agents([*seeds, other])
     assert sorted(found.values()) == [1, 3]

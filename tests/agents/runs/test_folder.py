@@ -13,5 +13,5 @@ CUSTOM = "SD/Classification-Custom-v0"
 def test_a_run_carries_the_mark_of_its_version_and_other_configs_are_none(settings, tmp_path, tiny_backbone):
     train(CUSTOM, "hash", tmp_path / "run", steps=1, **settings)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["sd_gym"] == __version__
-    with pytest.raises(ValueError, match=r"config.json is not of a run; expected the folder of one"):
+    with pytest.raises(ValueError, match=r"config.json does not describe a run; expected a folder"):
         load_run(tiny_backbone)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from sd_gym.agents.runs.guarantee import guarantee, on_other_rows, sequence
+from sd_gym.agents.runs.guarantee import guarantee, measured_loss, sequence
 
 from benchmarks.guarantee import false_selections
 
@@ -75,6 +75,6 @@ def test_the_guarantee_in_words():
     )
     result = {"instances": 2000, "split": "test", "quality_difference": -0.006}
     result["quality_difference_interval"] = (-0.011, -0.001)
-    assert on_other_rows(result) == "on 2,000 test rows it lost 0.6 (0.1 to 1.1)"
+    assert measured_loss(result) == "on 2,000 test rows it lost 0.6 (0.1 to 1.1)"
     result |= {"quality_difference": 0.0, "quality_difference_interval": (-0.0001, 0.0001)}
-    assert on_other_rows(result) == "on 2,000 test rows it lost 0.0 (0.0 to 0.0)"
+    assert measured_loss(result) == "on 2,000 test rows it lost 0.0 (0.0 to 0.0)"
