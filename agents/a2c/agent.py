@@ -9,7 +9,7 @@ from stable_baselines3 import A2C
 
 
 class A2CSettings(SB3Settings):
-    """Settings of A2C. A rollout is used once. It is large: in a small one a rare lost instance weighs too little."""
+    """Settings of A2C. A rollout is used for one update; in a small one a rare lost instance would weigh too little."""
 
     space: ClassVar = LearnerSettings.space | {
         "learning_rate": (5e-5, 1e-2),  # from the default with a ``start``

@@ -21,7 +21,7 @@ from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.features import log_odds
 
 CERTAIN = 10.0  # log-odds of the mask
-SCALE = 0.01  # of the judgement in the hidden layers, which are nearly linear there
+SCALE = 0.01  # of the head's judgement in the hidden layers: tanh is nearly linear there
 LEAST = -20.0  # margin at which every answer is accepted; judgements are at least -10
 
 
@@ -53,13 +53,13 @@ class Cascade(StaticAgent):
 
     def operating_points(self) -> list[Version]:
         """Each mask with each threshold."""
-        policies = [self._going_on(mask) for mask in self.masks if mask.any()]
-        margins = [*_as_linear(log_odds(THRESHOLDS[THRESHOLDS < 1]))[::-1].tolist(), LEAST]
+        policies = [self._accepting_policy(mask) for mask in self.masks if mask.any()]
+        margins = [*_acceptance(log_odds(THRESHOLDS[THRESHOLDS < 1]))[::-1].tolist(), LEAST]
         return [Version(policy.with_margin(margin), margin, policy) for policy in policies for margin in margins]
 
     @torch.no_grad()
-    def _going_on(self, mask: NDArray) -> DecisionPolicy:
-        """The policy that decides for a mask ``[components]``, and accepts answers of positive log-odds."""
+    def _accepting_policy(self, mask: NDArray) -> DecisionPolicy:
+        """A policy that always chooses a mask ``[components]``, and accepts answers of positive log-odds."""
         core = self.env.core
         policy = self.new_policy(hidden=1)
         for values in policy.parameters():
@@ -73,6 +73,6 @@ class Cascade(StaticAgent):
         return policy.eval()
 
 
-def _as_linear(sureness: NDArray) -> NDArray:
-    """The preferences for accepting answers of these log-odds."""
-    return np.tanh(np.tanh(SCALE * sureness)) / SCALE
+def _acceptance(head_log_odds: NDArray) -> NDArray:
+    """The policy's log-odds of accepting answers, from the head's log-odds ``[n]``."""
+    return np.tanh(np.tanh(SCALE * head_log_odds)) / SCALE

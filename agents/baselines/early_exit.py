@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 THRESHOLDS = np.r_[np.linspace(0.5, 0.95, 10), 0.97, 0.98, 0.99, 0.995, 0.999, 1.01]  # above 1: never
 SWEEPS = 2  # over all stages, to lower their thresholds
-ALLOWED = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)  # losses on policy rows, over epsilon, to search thresholds for
+ALLOWED = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)  # losses on policy rows, in epsilons, at which thresholds are searched
 
 
 class EarlyExit(PrivilegedAgent[AgentSettings]):
@@ -32,7 +32,9 @@ class EarlyExit(PrivilegedAgent[AgentSettings]):
         if (self.env.core.decision_nvec[:-1] < 2).any():
             raise NotApplicableError("early exit skips whole layers, and the env's candidates are not all sublayers")
         if not self.env.core.can_exit:
-            raise NotApplicableError("early exit runs an encoder that classifies, which no table has, nor this env")
+            raise NotApplicableError(
+                "early exit needs an encoder that classifies, which neither tables nor this env have"
+            )
         self._known: dict[tuple[str, bytes], NDArray] = {}  # confidences of rows of a split
 
     def operating_points(self) -> list[Version]:
@@ -103,18 +105,20 @@ class Confidence(EarlyExit):
         losses, flops = scored["quality_ref"] - scored["quality"], scored["flops_ratio"]
         judging, every = split.costs.head_flops(rows) / split.costs.dense_flops(rows), np.arange(len(rows))
 
-        def price(thresholds: NDArray, allowed: float) -> float:
-            """Mean FLOPs; infinite if more is lost than allowed."""
+        def mean_flops(thresholds: NDArray, allowed: float) -> float:
+            """Mean FLOPs ratio of thresholds ``[exits]``; infinite if more than ``allowed`` is lost."""
             exits = exits_of(confidence, thresholds)
             lost = losses[exits, every].mean()
             return float((flops[exits, every] + exits * judging).mean()) if lost <= allowed else np.inf
 
         searched = []
         for allowed in core.config.reward.epsilon * np.array(ALLOWED):
-            best = min((np.full(n, single) for single in THRESHOLDS), key=lambda thresholds: price(thresholds, allowed))
+            best = min(
+                (np.full(n, single) for single in THRESHOLDS), key=lambda thresholds: mean_flops(thresholds, allowed)
+            )
             for number in [*range(n - 1)] * SWEEPS:
                 tried = [np.where(np.arange(n) == number, threshold, best) for threshold in THRESHOLDS]
-                best = min(tried, key=lambda thresholds: price(thresholds, allowed))
+                best = min(tried, key=lambda thresholds: mean_flops(thresholds, allowed))
             searched.append(Version(Exit(self, best)))
         return [*super().operating_points(), *searched]
 

@@ -14,7 +14,7 @@ from sd_gym.envs.protocols import Split
 from sd_gym.envs.table import TableCore, TableSplit
 
 PARTS = 24  # predicted principal components of the losses under all masks
-TREES, LEAF = 100, 5  # trees of the forest; rows per leaf, at least
+TREES, LEAF = 100, 5  # trees of the forest; fewest rows per leaf
 FOLDS = 5  # for predictions on training rows, which order the operating points
 
 
@@ -35,12 +35,12 @@ class Forecast:
         trees = ExtraTreesRegressor(TREES, min_samples_leaf=LEAF, max_features=0.5, random_state=0)
         observations, targets = _observations(split), self._parts.fit_transform(losses)
         folds = KFold(min(FOLDS, len(observations)), shuffle=True, random_state=0)
-        self._of_train = np.asarray(cross_val_predict(trees, observations, targets, cv=folds))
+        self._train_predictions = np.asarray(cross_val_predict(trees, observations, targets, cv=folds))
         self._trees = trees.fit(observations, targets)
 
     def parts(self, split: TableSplit) -> NDArray:
         """The predicted components of each row, ``[n, parts]``; those of ``train`` are cross-validated."""
-        predicted = self._of_train if split.name == "train" else self._trees.predict(_observations(split))
+        predicted = self._train_predictions if split.name == "train" else self._trees.predict(_observations(split))
         return np.asarray(predicted).reshape(len(split), -1)
 
     def losses(self, parts: NDArray) -> NDArray:
@@ -108,5 +108,5 @@ class FullInformation(PrivilegedAgent[AgentSettings]):
         forecast_of(self._core)
 
     def operating_points(self) -> list[Version]:
-        """One point per price of a lost answer."""
+        """One point per multiplier, the price of a lost answer."""
         return [Version(ForecastPoint(self._core, float(multiplier))) for multiplier in MULTIPLIERS[5::3]]

@@ -56,16 +56,16 @@ class HullAgent(StaticAgent):
         """The policy with these mean FLOPs that mixes the two neighbouring masks."""
         number = int((self._flops > flops).sum())  # of the cheap mask
         costs = self._flops[number - 1 : number + 1]
-        dear, cheap = self.masks[number - 1 : number + 1]
+        expensive, cheap = self.masks[number - 1 : number + 1]
         share = float((flops - costs[1]) / (costs[0] - costs[1]))  # of inputs that get the expensive mask
         if not 0 < share < 1:
-            return self._mask_policy(dear if share >= 1 else cheap)
-        nvec, differ = self.env.core.nvec, np.flatnonzero(dear != cheap)
+            return self._mask_policy(expensive if share >= 1 else cheap)
+        nvec, differ = self.env.core.nvec, np.flatnonzero(expensive != cheap)
         # Each component that differs adds logistic noise to the preference of a mask.
         noise = np.random.default_rng(0).logistic(size=(DRAWS, len(differ))).sum(axis=1)
         logit = math.log(share / (1 - share)) if len(differ) == 1 else -float(np.quantile(noise, 1 - share))
         logits = torch.zeros(int(nvec.sum()))
-        logits[int(nvec[: differ[0]].sum()) + int(dear[differ[0]])] = logit
+        logits[int(nvec[: differ[0]].sum()) + int(expensive[differ[0]])] = logit
         policy = self._constant_policy(logits, noise="hash")
-        policy.codebook = torch.from_numpy(np.stack([dear, cheap]))
+        policy.codebook = torch.from_numpy(np.stack([expensive, cheap]))
         return policy

@@ -17,7 +17,7 @@ WIDTH = 4  # of the beam
 class Oracle(PrivilegedAgent[AgentSettings]):
     """Tries all decisions of a table, or of a backbone if they are few enough, else a beam of them.
 
-    An answer that is right by luck counts as right, such as one of two classes: this is a bound, not a target.
+    Answers that are right by luck count as right, which is common with two classes: this is a bound, not a target.
     """
 
     draws = selects = False

@@ -22,7 +22,7 @@ LEARNING_RATE = 0.1  # for the thresholds, which are logarithms; it falls to a t
 SOFTNESS = (1.5, 0.4)  # softness of the thresholds, at the first and the last update
 EXHAUSTIVE = 500_000  # scores up to which all decisions are tried on all instances
 BATCH = 4096  # decisions scored in one call
-ALONG = 1024  # instances that run under all masks of a path in one call
+PATH_BATCH = 1024  # instances per call, under all masks of a path
 CODEBOOK_SIZE = 16
 
 Per = Literal["sublayer", "layer"]  # what a step of a search skips
@@ -34,14 +34,14 @@ def skip_units(core: Core, per: Per = "sublayer") -> list[Array]:
     """Groups of a decision's components that are raised together, int64: each alone, or those of a layer.
 
     The token level is a group of its own, the last one. Components of layers without a choice are left out. Raises
-    ``ValueError`` for layers if decisions are numbers of masks.
+    ``ValueError`` for layers if decisions are indices of masks.
     """
     alone = [np.array([component]) for component in range(core.n_skips)]
     if per == "sublayer":
         return alone
     names = core.switch_names
     if not names:
-        raise ValueError(f"per=layer: {core.config.id} is a table of some masks, which have numbers; leave it out")
+        raise ValueError(f"per=layer: {core.config.id} is a table of some masks, chosen by index; leave it out")
     layers: dict[str, list[int]] = {}
     for component, name in enumerate(names):
         if core.nvec[component] > 1:
@@ -61,10 +61,10 @@ def all_masks(nvec: Array, units: list[Array]) -> Array:
 def greedy_path(
     core: Core, split: Split, rows: Array, on_round: OnRound = lambda scored: None, *, per: Per = "sublayer"
 ) -> Array:
-    """Greedy search of static masks: each round skips one more candidate, that with the least loss per saved FLOPs.
+    """Greedy search of static masks: each round skips the candidate that loses least per saved FLOPs.
 
     All moves of a round are scored on a few of ``rows [n]``, the best of them on all; then ``on_round`` is called.
-    Returns decisions from dense to nothing, int64 ``[masks, components]``.
+    Returns decisions from dense to all skipped, int64 ``[masks, components]``.
     """
     path, units = [np.zeros_like(core.nvec)], skip_units(core, per)
     scored, known = 0, {}
@@ -102,10 +102,11 @@ def learned_path(
 ) -> Array:
     """Learn a path of static masks for all penalties at once, by REINFORCE with the mean of a few tries as baseline.
 
-    Every candidate (a switch, all those of a layer, or a step of the token level) has a threshold: it is skipped if a
-    lost instance costs less. Each drawn instance draws a penalty and tries some decisions around the thresholds. Their
-    value is the saved FLOPs less the penalty times the lost quality. Sorted by threshold, the candidates are a path.
-    Unlike in a greedy search no choice is final: the thresholds are equal and soft at first, and harden.
+    Every candidate (a switch, all those of a layer, or a step of the token level) has a threshold: it is skipped if the
+    penalty of a lost instance is lower. Each drawn instance draws a penalty and tries some decisions around the
+    thresholds. Their value is the saved FLOPs less the penalty times the lost quality. Sorted by threshold, the
+    candidates are a path. Unlike in a greedy search no choice is final: the thresholds are equal and soft at first, and
+    harden.
 
     Arguments and result as in ``greedy_path``; each decision raises one candidate by one.
     """
@@ -144,10 +145,10 @@ def path_steps(path: Array) -> list[Array]:
 
 
 def path_losses(split: Split, rows: Array, path: Array, on_round: OnRound = lambda scored: None) -> Array:
-    """Quality that ``rows [n]`` lose under each mask of a path that begins densely; float64 ``[n, masks]``."""
+    """Quality that ``rows [n]`` lose under each mask of a path, the first one dense; float64 ``[n, masks]``."""
     quality = []
-    for start in range(0, len(rows), ALONG):
-        quality.append(split.scoring.under_all(rows[start : start + ALONG], path)[0])
+    for start in range(0, len(rows), PATH_BATCH):
+        quality.append(split.scoring.under_all(rows[start : start + PATH_BATCH], path)[0])
         on_round((start + len(quality[-1])) * len(path))
     qualities = np.concatenate(quality)
     return qualities[:, :1] - qualities
@@ -178,7 +179,7 @@ def beam_search(core: Core, split: Split, rows: Array, order: list[Array], good:
 
 
 def can_try_all(nvec: Array, instances: int) -> bool:
-    """Whether all decisions can be tried on so many instances, such as 12 switches on 122 instances."""
+    """Whether trying all decisions on ``instances`` is affordable, such as 12 switches on 122 instances."""
     return number_of_decisions(nvec) * instances <= EXHAUSTIVE
 
 

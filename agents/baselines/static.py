@@ -72,7 +72,7 @@ class StaticAgent(Agent[StaticSettings]):
         return [Version(self._mask_policy(mask)) for mask in np.unique(self.masks, axis=0) if mask.any()]
 
     def save_extra(self, folder: Path) -> None:
-        """Write ``masks.json``, and ``codebook.json``, a few nested ones for an env with ``action="discrete"``."""
+        """Write ``masks.json``; and a few nested masks, ``codebook.json``, for envs with ``action="discrete"``."""
         write_masks(self.masks, folder / MASKS)
         write_masks(nested_masks(self.env.core, np.unique(self.masks, axis=0)), folder / "codebook.json")
 
@@ -99,17 +99,17 @@ def searched_masks(folder: Path, nvec: NDArray) -> NDArray:
 
 
 def nested_path(folder: Path, core: Core) -> NDArray:
-    """The masks of a run from dense to nothing, each skipping one candidate more than the previous one.
+    """The masks of a run from dense to all skipped, each skipping one candidate more than the last.
 
     Raises ``ValueError`` if they are no such path; see ``searched_masks``.
     """
     masks = searched_masks(folder, core.nvec)
-    nothing = np.flatnonzero((masks == core.nvec - 1)[:, : core.n_skips].all(axis=1))
-    path = masks[: nothing[0] + 1] if len(nothing) else masks[:0]
+    all_skipped = np.flatnonzero((masks == core.nvec - 1)[:, : core.n_skips].all(axis=1))
+    path = masks[: all_skipped[0] + 1] if len(all_skipped) else masks[:0]
     steps = np.diff(path, axis=0)
     if len(path) < 2 or path[0].any() or (steps < 0).any() or (steps > 1).any() or not steps.any(axis=1).all():
         raise ValueError(
-            f"the masks in {folder} are no path from dense to nothing (static tries all masks where they are few). "
+            f"the masks in {folder} are no path from dense to all skipped (static tries all masks if they are few). "
             "Leave path out, and imitation searches its own"
         )
     return path

@@ -1,11 +1,11 @@
 """Imitation: a search scores training instances under each mask of a path, and the policy learns to predict the scores.
 
-A greedy search orders the candidates: a path of static masks from dense to nothing. All training instances run under
-all masks of this path. A network learns how likely each instance is to lose its quality under each mask (its *risk*).
-Each step down the path saves FLOPs and adds risk. It pays if the savings exceed the risk times a multiplier. The policy
-learns the ratio of risk and savings of each step. A margin on its logits stands for another multiplier, and so gives
-another operating point. (TR-BERT, Ye et al. 2021, and Dr.LLM also start from searched decisions. Their target is the
-outcome of each instance under a decision; here it is the risk.)
+A greedy search orders the candidates: a path of static masks from dense to all skipped. All training instances run
+under all masks of this path. A network learns how likely each instance is to lose its quality under each mask (its
+*risk*). Each step down the path saves FLOPs and adds risk. It pays if the savings exceed the risk times a multiplier.
+The policy learns the ratio of risk and savings of each step. A margin on its logits stands for another multiplier, and
+so gives another operating point. (TR-BERT, Ye et al. 2021, and Dr.LLM also start from searched decisions. Their target
+is the outcome of each instance under a decision; here it is the risk.)
 
 With several stages each stage decides on its part of the path: ``sd_gym.agents.imitation.staged``.
 """
@@ -37,8 +37,8 @@ from sd_gym.envs.spaces import flat_size
 from sd_gym.policy import HIDDEN, DecisionPolicy
 
 ORDER_INSTANCES = 1000  # for the search of the path
-NETWORKS = 5  # that foresee the risk, each with other rows held out; the mean of their predictions is less chance
-PRICES = 2.0 ** (np.arange(-6, 4) / 3)  # prices of a lost instance over the env's own, with several stages
+NETWORKS = 5  # that predict the risk, each with other rows held out; the mean of their predictions is less noisy
+PRICES = 2.0 ** (np.arange(-6, 4) / 3)  # of a lost instance, over the env's penalty; for several stages
 Loss = Callable[[Tensor | slice], Tensor]  # of some instances
 SURE = 6.0  # highest log-odds of skipping, so that learning can still change decisions in a warm start
 
@@ -75,7 +75,7 @@ class ImitationAgent(Agent[ImitationSettings]):
     """Runs training instances under the masks of a path, and learns their risk and which steps pay."""
 
     Settings = ImitationSettings
-    path: NDArray  # masks from dense to nothing, int64 [masks, components]; after learning
+    path: NDArray  # masks from dense to all skipped, int64 [masks, components]; after learning
     staged = per_stage = True
     validates = False
 
@@ -107,7 +107,7 @@ class ImitationAgent(Agent[ImitationSettings]):
         core, split = self.env.core, self.env.core.split("train")
         lost = path_losses(split, rows, self.path, on_round).astype(np.float32)
         flops = mean_flops(split, rows, self.path)
-        risk = self._foresee(rows, lost[:, 1:], logger)
+        risk = self._predict_risk(rows, lost[:, 1:], logger)
         multiplier = core.config.reward.penalty / core.config.reward.cost_scale
         risk, ratios = F.pad(risk, (1, 0)), torch.from_numpy(flops)
         steps = step_logits(risk, ratios)
@@ -124,10 +124,10 @@ class ImitationAgent(Agent[ImitationSettings]):
             return F.mse_loss(self._outputs(self.network, rows[chosen]), logits[chosen])
 
         self._fit(self.network, loss, "imitation/held_out_loss", len(rows), logger)
-        self._tie()
+        self._average_tied_logits()
 
     def _learn_stages(self, rows: NDArray, on_round: OnRound, logger: Logger) -> None:
-        """Learn a policy at each price, from cheap to dear losses; that at the env's own price is ``network``."""
+        """Learn a policy at each price of a loss, in ascending order; ``network`` is the one at the env's price."""
         embedded = None if self.channels is None else self._observe
         known = Combinations(self.env.core, rows, self.path, self.blind, embedded, on_round, self.seed)
         reward, start = self.env.core.config.reward, self.network
@@ -144,7 +144,7 @@ class ImitationAgent(Agent[ImitationSettings]):
 
     @torch.no_grad()
     def _judge_by_answer(self, network: DecisionPolicy) -> None:
-        """At the answer read only the FLOPs and the head's judgement: to learn from the text there takes more rows."""
+        """Let the answer stage read FLOPs and the head's judgement only: learning from its text takes more rows."""
         core = self.env.core
         flat, read = flat_size(core.observation_space), torch.zeros(network.features)
         read[: len(core.stages) + 1] = read[flat - core.stage_observation.answer_size : flat] = 1
@@ -169,7 +169,7 @@ class ImitationAgent(Agent[ImitationSettings]):
         if not self.priced:
             return super().operating_points()
         *bolder, last = self.priced
-        # Even the dearest price may lose too much; without more cautious points dense would be selected then.
+        # Even the highest price may lose too much; without more cautious points dense would then be selected.
         cautious = [version for version in versions(self.env.core, last) if version.margin >= 0]
         points = cautious + [Version(policy, of=policy) for policy in bolder]
         return [point._replace(learned=self.network) for point in points]
@@ -181,7 +181,7 @@ class ImitationAgent(Agent[ImitationSettings]):
         """
         return torch.cat([network(self._observe(part)) for part in row_batches(self.env.core, rows)])
 
-    def _foresee(self, rows: NDArray, lost: NDArray, logger: Logger) -> Tensor:
+    def _predict_risk(self, rows: NDArray, lost: NDArray, logger: Logger) -> Tensor:
         """Learn to predict the quality ``lost [n, masks]`` of ``rows [n]`` under masks; returns the predictions.
 
         Losses and gains are separate outputs: where the backbone is often wrong, both may be likely.
@@ -208,7 +208,7 @@ class ImitationAgent(Agent[ImitationSettings]):
         return (losing - gaining) * highest
 
     @torch.no_grad()
-    def _tie(self) -> None:
+    def _average_tied_logits(self) -> None:
         """Give components that are skipped together, those of a layer, their mean logits."""
         nvec, head = self.env.core.nvec, self.network.head
         first = np.cumsum([0, *nvec[:-1]])

@@ -45,10 +45,10 @@ def above_hull(risk: Tensor, flops: Tensor, steps: Tensor) -> Tensor:
 
 
 def component_logits(steps: Tensor, against: Tensor, path: NDArray, nvec: NDArray) -> Tensor:
-    """Logits ``[n, sum(nvec)]`` of a policy that takes those ``steps [n, masks - 1]`` of a path that are positive.
+    """Logits ``[n, sum(nvec)]`` of a policy that takes the positive ``steps [n, masks - 1]`` of a path.
 
-    The logit of a choice is the sum of the steps that lead to it; that of running is 0. A component with several
-    choices should not stop at a mask that has log-odds ``against`` it, ``[n, masks - 1]``.
+    The logit of a choice is the sum of the steps that lead to it; that of running is 0. ``against [n, masks - 1]`` are
+    log-odds against stopping at a mask, for components with several choices.
     """
     first = np.cumsum([0, *nvec[:-1]])
     leads, bad = torch.zeros(2, steps.shape[1], int(nvec.sum()))

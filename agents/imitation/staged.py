@@ -36,14 +36,14 @@ class Stage(NamedTuple):
 
     ways: Tensor  # int64 [ways, components], dense first; -1 for components of other stages
     earlier: NDArray  # the different decisions at earlier stages, int64 [earlier, components]
-    before: NDArray  # of each combination, the number of its earlier decisions, int64 [combinations]
-    way: NDArray  # of each combination, the number of its way, int64 [combinations]
+    before: NDArray  # index of each combination's decisions in ``earlier``, int64 [combinations]
+    way: NDArray  # index of each combination's way in ``ways``, int64 [combinations]
 
 
 class Outcomes(NamedTuple):
     """Outcomes of instances under all combinations."""
 
-    seen: list[Tensor]  # per stage, after each of the earlier decisions, without tokens: float32 [n, earlier, size]
+    seen: list[Tensor]  # observations at each stage, without tokens: float32 [n, earlier, size]
     lost: Tensor  # quality, float32 [n, combinations]; negative: gained
     flops: Tensor  # ratios, float32 [n, combinations]
     going_on: Tensor  # what going on adds, float32 [n, combinations]; 0 without an answer stage
@@ -63,8 +63,8 @@ def ways_of_stages(core: Core, path: NDArray) -> list[NDArray]:
     return parts
 
 
-def combined(sizes: Sequence[int], random: np.random.Generator) -> NDArray:
-    """Numbers of ways, one per stage, int64 ``[combinations, stages]``: all, or dense and random ones if too many."""
+def combinations_of(sizes: Sequence[int], random: np.random.Generator) -> NDArray:
+    """Indices of ways, one per stage, int64 ``[combinations, stages]``: all, or dense and random ones if too many."""
     if np.prod(sizes, dtype=float) <= COMBINATIONS:
         return np.array(list(product(*map(range, sizes))))
     drawn = random.integers(sizes, size=(COMBINATIONS - 1, len(sizes)))
@@ -77,7 +77,7 @@ class Combinations:
 
     core: Core
     rows: NDArray  # of the training split, int64 [n]
-    path: NDArray  # masks from dense to nothing, int64 [masks, components]
+    path: NDArray  # masks from dense to all skipped, int64 [masks, components]
     blind: bool  # whether the agent observes the stage alone
     embedded: Callable[[NDArray], Any] | None  # token observations of rows; None: none are observed
     on_scored: OnRound  # called with the decisions scored so far
@@ -85,7 +85,7 @@ class Combinations:
 
     def __post_init__(self) -> None:
         self._split = self.core.split("train")
-        self.decisions, self.stages = self._combined()  # int64 [combinations, components]
+        self.decisions, self.stages = self._combine()  # int64 [combinations, components]
         self.outcomes = self._run()
         self.risk = self._risk()  # float32 [n, combinations]
 
@@ -97,44 +97,46 @@ class Combinations:
         return torch.cat([stage.ways for stage in self.stages])
 
     def objective(self, policy: DecisionPolicy, chosen: Tensor | slice, price: float) -> Tensor:
-        """What a policy minimises on instances at the price of a lost one: the mean of ``costs``, and a square.
+        """The loss of a policy on instances, at the price of a lost instance: mean ``costs`` and a regulariser.
 
-        The square is that of log-probabilities, at the price ``SPREAD``. Without it the shares of ways that seem bad at
-        first, and so their gradients, vanish before the policy can tell for which inputs they are good.
+        The regulariser is ``SPREAD`` times the squared log-probabilities. Without it the probabilities of ways that
+        seem bad at first, and so their gradients, vanish before the policy can tell for which inputs they are good.
         """
-        shares = self.shares(policy, chosen)
-        return self.costs(shares, chosen, price).mean() + SPREAD * sum(share.square().mean() for share in shares)
+        log_probs = self.log_probs(policy, chosen)
+        return self.costs(log_probs, chosen, price).mean() + SPREAD * sum(
+            log_prob.square().mean() for log_prob in log_probs
+        )
 
-    def shares(self, policy: DecisionPolicy, chosen: Tensor | slice) -> list[Tensor]:
+    def log_probs(self, policy: DecisionPolicy, chosen: Tensor | slice) -> list[Tensor]:
         """Log-probabilities of the ways of each stage, after each of its earlier decisions, ``[n, earlier, ways]``."""
-        tokens, shares = None if self.embedded is None else self.embedded(self.rows[chosen]), list[Tensor]()
+        tokens, log_probs = None if self.embedded is None else self.embedded(self.rows[chosen]), list[Tensor]()
         for stage, seen in zip(self.stages, self.outcomes.seen, strict=True):
             flat = seen[chosen].flatten(0, 1)
             logits = policy(flat if tokens is None else {**tokens, "stage": flat})
-            share = policy.log_likelihood(logits, stage.ways).log_softmax(dim=1)
-            shares.append(share.unflatten(0, (-1, seen.shape[1])))
-        return shares
+            log_prob = policy.log_likelihood(logits, stage.ways).log_softmax(dim=1)
+            log_probs.append(log_prob.unflatten(0, (-1, seen.shape[1])))
+        return log_probs
 
-    def costs(self, shares: list[Tensor], chosen: Tensor | slice, price: float) -> Tensor:
+    def costs(self, log_probs: list[Tensor], chosen: Tensor | slice, price: float) -> Tensor:
         """Expected FLOPs ratio plus price of the predicted loss, a mean over instances, float32 ``[stages]``.
 
-        From each stage on, a policy with these ``shares`` decides; earlier decisions are drawn evenly. So the first
+        From each stage on, a policy with these ``log_probs`` decides; earlier decisions are drawn evenly. So the first
         value is the cost of the policy. The others teach a stage in states that the policy never reaches now.
         Combinations that did not run count as never chosen.
         """
         outcomes, risk, parts = self.outcomes, self.risk[chosen], list[Tensor]()
-        answer, skipping = price * risk, list(zip(self.stages, shares, strict=True))
+        answer, skipping = price * risk, list(zip(self.stages, log_probs, strict=True))
         if self.core.has_answer_stage:
             accepted = skipping.pop()[1][..., 0].exp()
             answer = accepted * answer + (1 - accepted) * outcomes.going_on[chosen]
             parts.append(torch.zeros_like(risk))  # all combinations are drawn evenly
-        parts += [share[:, stage.before, stage.way] for stage, share in reversed(skipping)]
+        parts += [log_prob[:, stage.before, stage.way] for stage, log_prob in reversed(skipping)]
         taken = torch.stack(parts).cumsum(dim=0).flip(0).softmax(dim=2)  # from each stage on
         return (taken * (outcomes.flops[chosen] + answer)).sum(dim=2).mean(dim=1)
 
-    def _combined(self) -> tuple[NDArray, list[Stage]]:
+    def _combine(self) -> tuple[NDArray, list[Stage]]:
         core, ways = self.core, ways_of_stages(self.core, self.path)
-        numbers = combined([len(of_stage) for of_stage in ways], np.random.default_rng(self.seed))
+        numbers = combinations_of([len(of_stage) for of_stage in ways], np.random.default_rng(self.seed))
         stages, decided = list[Stage](), np.zeros((len(numbers), len(core.nvec)), dtype=np.int64)
         for components, of_stage, way in zip(core.steps.components, ways, numbers.T, strict=False):
             own = np.full_like(of_stage, -1)
@@ -168,10 +170,10 @@ class Combinations:
     def _walk(
         self, rows: NDArray, seen: list[dict[int, Tensor]], number: int, some: NDArray, state: PassState | None
     ) -> Iterator[tuple[int, Tensor]]:
-        """Run rows under ``some`` combinations, which agree at all stages before stage ``number``.
+        """Run rows under ``some`` combinations, which agree at all stages before the one with index ``number``.
 
-        Gives each combination with loss, FLOPs ratio, and what going on adds, float32 ``[n, 3]``. What is observed on
-        the way is added to ``seen``. The pass goes on from ``state``.
+        Yields each combination's index, and its loss, FLOPs ratio and what going on adds, float32 ``[n, 3]``.
+        Observations are added to ``seen``. The pass goes on from ``state``.
         """
         if number == len(self.stages):
             yield int(some[0]), self._outcome(rows, self.decisions[some[0]], state)

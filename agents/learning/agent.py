@@ -30,7 +30,7 @@ from sd_gym.registry import nearest
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 
 BLIND_REFINING_RATE = 1e-3  # learning rate of a blind agent with a start
-FIRST_LOOK = 256  # texts to standardise untrained token encoders on
+ENCODER_STATISTICS_SIZE = 256  # texts that untrained token encoders are standardised on
 TOKENS_DROPPED = 0.1  # initial rate at which the second of two token levels is chosen
 START_FIELDS = ("stages", "observation_size", "channels", "token_width", "nvec", "switches", "network", "hidden")
 INFO_KEYS = (*SCORES, "is_success")
@@ -62,8 +62,8 @@ class LearnerSettings(AgentSettings):
             is selected too cautiously; imitation's does not, as it stops on held-out rows. With a ``start`` the default
             is lower.
         entropy: Weight of the entropy bonus.
-        initial_skip_rate: How often each switch is skipped at first. Decisions at even odds tell most about all
-            switches; near the dense backbone learning takes several times as long.
+        initial_skip_rate: How often each switch is skipped at first. Decisions at 0.5 tell most about all switches;
+            near 0 learning takes several times as long.
         start: Folder of the run to start from (a warm start), such as one of ``static`` or ``imitation``. It replaces
             ``initial_skip_rate``, and the default ``learning_rate`` is then 2e-4 for PPO, 5e-5 for A2C and REINFORCE,
             and 1e-3 for blind agents.
@@ -116,7 +116,7 @@ class BaseAgent(ABC, Generic[SettingsT]):
     staged: ClassVar[bool] = False  # whether it can decide at several stages, or only before the first layer
     draws: ClassVar[bool] = True  # whether it depends on the seed, and so is compared with several
     selects: ClassVar[bool] = True  # whether an operating point is selected; else its only one is evaluated
-    searches: ClassVar[bool] = False  # whether it only searches points; as learned, it has the best one on policy rows
+    searches: ClassVar[bool] = False  # whether it trains no policy; "as learned" is then its best point on policy rows
 
     def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, blind: bool = False, **settings: Any) -> None:
         self.settings = cast(SettingsT, self.make_settings(settings, blind))  # ``Settings`` is that class
@@ -242,7 +242,7 @@ class Agent(BaseAgent[SettingsT]):
         encoders = [module for network in networks for module in network.modules() if isinstance(module, TokenEncoder)]
         if encoders:
             core, split = self.env.core, self.env.core.split("train")
-            texts: Any = to_tensors(core.observe(split, np.arange(min(len(split), FIRST_LOOK))))
+            texts: Any = to_tensors(core.observe(split, np.arange(min(len(split), ENCODER_STATISTICS_SIZE))))
             for encoder in encoders:
                 encoder.standardise_on(texts)
 
@@ -275,7 +275,7 @@ class Agent(BaseAgent[SettingsT]):
             network.initialise(learning_bias(self.env.core, self.settings.initial_skip_rate))
 
     def _load_start(self, folder: Path) -> DecisionPolicy:
-        """The policy of a warm start; one with a single stage is converted to several, without an answer stage."""
+        """The policy to start from. One that decides once is converted to the env's stages, unless one is the answer."""
         start, core = DecisionPolicy.load(folder), self.env.core
         if start.codebook is not None and (start.noise != "none" or (start.stages == ["first"] and core.is_staged)):
             raise ValueError(
@@ -284,12 +284,12 @@ class Agent(BaseAgent[SettingsT]):
             )
         if start.blind and not self.blind and start.head.weight.any():
             raise ValueError(
-                f"the policy in {folder} cannot be a start here: it has learned blind, and this agent sees. Take a run "
-                "of an agent that sees, or train a blind one"
+                f"the policy in {folder} cannot be a start here: it was trained blind, and this agent is not. Take a "
+                "run of an agent that is not blind, or train a blind one"
             )
         if self.channels is not None and start.channels is not None and self._channels is None:
             self.channels = start.channels
-        # What decides once has no preference at an answer.
+        # A policy that decides once has no preference at an answer.
         if core.stages[0] == "first" and core.is_staged and not core.has_answer_stage and start.stages == ["first"]:
             self.per_stage = True
             return self._staged_start(start, folder)
@@ -299,7 +299,7 @@ class Agent(BaseAgent[SettingsT]):
         return start
 
     def _staged_start(self, start: DecisionPolicy, folder: Path) -> DecisionPolicy:
-        """A policy for all stages that decides as nearly as possible like ``start``, which has the first one."""
+        """A policy for all stages that decides as nearly as possible like ``start``, which decides once."""
         staged, core = self.new_policy(), self.env.core
         _check_start(start, staged, folder, ("nvec", "switches", "network", "hidden", "channels"))
         before = len(staged.stages) + 1  # numbers in front of the first stage's features
@@ -362,7 +362,7 @@ def check_learnable(env: SwitchableVectorEnv, staged: bool) -> None:
     space = env.single_observation_space
     if token_width(space) is None and (not isinstance(space, gym.spaces.Box) or len(space.shape) != 1):
         raise ValueError(
-            "the agents of sd_gym see flat observations or tokens: observation=pooled, observation=tokens, or a "
+            "the agents of sd_gym read flat observations or tokens: observation=pooled, observation=tokens, or a "
             "registered one whose space is a Box of one dimension or like that of tokens; got "
             f"observation={env.config.observation} with the space {space}"
         )
@@ -374,7 +374,7 @@ def learning_bias(core: Core, skip_rate: float) -> torch.Tensor:
     Most tokens are kept: an input without them mostly loses its answer, which says nothing about the switches.
     """
     rates = np.full(len(core.nvec), skip_rate)
-    if core.switch_names:  # else the components are numbers of masks
+    if core.switch_names:  # else the components are indices of masks
         rates[len(core.switch_names)] = min(skip_rate, TOKENS_DROPPED)
     return decision_logits(core.nvec, np.zeros_like(core.nvec), 1 - rates)
 

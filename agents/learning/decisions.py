@@ -28,10 +28,14 @@ MARGINS = (
     *np.arange(6, 15, 1.5).tolist(),
     *(17.0, 20.0, 25.0, 32.0, 40.0),
 )
-TABLE_MARGINS = *MARGINS[:6], *np.arange(-1.5, 15, 0.25).tolist(), *MARGINS[-5:]  # the same where a pass costs nothing
+TABLE_MARGINS = (
+    *MARGINS[:6],
+    *np.arange(-1.5, 15, 0.25).tolist(),
+    *MARGINS[-5:],
+)  # for tables, where a pass costs nothing
 DENSE_MARGIN = 1000.0  # skips nothing
 POLICY_ROWS = 2000  # rows for searches and for the order of operating points, at most
-FEW_ROWS = 500  # the same where each point takes a pass of its own, and to find the end of a path
+FEW_ROWS = 500  # most rows if each point takes a pass of its own, and to find the end of a path
 
 
 class SplitDecisions(NamedTuple):
@@ -78,12 +82,12 @@ class Dense(NamedTuple):
 
 def row_batches(core: Core, rows: NDArray) -> list[NDArray]:
     """Rows ``[n]`` in parts that are observed at once."""
-    size = _at_once(core)
+    size = _batch_size(core)
     return np.split(rows, range(size, len(rows), size))
 
 
-def _at_once(core: Core) -> int:
-    """Rows that are observed at once: tokens take memory, and with stages the pass as well."""
+def _batch_size(core: Core) -> int:
+    """Rows per batch of observations: tokens take memory, and with stages the pass as well."""
     if core.is_staged:
         return max(1, min(BATCH, PASS_TOKENS // core.config.backbone.max_source_length))
     return sys.maxsize if isinstance(core.observation_space, gym.spaces.Box) else BATCH
@@ -95,12 +99,12 @@ def decide_on(core: Core, policy: PolicyLike, split: Split, rows: NDArray) -> ND
 
 
 class Version(NamedTuple):
-    """A candidate of selection: a policy, and the policy that it is a version of, if any."""
+    """A candidate for selection: a policy, and the policy that it is a version of, if any."""
 
     policy: PolicyLike | SplitPolicy
     margin: float = 0.0  # in log-odds, from the policy that it is a version of; higher skips less
-    of: Any = None  # identifies a path: its versions are neighbours in a list, the most cautious one first
-    learned: Any = None  # identifies the policy that several paths are variants of; None: each path is its own
+    of: Any = None  # that policy; its versions are neighbours in a list, the most cautious one first
+    learned: Any = None  # the trained policy that several paths are variants of; None: the path has no variants
 
 
 def versions(core: Core, policy: DecisionPolicy | TablePolicy) -> list[Version]:
@@ -171,7 +175,7 @@ def outcomes(
     else:
         flops = decision_flops(core, policy, split, rows)
         if core.is_staged:  # in one pass: sublayers that ran for an observation do not run again
-            size, decide = _at_once(core), policy.decide
+            size, decide = _batch_size(core), policy.decide
             scored = _score(core, split, rows, lambda part: core.rollout(split, rows[part], decide), size)
         else:
             scored = score_decisions(core, split, rows, decide_on(core, policy, split, rows))

@@ -31,8 +31,8 @@ from sd_gym.files import write_tensors
 from sd_gym.policy import HIDDEN, DecisionPolicy, PerStageMLP, blinded, registered_network
 from sd_gym.policy.token_encoder import TokenEncoder
 
-# Of the critic's loss. Actor and critic share no layer, but the library clips their gradients together. At its default
-# weight, 0.5, the critic's error on a lost instance (a reward of -20) would leave almost no step for the actor.
+# Weight of the critic's loss. Actor and critic share no layer, but the library clips their gradients together. At its
+# default weight, 0.5, the critic's error on a lost instance (a reward of -20) would leave almost no step for the actor.
 VALUE_WEIGHT = 0.02
 NEVER = -1e9  # logit of a choice that a stage does not have
 
@@ -97,12 +97,12 @@ class DecisionActorCritic(ActorCriticPolicy):
     def __init__(
         self, *args: Any, network: str | None, places: NDArray | None, n_logits: int, per_stage: bool, **kwargs: Any
     ) -> None:
-        self.own = {"network": network, "places": places, "n_logits": n_logits, "per_stage": per_stage}
+        self.actor_settings = {"network": network, "places": places, "n_logits": n_logits, "per_stage": per_stage}
         super().__init__(*args, **kwargs)
 
     def _build(self, lr_schedule: Schedule) -> None:
         super()._build(lr_schedule)
-        network, places, n_logits, per_stage = self.own.values()
+        network, places, n_logits, per_stage = self.actor_settings.values()
         if network is not None:
             body, head = registered_network(network, self.features_dim, n_logits)
         else:
@@ -119,7 +119,7 @@ class DecisionActorCritic(ActorCriticPolicy):
         self.optimizer = self.optimizer_class(self.parameters(), lr=rate, **self.optimizer_kwargs)  # pyright: ignore[reportCallIssue]  # all torch optimizers take it
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {**super()._get_constructor_parameters(), **self.own}
+        return {**super()._get_constructor_parameters(), **self.actor_settings}
 
 
 class _RolloutCallback(BaseCallback):

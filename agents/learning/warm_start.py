@@ -18,9 +18,9 @@ def staged_from_single(
 ) -> DecisionPolicy:
     """Make a policy of several stages decide like ``start``, which decides before the first layer on pooled states.
 
-    At the first stage it is the same network. A later stage has another observation. So its own hidden layers learn the
-    logits of its switches from that, after the decisions at earlier stages, on ``rows [n]`` of a split. ``staged`` is
-    changed; it is untrained and ``per_stage``.
+    At the first stage it is the same network. Later stages have other observations, so their hidden layers are trained
+    to give the same logits for their switches, on ``rows [n]`` of a split, after the decisions at earlier stages.
+    ``staged`` is changed; it is untrained and ``per_stage``.
     """
     first, *later = _layers_of_stages(staged)
     before = len(staged.stages) + 1  # numbers in front of the pooled states

@@ -26,7 +26,7 @@ from sd_gym.agents.learning.agent import INFO_KEYS, Agent, LearnerSettings, OnRo
 from sd_gym.agents.learning.curves import CurveLogger
 from sd_gym.agents.reinforce.barrier import DynamicBarrier
 from sd_gym.agents.reinforce.foresight import Foresight
-from sd_gym.agents.reinforce.staged_foresight import StagedForesight, certain
+from sd_gym.agents.reinforce.staged_foresight import StagedForesight, dense_logits
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
@@ -132,14 +132,14 @@ class ReinforceAgent(Agent[ReinforceSettings]):
         while self.steps < total_steps:
             rate = self.settings.learning_rate * (1 - self.steps / total_steps)
             sampled, infos = self._explore()
-            violated = float(sampled.loss.mean())
+            mean_loss = float(sampled.loss.mean())
             if self.foresight is None:
-                self._update(sampled, violated, rate, logger)
+                self._update(sampled, mean_loss, rate, logger)
             else:
                 for _ in range(self.settings.updates):
                     logger.record_mean("train/foresight_loss", self._fit(self.foresight))
                     if self.steps >= starts:
-                        self._update(self._imagine(self.foresight), violated, rate, logger)
+                        self._update(self._imagine(self.foresight), mean_loss, rate, logger)
             self.steps += len(sampled.decisions)
             rewards = self.env.objective.rewards(*(infos[key] for key in SCORES))
             rollout = Rollout(self.steps, rewards, infos, len(self.env.core.stages))
@@ -207,9 +207,9 @@ class ReinforceAgent(Agent[ReinforceSettings]):
         if isinstance(foresight, StagedForesight):  # one stage of each decision represents all, so it counts for all
             states = foresight.recent(settings.imagined, self.random)
             logits, choices = self._sample(states.observations, tries)
-            probabilities, flops = foresight.outlook(states, foresight.with_choices(states, choices))
+            probabilities, flops = foresight.predict(states, foresight.with_choices(states, choices))
             loss = (probabilities[:, 0] - probabilities[:, 1]) * self._split.scoring.highest
-            own = foresight.own_alone(states, logits, choices)
+            own = foresight.without_other_stages(states, logits, choices)
             return SampledDecisions(*own, stages * flops.view(shape), stages * loss.view(shape))
         rows = self.random.integers(len(self._split), size=settings.imagined)
         observations = self._observe(rows)
@@ -218,13 +218,13 @@ class ReinforceAgent(Agent[ReinforceSettings]):
         loss = foresight.loss(observations, decisions) * self._split.scoring.highest
         return SampledDecisions(logits, decisions, torch.from_numpy(ratios).float().view(shape), loss.view(shape))
 
-    def _update(self, sampled: SampledDecisions, violated: float, rate: float, logger: Logger) -> None:
-        """One step down both gradients; ``violated`` is the current quality loss."""
+    def _update(self, sampled: SampledDecisions, mean_loss: float, rate: float, logger: Logger) -> None:
+        """One step down both gradients; ``mean_loss`` is the mean quality loss of the rollout."""
         log_prob, entropy = self.network.evaluate(sampled.logits, sampled.decisions, self.settings.exploration)
         log_prob, entropy = log_prob.sum(dim=1).view_as(sampled.loss), entropy.mean()
         f_halves = self._halves(log_prob * leave_one_out(sampled.flops))
         q_halves = self._halves(log_prob * leave_one_out(sampled.loss))
-        weight = self.barrier.weigh(violated, f_halves, q_halves)
+        weight = self.barrier.weigh(mean_loss, f_halves, q_halves)
         gradient = (f_halves[0] + f_halves[1]) / 2 + weight.multiplier * (q_halves[0] + q_halves[1]) / 2
         if self.settings.entropy:
             gradient = gradient - self.settings.entropy * self._flat_gradient(entropy)
@@ -261,7 +261,7 @@ class ReinforceAgent(Agent[ReinforceSettings]):
 
         decisions, state = core.rollout(self._split, np.tile(rows, self.settings.samples), decide)
         component = np.repeat(np.arange(len(core.nvec)), core.nvec)  # of each logit
-        logits = certain(core.nvec)  # switches before the first stage run
+        logits = dense_logits(core.nvec)  # switches before the first stage run
         for components, of_stage in zip(core.steps.components, of_stages, strict=True):
             logits = torch.where(torch.from_numpy(np.isin(component, components)), of_stage, logits)
         return logits, torch.from_numpy(decisions), state, torch.stack(observed, dim=1)

@@ -15,7 +15,7 @@ from sd_gym.policy.token_encoder import TokenEncoder
 
 HIDDEN = 128
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-2
-SELDOM = -3.0  # initial log-odds of a loss
+INITIAL_LOG_ODDS = -3.0  # of a loss, which is rare
 
 
 class Foresight(nn.Module):
@@ -40,10 +40,10 @@ class Foresight(nn.Module):
         self._columns = int(nvec.sum())
         layers, last = hidden_layers(size + self._columns, HIDDEN), nn.Linear(HIDDEN, outputs)
         self.network = nn.Sequential(*layers, last)
-        nn.init.constant_(last.bias, SELDOM)
+        nn.init.constant_(last.bias, INITIAL_LOG_ODDS)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         self.rows = torch.zeros(0, dtype=torch.int64)  # of the scored instances
-        self.decisions = torch.zeros(0, len(nvec), dtype=torch.int32)  # scored decisions; on a table, numbers of masks
+        self.decisions = torch.zeros(0, len(nvec), dtype=torch.int32)  # scored decisions; on a table, indices of masks
         self.lost = torch.zeros(0)  # quality lost, negative: gained
 
     def remember(self, rows: NDArray, decisions: Tensor, lost: Tensor, observed: Tensor | None = None) -> None:

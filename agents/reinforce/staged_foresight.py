@@ -19,8 +19,8 @@ Choose = Callable[[Tensor | dict[str, Tensor]], Tensor]
 FITS = 2  # steps between two updates of the policy; all stages share them
 
 
-def certain(nvec: NDArray) -> Tensor:
-    """Logits ``[sum(nvec)]`` that choose 0 of each component with certainty."""
+def dense_logits(nvec: NDArray) -> Tensor:
+    """Logits ``[sum(nvec)]`` that choose 0, to run, for each component with certainty."""
     logits = torch.full((int(nvec.sum()),), -1e9)
     logits[torch.from_numpy(np.cumsum([0, *nvec[:-1]]))] = 0.0
     return logits
@@ -30,7 +30,7 @@ class StageStates(NamedTuple):
     """States of remembered decisions at a stage."""
 
     rows: Tensor  # rows of the instances, int64 [n]
-    stage: Tensor  # number of the stage, int64 [n]
+    stage: Tensor  # index of the stage, int64 [n]
     observations: Tensor | dict[str, Tensor]  # float32 [n, size], or with tokens
     decisions: Tensor  # made at earlier stages, int64 [n, components]; 0 from this stage on
 
@@ -60,7 +60,7 @@ class StagedForesight(Foresight):
             own[torch.from_numpy(components)] = True
         self._before = self._own.cumsum(dim=0) - self._own.long()  # and those of earlier stages
         self._component = torch.from_numpy(np.repeat(np.arange(len(core.nvec)), core.nvec))  # of each logit
-        self._certain = certain(core.nvec)
+        self._dense_logits = dense_logits(core.nvec)
         self.observed = torch.zeros(0, len(core.stages), size, dtype=torch.float16)  # observations but tokens
 
     def remember(self, rows: NDArray, decisions: Tensor, lost: Tensor, observed: Tensor | None = None) -> None:
@@ -90,14 +90,14 @@ class StagedForesight(Foresight):
         tries = len(choices) // len(states.rows)
         return torch.where(self._own[states.stage].repeat(tries, 1), choices, states.decisions.repeat(tries, 1))
 
-    def own_alone(self, states: StageStates, logits: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
+    def without_other_stages(self, states: StageStates, logits: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
         """Logits ``[n, sum(nvec)]`` and choices, in which components of other stages are 0 with certainty."""
         own = self._own[states.stage]
-        alone = torch.where(own[:, self._component], logits, self._certain)
+        alone = torch.where(own[:, self._component], logits, self._dense_logits)
         return alone, choices * own.repeat(len(choices) // len(own), 1)
 
     @torch.no_grad()
-    def outlook(self, states: StageStates, decisions: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, states: StageStates, decisions: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities of a loss and of a gain, ``[tries * n, 2]``; and final FLOPs ratios ``[tries * n]``."""
         tries = len(decisions) // len(states.rows)
         outputs = self(states.observations, decisions)
@@ -119,7 +119,7 @@ class StagedForesight(Foresight):
             early = torch.nonzero(stage < self._last)[:, 0]
             if len(early):
                 then = self.states(drawn[early], stage[early] + 1)
-                targets[early], flops = self.outlook(then, self.with_choices(then, choose(then.observations)))
+                targets[early], flops = self.predict(then, self.with_choices(then, choose(then.observations)))
                 saved[early] = self._flops(here.rows[early], decisions[early]) - flops
             outputs = self(here.observations, decisions)
             predicted = torch.where(stage < self._last, outputs[:, 2], 0.0)

@@ -295,7 +295,7 @@ def test_agents_learn_on_a_registered_observation(tiny, tmp_path):
     [
         ({"action": "discrete"}, "decide by action=multi_discrete, got action=discrete"),
         ({"action": "multi_binary"}, "decide by action=multi_discrete, got action=multi_binary"),
-        ({"observation": "apart"}, r"see flat observations or tokens: .*got observation=apart with the space Dict"),
+        ({"observation": "apart"}, r"read flat observations or tokens: .*got observation=apart with the space Dict"),
         ({"vector_reward": True}, "learn from one number, got reward.vector=True"),
     ],
 )

@@ -64,7 +64,7 @@ def test_static_takes_over_the_path_that_imitation_has_searched(env, tmp_path):
 def test_a_path_of_layers_is_learned_from_searched_here_or_by_static(env, custom, tmp_path):
     names = env.core.switch_names
     train(CUSTOM, "static", tmp_path / "tried", steps=1, **{**custom, "per": "layer"}, confidence=0.5)
-    with pytest.raises(ValueError, match="no path from dense to nothing"):  # all masks, for they are few
+    with pytest.raises(ValueError, match="no path from dense to all skipped"):  # all masks, for they are few
         make_agent("imitation", env, path=tmp_path / "tried").learn(1, configure(None, []), lambda rollout: None)
     agent = make_agent("imitation", env, epochs=1, per="layer")
     agent.learn(1, configure(None, []), lambda rollout: None)
@@ -85,7 +85,7 @@ def test_where_nothing_is_foreseen_the_mean_risk_stays(env, tmp_path):
     agent = make_agent("imitation", env, epochs=3, learning_rate=100.0)  # every epoch is worse than none
     rows = np.arange(40) % len(env.core.split("train"))
     lost = np.repeat([[1.0, 0.0], [0.0, -1.0], [0.0, 0.0], [0.0, 0.0]], 10, axis=0).astype(np.float32)
-    risk = agent._foresee(rows, lost, configure(str(tmp_path), []))
+    risk = agent._predict_risk(rows, lost, configure(str(tmp_path), []))
     torch.testing.assert_close(risk, torch.tensor([[0.25, -0.25]]).expand(40, 2), rtol=0, atol=2e-4)
 
 
@@ -98,7 +98,7 @@ def test_the_networks_of_the_risk_hold_different_rows_out(env, tmp_path, monkeyp
         return outputs(network, some)
 
     monkeypatch.setattr(agent, "_outputs", seen)
-    agent._foresee(rows, np.zeros((len(rows), 2), dtype=np.float32), configure(str(tmp_path), []))
+    agent._predict_risk(rows, np.zeros((len(rows), 2), dtype=np.float32), configure(str(tmp_path), []))
     assert len(set(held_out)) == len(agent.foresight) * (len(rows) // 10)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sd_gym.agents.imitation.agent import PRICES
-from sd_gym.agents.imitation.staged import COMBINATIONS, Combinations, combined, ways_of_stages
+from sd_gym.agents.imitation.staged import COMBINATIONS, Combinations, combinations_of, ways_of_stages
 from sd_gym.agents.registry import make_agent
 from stable_baselines3.common.logger import configure
 
@@ -21,7 +21,7 @@ def vec_env(reviews, tiny_backbone, **keys):
 
 
 def path_of(core, seed=0):
-    """A random path from dense to nothing."""
+    """A random path from dense to all skipped."""
     path = [np.zeros_like(core.nvec)]
     skipping = np.flatnonzero(core.nvec[: len(core.nvec) - core.has_answer_stage] > 1)
     for component in np.random.default_rng(seed).permutation(skipping):
@@ -71,9 +71,9 @@ def test_the_ways_of_all_stages_together_are_the_path(env):
 
 
 def test_few_ways_are_combined_in_all_ways_and_of_many_some_are_drawn():
-    few = combined([3, 2, 4], np.random.default_rng(0))
+    few = combinations_of([3, 2, 4], np.random.default_rng(0))
     assert len(np.unique(few, axis=0)) == len(few) == 24
-    many = combined([7, 7, 7], np.random.default_rng(0))
+    many = combinations_of([7, 7, 7], np.random.default_rng(0))
     assert 0.9 * COMBINATIONS < len(np.unique(many, axis=0)) == len(many) <= COMBINATIONS
     assert not many[0].any()
     assert (many.max(axis=0) == 6).all()
@@ -104,7 +104,7 @@ def test_the_cost_of_a_sure_policy_is_that_of_its_decision(env, known):
         assert (decided_by(known, policy) == expected).all()
         flops, risk = known.outcomes.flops[:, combination], known.risk[:, combination]
         answer = known.outcomes.going_on[:, combination] if goes_on else PRICE * risk
-        cost = known.costs(known.shares(policy, slice(None)), slice(None), PRICE)[0].item()
+        cost = known.costs(known.log_probs(policy, slice(None)), slice(None), PRICE)[0].item()
         assert cost == pytest.approx((flops + answer).mean().item(), abs=1e-4)
 
 
@@ -134,7 +134,7 @@ def test_the_cost_of_an_unsure_policy_is_the_mean_over_its_draws(env, known):
         total.append((outcomes.flops[at, number].numpy() + answer).mean())
     error = np.std(total) / len(total) ** 0.5
     with torch.no_grad():
-        cost = known.costs(known.shares(policy, chosen), chosen, PRICE)[0].item()
+        cost = known.costs(known.log_probs(policy, chosen), chosen, PRICE)[0].item()
     assert cost == pytest.approx(float(np.mean(total)), abs=float(4 * error))
 
 

@@ -80,7 +80,7 @@ def test_learning_begins_at_even_odds_of_switches_and_keeps_most_tokens(custom, 
     assert learning_bias(core, 0.05).view(-1, 2).softmax(1)[-1, 1].item() == pytest.approx(0.05)
     sd_gym.tabulate(CUSTOM, tmp_path / "table", decisions="random:4", **custom)
     table = gym.make_vec("SD/Table-v0", num_envs=1, table=str(tmp_path / "table")).unwrapped.core
-    assert learning_bias(table, 0.5).tolist() == [0.0] * 4  # numbers of masks, none of them a token level
+    assert learning_bias(table, 0.5).tolist() == [0.0] * 4  # indices of masks, none of them a token level
 
 
 def test_a_margin_makes_a_policy_skip_less_and_less(env):

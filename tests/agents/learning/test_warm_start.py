@@ -83,7 +83,7 @@ def test_a_start_that_would_not_decide_as_it_did_is_refused(make_env, tmp_path):
     policy.blind = True
     policy.save(tmp_path / "blind")
     make_agent("blind-ppo", env, start=tmp_path / "blind")
-    with pytest.raises(ValueError, match="it has learned blind, and this agent sees"):
+    with pytest.raises(ValueError, match="it was trained blind, and this agent is not"):
         make_agent("ppo", env, start=tmp_path / "blind")
     with pytest.raises(ValueError, match=r"its stages is \['first'\], expected \['first', 'answer'\]"):
         make_agent("ppo", make_env(stages=["first", "answer"]), start=tmp_path / "seeing")

@@ -65,7 +65,7 @@ def bold(seen):
 def early_outlook(fitted):
     """Of the early choices 0 and 1: quality lost, and FLOPs."""
     states = fitted.states(torch.arange(2), torch.zeros(2, dtype=torch.int64))
-    odds, flops = fitted.outlook(states, fitted.with_choices(states, torch.tensor([[0, 0], [1, 0]])))
+    odds, flops = fitted.predict(states, fitted.with_choices(states, torch.tensor([[0, 0], [1, 0]])))
     return (odds[:, 0] - odds[:, 1]).tolist(), flops.tolist()
 
 
@@ -89,7 +89,7 @@ def test_the_last_stage_foresees_no_flops_as_they_are_known():
     states = new.states(torch.arange(50), torch.ones(50, dtype=torch.int64))
     decisions = new.with_choices(states, torch.ones(50, 2, dtype=torch.int64))
     assert torch.equal(decisions[:, 0], new.decisions[:, 0].long())  # the early stage's stay as they were
-    np.testing.assert_allclose(new.outlook(states, decisions)[1], flops_ratio(None, decisions.numpy()), rtol=1e-6)
+    np.testing.assert_allclose(new.predict(states, decisions)[1], flops_ratio(None, decisions.numpy()), rtol=1e-6)
 
 
 def test_a_situation_knows_nothing_of_what_is_decided_from_there_on():
@@ -105,7 +105,7 @@ def test_only_the_choices_of_its_stage_count_in_the_policy_gradient():
     new, policy = foresight(n=6), DecisionPolicy(SIZE, NVEC.tolist(), ["early", "late"], stages=STAGES)
     states = new.states(torch.arange(6), torch.tensor([0, 1] * 3))
     logits, choices = policy(states.observations), torch.ones(12, 2, dtype=torch.int64)  # two tries on each
-    log_prob, entropy = policy.evaluate(*new.own_alone(states, logits, choices))
+    log_prob, entropy = policy.evaluate(*new.without_other_stages(states, logits, choices))
     expected, _ = policy.evaluate(logits, choices)
     own = torch.tensor([[True, False], [False, True]] * 6)
     assert torch.equal(log_prob, torch.where(own, expected, 0.0))
