@@ -24,7 +24,7 @@ import numpy as np
 from gymnasium.utils import seeding
 from rich.console import Console
 from rich.table import Table
-from sd_gym.agents.serving.controls import COINS, FIRST_SEED, fixed, play
+from sd_gym.agents.serving.controls import FIRST_SEED, MIXTURES, fixed, play
 from serving import Client, started
 
 from sd_gym.envs.serving.arrivals import arrival_times
@@ -118,7 +118,7 @@ def main() -> None:
     first, *_ = arms.values()
     last = len(first.config.points) - 1
     for point in arguments.points:  # the server counts from the other end
-        only = fixed(first.config)[point * (1 + len(COINS))]
+        only = fixed(first.config)[point * (1 + len(MIXTURES))]
         arms[f"point {point}"] = Arm(first.client, first.config, only, {"point": last - point})
     dense = asyncio.run(measure(arms, texts, arguments.episodes))
     right = [names.get(row["label"], row["label"]) for row in rows]  # data may have numbers or names

@@ -34,7 +34,7 @@ from sd_gym.registration import config_of, is_of_table
 from sd_gym.tasks.splits import check_unchanged
 
 Policy = DecisionPolicy | str | Path | Callable[[Observations], Any]
-KEPT = ("steps", "seed", "confidence", "agent_settings", "origins", "origin_seeds", "data")  # kept by evaluate
+KEPT = ("steps", "seed", "confidence", "agent_settings", "origins", "origin_seeds", "data")  # copied from the run
 
 
 def train_all(
@@ -191,7 +191,8 @@ def _selected(
     """The selected policy, and the results of the policy as given (for a list, of the best one on policy rows)."""
     core = selection.core
     given = policy if isinstance(policy, list | tuple) else [policy]
-    chosen, dense = selection.select([version for one in given for version in _versions(one, flops, core)]), Dense(core)
+    points = [version for item in given for version in _versions(item, flops, core)]
+    chosen, dense = selection.select(points), Dense(core)
     if chosen is None and selection.origin is not None:
         dense = _policy_like(selection.origin.with_margin(DENSE_MARGIN), flops, core)
     searched = selection.as_searched()
@@ -243,7 +244,7 @@ def _policy_like(policy: Any, flops: int | None, core: Core) -> PolicyLike | Spl
 
 
 class _Origin(NamedTuple):
-    """The run of a policy; if the run is on a table and the env is not, its artefact and the env of the artefact."""
+    """The run of a policy; if it is on a table and the env is not, also its artefact and the artefact's env."""
 
     folder: Path
     description: dict[str, Any]
@@ -262,7 +263,7 @@ def _origin(env_id: str, policy: object) -> _Origin | None:
             exported = SkipPolicy.from_pretrained(folder)
         elif not DecisionPolicy.load(folder).switches:  # else it decides switch by switch, also on the env itself
             raise ValueError(
-                f"{folder}: its policy decides by numbers of masks, and no {FILE} beside it says which masks. Its "
+                f"{folder}: its policy decides by indices of masks, and no {FILE} beside it says which masks. Its "
                 "table has no export, so evaluate the policy on the table (docs/tables.md)"
             )
     return _Origin(folder, description, exported, exported and exported.card["env"]["id"])

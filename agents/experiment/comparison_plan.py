@@ -82,7 +82,7 @@ class PlannedRun:
 
 
 def _as_yaml(value: Any) -> str:
-    """A setting as ``--set`` reads it; a word stays as it is, if it is read as that word."""
+    """A setting as text for ``--set``; a word is quoted only if YAML would read it as something else."""
     if not isinstance(value, str | Path):
         return json.dumps(value)
     word = str(value)
@@ -144,7 +144,7 @@ def plan_comparison(
 def _serving_runs(
     env: str, algos: Sequence[str], controls: bool, seeds: int, folder: Path, shared: dict[str, Any]
 ) -> list[PlannedRun]:
-    """The runs on a serving env, which has agents and controls of its own; the latter draw nothing."""
+    """The runs on a serving env, which has its own agents and controls; controls have one seed."""
     of_env, _ = dials.split_settings("ppo", shared["settings"])
     serving_config(env, of_env)  # raises if a setting is unknown
     runs = []

@@ -14,8 +14,8 @@ from sd_gym.envs.protocols import SCORES
 from sd_gym.envs.single import SwitchableEnv
 
 EPISODES = 32  # episodes of each constant or random decision
-SEEDS = 8  # that are compared with each other
-EXHAUSTIVE, TRIED_ON = 4096, 2  # decisions that are all tried, at most, and on how many instances
+SEEDS = 8  # whose episodes are compared
+EXHAUSTIVE, TRIED_ON = 4096, 2  # most decisions that are all tried, and on how many instances
 SLACK = 1e-6
 
 
@@ -27,7 +27,7 @@ class Check(NamedTuple):
     finding: str
 
     def line(self) -> str:
-        """For the command line."""
+        """The check as a line of the command's output."""
         return f"{'ok    ' if self.passed else 'FAILED'}  {self.name}: {self.finding}"
 
 
@@ -78,10 +78,10 @@ def _seeds(env: SwitchableEnv) -> list[Check]:
 
     first, second = ([random_episode(seed) for seed in range(SEEDS)] for _ in range(2))
     same = all(
-        one.total == other.total
-        and one.info["instance"] == other.info["instance"]
-        and data_equivalence(one.observations, other.observations, exact=True)
-        for one, other in zip(first, second, strict=True)
+        once.total == again.total
+        and once.info["instance"] == again.info["instance"]
+        and data_equivalence(once.observations, again.observations, exact=True)
+        for once, again in zip(first, second, strict=True)
     )
     instances = {episode.info["instance"] for episode in first}
     finding = f"{len(instances)} different instances from {SEEDS} seeds"

@@ -39,7 +39,7 @@ from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.registry import UnknownNameError
 from sd_gym.tasks.difficulty import means_by
 
-WARM_UP, LEAST_TIMED = 2, 3  # batches
+WARM_UP, LEAST_TIMED = 2, 3  # batches before timing; fewest timed batches
 TIMED_SECONDS = 30.0  # after which no further batch is timed: three batches of a large backbone take minutes
 
 
@@ -140,8 +140,8 @@ def time_ratio(
     Random batches run from tokenised texts to logits. The dense backbone runs a batch in one pass, padded to its
     longest row. With the policy, a batch is observed, decided on, its tokens are ranked if some are dropped, and it
     runs in the passes of the env: by decision, and by length where that pays. Passes by length and shorter inputs save
-    time without any decision, so both are timed as controls. All take turns, after a warm-up; large backbones have
-    fewer than ``batches``.
+    time without any decision, so both are timed as controls. After a warm-up each batch times all of them; large
+    backbones get fewer than ``batches``.
 
     Returns:
         Medians over batches of times over the dense one: ``time_ratio``; ``dense_by_length``, the dense backbone in
@@ -160,7 +160,7 @@ def time_ratio(
         if len(times) >= LEAST_TIMED and time.perf_counter() - started > TIMED_SECONDS:
             break
         rows = random.integers(len(split), size=min(batch_size, len(split)))
-        runs = _contestants(core, policy, artefact, split, rows)
+        runs = _timed_runs(core, policy, artefact, split, rows)
         dense, *others = [_seconds(run, core.backbone) for run in runs]
         if number >= WARM_UP:
             times.append([seconds / dense for seconds in others])
@@ -168,24 +168,24 @@ def time_ratio(
     return dict(zip_longest(("time_ratio", "dense_by_length", "dense_shortened"), medians))
 
 
-def _contestants(
+def _timed_runs(
     core: BackboneCore, policy: PolicyLike, artefact: SkipPolicy | None, split: BackboneSplit, rows: NDArray
 ) -> list[Callable[[], object]]:
-    """What is timed: dense; with the policy; dense in passes by length; if tokens are dropped, dense on shorter inputs.
+    """The timed functions: dense, with the policy, dense by length and, if tokens are dropped, dense on shorter inputs.
 
-    If the policy judges generated texts, all but the last one generate them.
+    If the policy judges generated texts, all but the last function generate them.
     """
     backbone, everything = core.backbone, np.arange(len(rows))
     unseen, again = split.unseen(rows), split.unseen(rows)
-    nothing = np.zeros((len(rows), len(core.decision_nvec)), dtype=np.int64)
-    writes = core.has_answer_stage and not backbone.head.judges_passes
+    skip_none = np.zeros((len(rows), len(core.decision_nvec)), dtype=np.int64)
+    generates = core.has_answer_stage and not backbone.head.judges_passes
 
     def dense() -> None:
         inputs = split.passes.inputs(rows)
-        split.passes.generated_batch(rows, nothing, inputs, judges=False) if writes else backbone.logits(inputs)
+        split.passes.generated_batch(rows, skip_none, inputs, judges=False) if generates else backbone.logits(inputs)
 
     def by_length(passes: Passes) -> None:
-        passes.answers(everything, nothing) if writes else list(passes.logits(everything, nothing))
+        passes.answers(everything, skip_none) if generates else list(passes.logits(everything, skip_none))
 
     def decided() -> None:
         if artefact is None:

@@ -39,6 +39,6 @@ def export(
     env = exported.env.model_dump()
     env["reward"].pop("objective")
     card = {"env": env, "backbone": exported.backbone, **card}
-    of_input = exported.mean, exported.deviation, exported.rarity, exported.protection
-    looks = exported.of_tokens, exported.ranking_costs_flops, exported.context
-    return SkipPolicy(network, *of_input, tuple(operating_points), card, *looks)
+    statistics = exported.mean, exported.deviation, exported.rarity, exported.protection
+    further = exported.of_tokens, exported.ranking_costs_flops, exported.context
+    return SkipPolicy(network, *statistics, tuple(operating_points), card, *further)

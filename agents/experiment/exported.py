@@ -71,7 +71,7 @@ class ExportedCore(BackboneCore):
 
 
 class ExportedPolicy:
-    """What an export decides."""
+    """An exported policy, as a ``SplitPolicy``."""
 
     def __init__(self, model: OnnxModel) -> None:
         self._model = model
@@ -97,7 +97,7 @@ class ExportedPolicy:
 
 
 class _Graphs:
-    """The graphs of an export in the place of a ``Bank``."""
+    """The graphs of an export, with the interface of ``Bank``."""
 
     compiles = True  # no pass may have rows of several masks
 
@@ -106,7 +106,7 @@ class _Graphs:
         self._number = {mask.tobytes(): number for number, mask in enumerate(model.masks)}
 
     def of(self, mask: NDArray) -> Any:
-        """What runs the graph of a mask, bool ``[switches]``, and gives what a model gives."""
+        """A function that runs the graph of a mask, bool ``[switches]``, and returns outputs like a model's."""
         number = self._number[mask.tobytes()]
 
         def run(**inputs: Tensor) -> SimpleNamespace:

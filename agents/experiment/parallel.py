@@ -28,7 +28,7 @@ class RunStatus(NamedTuple):
 
 
 OnStatus = Callable[[RunStatus], None]
-GOING = ("begun", "learning", "searching")
+UNFINISHED = ("begun", "learning", "searching")
 
 
 def train_many(
@@ -51,12 +51,12 @@ def train_many(
         raise ValueError(f"a Ray cluster has processes of its own; leave out jobs (got {jobs}) or ray (got {ray!r})")
     schedule = _Schedule(runs, on_status)
     if ray is not None:
-        _share_on_ray(schedule, ray, imports)
+        _train_on_ray(schedule, ray, imports)
     elif jobs == 1:
         for run in iter(schedule.next, None):
             schedule.update(_attempt(run, imports, schedule.update))
     else:
-        _share(schedule, jobs, imports)
+        _train_in_processes(schedule, jobs, imports)
     return [schedule.last[run.folder] for run in runs]
 
 
@@ -83,7 +83,7 @@ class _Schedule:
     def next(self) -> PlannedRun | None:
         """The first run that can begin now, if any."""
         unfinished = {run.folder for run in self.waiting}
-        unfinished |= {folder for folder, status in self.last.items() if status.state in GOING}
+        unfinished |= {folder for folder, status in self.last.items() if status.state in UNFINISHED}
         for run in list(self.waiting):
             failed = [need for need in run.needs if need in self.last and self.last[need].state == "failed"]
             if not failed and any(need in unfinished for need in run.needs):
@@ -114,7 +114,7 @@ def _message(error: BaseException) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
 
 
-def _share(schedule: _Schedule, jobs: int, imports: Sequence[str]) -> None:
+def _train_in_processes(schedule: _Schedule, jobs: int, imports: Sequence[str]) -> None:
     workers = [_Worker(imports) for _ in range(min(jobs, len(schedule.waiting)))]
     try:
         while True:
@@ -134,8 +134,8 @@ def _share(schedule: _Schedule, jobs: int, imports: Sequence[str]) -> None:
             worker.end()
 
 
-def _share_on_ray(schedule: _Schedule, address: str, imports: Sequence[str]) -> None:
-    """Train the waiting runs on a cluster, one per core; there is only their last status."""
+def _train_on_ray(schedule: _Schedule, address: str, imports: Sequence[str]) -> None:
+    """Train the waiting runs on a cluster, one per core; only their last status is reported."""
     ray = cluster.connect(address)
     cores = cluster.cores(ray)
     running: dict[Any, PlannedRun] = {}
@@ -157,10 +157,10 @@ class _Worker:
 
     def __init__(self, imports: Sequence[str]) -> None:
         context = get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, list(imports)), daemon=True)
+        self.connection, worker_end = context.Pipe()
+        self.process = context.Process(target=_work, args=(worker_end, list(imports)), daemon=True)
         self.process.start()
-        theirs.close()
+        worker_end.close()
         self.run: PlannedRun | None = None
         self.alive = True
 
@@ -179,7 +179,7 @@ class _Worker:
             self.alive = False
             message = f"its process ended with exit code {self.process.exitcode}; is there enough memory?"
             status = RunStatus(self.run, "failed", message=message)
-        if status.state not in GOING:
+        if status.state not in UNFINISHED:
             self.run = None
         return status
 

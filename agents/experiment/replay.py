@@ -18,7 +18,7 @@ from sd_gym.registry import naming_imports
 
 QUALITY_TOLERANCE = 1e-4  # likelihoods depend on their batch in the last bits
 FLOPS_TOLERANCE = 1e-9  # counted, not measured
-NOT_REPLAYED = ("policy_flops_counted", "decisions_hash")  # keys of a result that are no outcomes of decisions
+NOT_REPLAYED = ("policy_flops_counted", "decisions_hash")  # keys of a result that do not follow from decisions
 SCORES = {"quality": QUALITY_TOLERANCE, "quality_ref": QUALITY_TOLERANCE, "flops_ratio": FLOPS_TOLERANCE}
 
 
@@ -27,16 +27,16 @@ class ReplayError(ValueError):
 
 
 class Replay(NamedTuple):
-    """A confirmed run. ``decided``: whether the folder has the policy, which made the same decisions again."""
+    """A confirmed run. ``has_policy``: whether its folder has the policy, which decided the same again."""
 
     split: str
     instances: int
-    decided: bool
+    has_policy: bool
 
     def lines(self) -> list[str]:
-        """For the command line."""
+        """The outcome as lines of the command's output."""
         policy = (
-            "decides the same again" if self.decided else "is not in the folder, so only its decisions were replayed"
+            "decides the same again" if self.has_policy else "is not in the folder, so only its decisions were replayed"
         )
         return [
             f"{self.instances} instances of the {self.split} split: quality and FLOPs of all decisions are as recorded",
@@ -91,11 +91,11 @@ def replay(folder: Path) -> Replay:
         own = dense * (recorded.scores["flops_ratio_with_policy"] - recorded.scores["flops_ratio"])
     else:
         decided = decide_on(core, policy, split, rows)
-        again, were = (core.joined(core.to_masks(one), core.goes_on(one)) for one in (decided, decisions))
+        again, were = (core.joined(core.to_masks(made), core.goes_on(made)) for made in (decided, decisions))
         if len(differ := np.flatnonzero((again != were).any(axis=1))):
             raise ReplayError(
-                f"{file}: {len(differ)} of {len(decided)} decisions are not the saved policy's, that of "
-                f"{recorded.ids[differ[0]]!r} the first"
+                f"{file}: {len(differ)} of {len(decided)} decisions are not the saved policy's, first "
+                f"that of {recorded.ids[differ[0]]!r}"
             )
         own = decision_flops(core, policy, split, rows)
         total = recorded.scores["flops_ratio"] + own / dense
@@ -146,7 +146,7 @@ def _check_scores(file: Path, recorded: RecordedInstances, name: str, scored: ND
         row = differ[0]
         raise ReplayError(
             f"{file}: {name} of {len(differ)} of {len(was)} instances is not what their decisions give; for "
-            f"{recorded.ids[row]!r} it is {was[row]:.6g} there, and {scored[row]:.6g} replayed"
+            f"{recorded.ids[row]!r} it is {was[row]:.6g}, and {scored[row]:.6g} when replayed"
         )
 
 
@@ -160,6 +160,6 @@ def _check_same(where: str, was: Any, now: Any) -> None:
             _check_same(f"{where}.{key}", value, now[key])
     elif isinstance(now, float) and isinstance(was, int | float):
         if not math.isclose(was, now, rel_tol=QUALITY_TOLERANCE, abs_tol=QUALITY_TOLERANCE / 10):
-            raise ReplayError(f"{where} is {was:.6g} there, and {now:.6g} replayed")
+            raise ReplayError(f"{where} is {was:.6g}, and {now:.6g} when replayed")
     elif was != now:
-        raise ReplayError(f"{where} is {was!r} there, and {now!r} replayed")
+        raise ReplayError(f"{where} is {was!r}, and {now!r} when replayed")

@@ -125,7 +125,7 @@ def train(
                 check_same_run(folder, unfinished, described)
             return dials.train(described, folder, settings, on_progress)
         with naming_imports(folder):
-            agent = _make(env_id, algo, seed, settings)
+            agent = _make_agent(env_id, algo, seed, settings)
         names = {"env": env_id, "algo": algo, "control": is_control(algo), "steps": steps, "seed": seed}
         names |= {"confidence": confidence, "imports": list(imports)}
         return _train(agent, folder, names, unfinished, on_progress)
@@ -138,7 +138,7 @@ def default_folder(env_id: str, algo: str, seed: int) -> Path:
 
 
 def _unfinished_run(folder: Path, resume: bool) -> dict[str, Any] | None:
-    """``config.json`` of the run to resume; ``None`` if the folder is empty; raises if it holds anything else."""
+    """``config.json`` of the run to resume, ``None`` for an empty folder; raises if it holds anything else."""
     if not contents(folder):
         return None
     try:
@@ -148,7 +148,7 @@ def _unfinished_run(folder: Path, resume: bool) -> dict[str, Any] | None:
     if (folder / "result.json").exists():
         raise FileExistsError(f"{folder} holds a finished run; choose another --output")
     if not resume:
-        raise FileExistsError(f"{folder} holds a run that was cut off; go on with --resume, or choose another --output")
+        raise FileExistsError(f"{folder} holds an interrupted run; go on with --resume, or choose another --output")
     return description
 
 
@@ -315,7 +315,7 @@ def _finish(
     return result
 
 
-def _make(env_id: str, algo: str, seed: int, settings: dict[str, Any]) -> BaseAgent:
+def _make_agent(env_id: str, algo: str, seed: int, settings: dict[str, Any]) -> BaseAgent:
     env_settings, agent_settings = split_settings(algo, settings)
     num_envs = make_settings(algo, agent_settings).num_envs
     try:
@@ -366,7 +366,7 @@ def write_result(result: dict[str, Any], core: Core, folder: Path) -> None:
 
 
 def check_same_run(folder: Path, present: dict[str, Any], described: dict[str, Any]) -> None:
-    """Raise ``ValueError`` if a folder holds another run: if a key that both descriptions have differs."""
+    """Raise ``ValueError`` if a folder holds another run, that is, if a key of both descriptions differs."""
     was, now = _identity(present), _identity(json.loads(as_json(described)))
     if differ := [key for key in now if key in was and was[key] != now[key]]:
         shown = ", ".join(f"its {key} is {was[key]}, now it is {now[key]}" for key in differ)

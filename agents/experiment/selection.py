@@ -29,9 +29,9 @@ from sd_gym.operating_points import OperatingPoint
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.table_export import TablePolicy
 
-PASSES = 20  # points of a sequence if each takes passes of a backbone
-CURVE_ROWS = 1000  # of the validation split, for each point of a curve
-UNLABELLED = 10  # epsilons that may seem lost without labels, where each changed answer counts, even one that is right
+PASSES = 20  # most points of a sequence if each takes passes of a backbone
+CURVE_ROWS = 1000  # most validation rows for a point of a curve
+UNLABELLED = 10  # factor on epsilon without labels, as every changed answer then counts as lost, even a right one
 
 
 class _Estimate:
@@ -46,7 +46,7 @@ class _Estimate:
 
     @cached_property
     def flops(self) -> float:
-        """FLOPs over dense FLOPs; those of deciding are left out if all versions share them."""
+        """FLOPs over dense FLOPs; without the FLOPs of deciding, if all versions share them."""
         core, policy = self._core, self.version.policy
         if isinstance(policy, SplitPolicy):
             return float(self._scored["flops_ratio_with_policy"].mean())
@@ -95,7 +95,7 @@ class Selection:
         return {
             "step": step,
             **{name: float(scored[name].mean()) for name in (*SCORES, "flops_ratio_with_policy")},
-            "quality_kept": self._kept(scored),
+            "quality_kept": self._keeps_quality(scored),
             "reward": float(objective.rewards(*(scored[name] for name in SCORES)).mean()),
         }
 
@@ -120,13 +120,13 @@ class Selection:
             float(scored["flops_ratio_with_policy"].mean()),
             float((scored["quality_ref"] - scored["quality"]).mean()),
             highest_loss(scored["quality"], scored["quality_ref"], self.confidence, split.scoring.highest),
-            self._kept(scored),
+            self._keeps_quality(scored),
         )
 
     def as_searched(self) -> Version | None:
         """After ``select``: the point that policy rows alone would choose, ``None``: dense.
 
-        It has the fewest FLOPs of those with a mean loss of at most epsilon there, without any test.
+        Of the points with a mean loss of at most epsilon there, without any test, it has the fewest FLOPs.
         """
         epsilon = self.core.config.reward.epsilon
         points = sorted(self._points or (), key=lambda point: point.flops)
@@ -140,7 +140,7 @@ class Selection:
 
     @property
     def origin(self) -> DecisionPolicy | TablePolicy | None:
-        """The policy that the selected point is a version of; for dense, that of the first tested point."""
+        """The policy that the selected point is a version of; if dense is selected, that of the first tested point."""
         version = self.selected or next((version for version, _ in self.tested), None)
         of = None if version is None else version.of
         return of if isinstance(of, DecisionPolicy | TablePolicy) else None
@@ -192,13 +192,15 @@ class Selection:
         for _, path in groupby(points, key=lambda version: id(version if version.of is None else version.of)):
             versions = list(path)
             if len(versions) > 1:
-                end = bisect_left(versions, True, key=lambda one: _Estimate(core, one, few).is_hopeless(epsilon))
+                end = bisect_left(
+                    versions, True, key=lambda version: _Estimate(core, version, few).is_hopeless(epsilon)
+                )
                 versions = versions[: end + 1]
             paths.append([_Estimate(core, version, rows) for version in versions])
         return paths
 
     def _order(self, paths: list[list[_Estimate]]) -> list[Version]:
-        """The sequence of the tests. A single path is in order already, and needs no losses."""
+        """The points in the order of the tests. A single path is in order already, and needs no losses."""
         points = [point for path in paths for point in path]
         if not points:
             return []
@@ -211,6 +213,6 @@ class Selection:
         flops, most = np.array([point.flops for point in points]), PASSES if self.core.config.table is None else POINTS
         return [points[index].version for index in sequence(flops, losses, number, most)]
 
-    def _kept(self, scored: dict[str, NDArray]) -> bool:
+    def _keeps_quality(self, scored: dict[str, NDArray]) -> bool:
         epsilon, highest = self.core.config.reward.epsilon, self.core.split("validation").scoring.highest
         return verdict(scored["quality"], scored["quality_ref"], epsilon, self.confidence, highest) == Verdict.KEPT

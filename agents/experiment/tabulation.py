@@ -23,17 +23,17 @@ from sd_gym.envs.exact import REFERENCES, hull, oracle
 from sd_gym.envs.protocols import Core
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.table import table_core
-from sd_gym.envs.table_files import MOST
+from sd_gym.envs.table_files import MOST_MASKS
 from sd_gym.envs.table_files import read_description as read_table
-from sd_gym.envs.tabulate import TableMaker, Units, down_in_flops
+from sd_gym.envs.tabulate import TableMaker, Units, by_falling_flops
 from sd_gym.files import write_json
 from sd_gym.going_on import stages_of_pass
 from sd_gym.registration import config_of
 
 TABLE = "SD/Table-v0"  # the env that takes any table
-PATH_INSTANCES = 400  # of the training split, for the search of a path
+PATH_INSTANCES = 400  # training instances for the search of a path
 CHOICES = "all, layers, random:N, path, codebook or codebook:FILE"
-AHEAD = 0.05  # share of the FLOPs by which full information beats the hull if there is anything to learn
+AHEAD = 0.05  # full information saves this share of the FLOPs more than the hull if there is anything to learn
 
 
 def tabulate(
@@ -60,11 +60,11 @@ def tabulate(
         env_or_run: A registered id, or the folder of a run on the env.
         output: Folder to write the table to (its files: ``sd_gym.envs.table_files``).
         decisions: ``all``; or one or several of ``random:N`` (N masks, each with its own skip rate), ``path`` (a greedy
-            search on the training split, from dense to nothing), ``layers`` (all masks that skip whole layers; if it is
-            the only choice, the table's env decides layer by layer), ``codebook`` (the env's) and ``codebook:FILE``
-            (a list of masks, or the folder of a run of ``static`` or of a table). The dense mask is always added.
-            ``None``: all if there are at most 4,096, else ``random:64``. With several stages, the parts of the masks at
-            each stage are combined with those at the others (``None``: ``path``).
+            search on the training split, from dense to all skipped), ``layers`` (all masks that skip whole layers; if
+            it is the only choice, the table's env decides layer by layer), ``codebook`` (the env's) and
+            ``codebook:FILE`` (a list of masks, or the folder of a run of ``static`` or of a table). The dense mask is
+            always added. ``None``: all if there are at most 4,096, else ``random:64``. With several stages, the parts
+            of the masks at each stage are combined with those at the others (``None``: ``path``).
         instances: Largest number per split; ``None``: all.
         seed: Seed of ``random:N``.
         pca: Number of principal components that observations are reduced to (float16), for a small table;
@@ -98,7 +98,7 @@ def tabulate(
     # A core keeps what it has computed. What it computes in bfloat16 must not get into the envs of this process.
     core = BackboneCore(config) if bf16 else shared_core(config)
     with torch.autocast(torch.device(config.backbone.device).type, torch.bfloat16, enabled=bf16):
-        few = number_of_decisions(core.decision_nvec) <= MOST
+        few = number_of_decisions(core.decision_nvec) <= MOST_MASKS
         asked = [decisions] if isinstance(decisions, str) else list(decisions or ())
         asked = asked or ["path" if core.is_staged else "all" if few else "random:64"]
         masks = ways = units = None
@@ -146,11 +146,11 @@ def _chosen(core: Core, asked: Sequence[str], seed: int) -> NDArray:
     dense = np.zeros((1, len(core.decision_nvec)), dtype=np.int64)
     chosen = (core.to_masks(_choice(core, choice, seed)) for choice in asked)
     masks = np.unique(np.concatenate([dense, *chosen]), axis=0)
-    return masks[down_in_flops(core, masks)]
+    return masks[by_falling_flops(core, masks)]
 
 
 def _units(core: Core, layers: NDArray, masks: NDArray) -> Units:
-    """The decisions on whole layers ``layers [decisions, components]`` as numbers of masks."""
+    """The decisions on whole layers ``layers [decisions, components]`` as indices of masks."""
     number_of = {tuple(mask): number for number, mask in enumerate(masks.tolist())}
     units = skip_units(core, "layer")
     names = [core.switch_names[unit[0]].rpartition(".")[0] + ".layer" for unit in units[:-1]]
@@ -165,12 +165,12 @@ def combine_stages(core: Core, masks: NDArray) -> tuple[NDArray, list[int]]:
     number of ways of each stage, which are sorted by falling FLOPs. Raises ``ValueError`` for more than 4,096.
     """
     of_stages = [np.unique(ways, axis=0) for ways in ways_of_stages(core, masks)]
-    of_stages = [ways[down_in_flops(core, ways)] for ways in of_stages]
+    of_stages = [ways[by_falling_flops(core, ways)] for ways in of_stages]
     counts = [len(ways) for ways in of_stages]
-    if math.prod(counts) > MOST:
+    if math.prod(counts) > MOST_MASKS:
         raise ValueError(
             f"{len(masks)} masks make {' x '.join(map(str, counts))} combinations at the stages {core.stages}; a table "
-            f"has at most {MOST:,}: choose fewer decisions, or fewer stages"
+            f"has at most {MOST_MASKS:,}: choose fewer decisions, or fewer stages"
         )
     combined = np.zeros((1, masks.shape[1]), dtype=np.int64)
     for ways in of_stages:
@@ -187,8 +187,10 @@ def _choice(core: Core, asked: str, seed: int) -> NDArray:
         return greedy_path(core, core.split("train"), policy_rows(core, PATH_INSTANCES))
     if asked == "layers":
         units = skip_units(core, "layer")
-        if number_of_decisions(core.nvec[[unit[0] for unit in units]]) > MOST:
-            raise ValueError(f"{core.config.id} has too many layers: a table has at most {MOST:,} masks; choose path")
+        if number_of_decisions(core.nvec[[unit[0] for unit in units]]) > MOST_MASKS:
+            raise ValueError(
+                f"{core.config.id} has too many layers: a table has at most {MOST_MASKS:,} masks; choose path"
+            )
         return all_masks(core.nvec, units)
     if kind == "codebook":
         name = value or core.config.codebook
@@ -202,7 +204,7 @@ def _choice(core: Core, asked: str, seed: int) -> NDArray:
     if asked == "all":
         raise ValueError(
             f"{core.config.id} has {number_of_decisions(core.decision_nvec):,} decisions; a table has all where "
-            f"there are at most {MOST:,}, and 'all' stands alone: choose some with random:N, path or codebook"
+            f"there are at most {MOST_MASKS:,}, and 'all' stands alone: choose some with random:N, path or codebook"
         )
     raise ValueError(f"--decisions: expected {CHOICES}, got {asked!r}")
 

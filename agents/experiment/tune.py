@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 STUDY, BEST = "study.db", "best.yaml"
-FOLDER, FAILED = "folder", "failed"  # of a trial, in the study
+FOLDER, FAILED = "folder", "failed"  # attributes of a trial
 
 
 class TrialResult(NamedTuple):
@@ -98,7 +98,7 @@ def tune(
             raise foreign(folder, "folder of a study")
         what = {"env": env_id, "algo": algo, "seeds": seeds, "steps": steps, "confidence": confidence}
         study = _study(folder, {**what, "settings": settings})
-        _begin(study, {key: defaults[key] for key in space})
+        _enqueue(study, {key: defaults[key] for key in space})
         at_once = -(-(jobs if ray is None else cluster.cores(cluster.connect(ray))) // seeds)
         while True:
             finished = sum(trial.state.name == "COMPLETE" or FAILED in trial.user_attrs for trial in study.trials)
@@ -142,7 +142,7 @@ def _study(folder: Path, what: dict[str, Any]) -> Study:
     return study
 
 
-def _begin(study: Study, defaults: dict[str, Any]) -> None:
+def _enqueue(study: Study, defaults: dict[str, Any]) -> None:
     """Enqueue the defaults first, and interrupted trials again, in their folders."""
     from optuna.trial import TrialState
 

@@ -275,7 +275,7 @@ class Agent(BaseAgent[SettingsT]):
             network.initialise(learning_bias(self.env.core, self.settings.initial_skip_rate))
 
     def _load_start(self, folder: Path) -> DecisionPolicy:
-        """The policy to start from. One that decides once is converted to the env's stages, unless one is the answer."""
+        """The policy to start from. One that decides once is converted to several stages, if none is the answer."""
         start, core = DecisionPolicy.load(folder), self.env.core
         if start.codebook is not None and (start.noise != "none" or (start.stages == ["first"] and core.is_staged)):
             raise ValueError(

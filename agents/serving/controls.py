@@ -18,10 +18,10 @@ from sd_gym.envs.serving.queues import FEATURES, Queues, expected_loss
 
 NEVER = -1e9  # score of a point that is never chosen
 STEEP = 1e3  # slope of scores by the queue
-THRESHOLDS = (0.05, 0.15, 0.3, 0.6, 1.0, 1.5, 2.0)  # waiting requests, over what dense answers within a deadline
+THRESHOLDS = (0.05, 0.15, 0.3, 0.6, 1.0, 1.5, 2.0)  # waiting requests, over those that dense answers in a deadline
 SPACINGS = (0.03, 0.1, 0.2, 0.4)  # between the thresholds of a staircase
-COINS = (0.25, 0.5, 0.75)
-BINS = 4  # per deadline, in the bound
+MIXTURES = (0.25, 0.5, 0.75)
+BINS = 4  # per deadline, in the linear programme of ``foresight``
 # Seeds of the arrivals for search, selection and test; all agents use the same.
 FIRST_SEED = {"train": 1_000_000, "validation": 2_000_000, "test": 3_000_000}
 
@@ -31,7 +31,7 @@ def fixed(config: ServingConfig) -> list[Network]:
     points, networks = len(config.points), []
     for first in range(points):
         networks.append(_linear(np.zeros(points), np.where(np.arange(points) == first, 0.0, NEVER), draws=True))
-        for share in COINS if first + 1 < points else ():
+        for share in MIXTURES if first + 1 < points else ():
             odds = np.full(points, NEVER)
             odds[first : first + 2] = np.log([1 - share, share])
             networks.append(_linear(np.zeros(points), odds, draws=True))
@@ -71,7 +71,7 @@ def foresight(config: ServingConfig, split: str, episodes: int, losses: Array) -
     """Upper bounds of any dial's goodput at mean losses, ``[len(losses)]``, even if it knows all arrivals.
 
     This is a linear programme over bins of a quarter of the deadline. Requests are a fluid, and groups are always full.
-    A request may be served from the start of its bin to the end of the bin of its deadline. Each of these helps the
+    A request may be served from the start of its bin to the end of the bin of its deadline. All of this favours the
     server, so no dial answers more requests at the same mean loss on policy rows. Losses on other rows may differ.
     """
     width, batch, loss = config.deadline / BINS, config.max_batch, expected_loss(config)

@@ -42,7 +42,7 @@ class DialSettings(StrictModel):
 
 
 class PricedQueues(SwitchableVecEnv):
-    """A serving env for Stable-Baselines3 in which each episode draws a price of quality and shows it.
+    """A serving env for Stable-Baselines3 in which each episode draws a price of quality, which is observed.
 
     So one network learns the best dial at every price (a multiplier of the Lagrangian), and selection picks the price.
     The cost of an answer is its expectation, the loss of its point on policy rows. Requests do not depend on the dial,
@@ -54,11 +54,11 @@ class PricedQueues(SwitchableVecEnv):
         self.observation_space = gym.spaces.Box(-BOUND, BOUND, (len(FEATURES) + 1,), np.float32)
         self._config, self._loss = env.config, expected_loss(env.config)
         self._random, self._first = np.random.default_rng(seed), seed * SEEDS_OF_A_RUN
-        self._prices = self._drawn()
+        self._prices = self._draw_prices()
 
     def reset(self) -> Array:
         """Observations of new episodes."""
-        return self._priced(self.env.reset(seed=self._first)[0])
+        return self._with_price(self.env.reset(seed=self._first)[0])
 
     def step_wait(self) -> tuple[Array, Array, Array, list[dict[str, Any]]]:
         """Observations, rewards, dones and infos of the step."""
@@ -71,19 +71,19 @@ class PricedQueues(SwitchableVecEnv):
         rewards /= 10 * config.max_batch * (1 + prices)
         listed: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         for env in np.flatnonzero(ended):
-            listed[env]["terminal_observation"] = self._priced(infos["final_obs"][env][None], env)[0]
-        self._prices = np.where(ended, self._drawn(), self._prices)
-        return self._priced(observations), rewards.astype(np.float32), ended, listed
+            listed[env]["terminal_observation"] = self._with_price(infos["final_obs"][env][None], env)[0]
+        self._prices = np.where(ended, self._draw_prices(), self._prices)
+        return self._with_price(observations), rewards.astype(np.float32), ended, listed
 
-    def _drawn(self) -> Array:
+    def _draw_prices(self) -> Array:
         return self._random.uniform(*np.log(PRICES), size=self.num_envs)
 
-    def _priced(self, observations: Array, env: Any = slice(None)) -> Array:
-        return np.column_stack([observations, shown(self._prices[env])]).astype(np.float32)
+    def _with_price(self, observations: Array, env: Any = slice(None)) -> Array:
+        return np.column_stack([observations, observed_price(self._prices[env])]).astype(np.float32)
 
 
-def shown(log_price: Any) -> Any:
-    """The observation of a price, from -1 to 1, from its logarithm."""
+def observed_price(log_price: Any) -> Any:
+    """A price as an observation from -1 to 1, from its logarithm."""
     low, high = np.log(PRICES)
     return 2 * (log_price - low) / (high - low) - 1
 
@@ -103,7 +103,7 @@ class _Progress(BaseCallback):
         self._on_progress(self.num_timesteps, {"reward": mean})
 
 
-def learned(
+def learn_dials(
     algo: str,
     env: ServingVectorEnv,
     settings: DialSettings,
@@ -133,10 +133,10 @@ def learned(
         algorithm = A2C("MlpPolicy", queues, normalize_advantage=True, use_rms_prop=False, **common)
     algorithm.set_logger(logger)
     algorithm.learn(steps, callback=_Progress(on_progress), log_interval=None)  # pyright: ignore[reportArgumentType]
-    return [priced(algorithm, log_price) for log_price in np.log(np.geomspace(*PRICES, VERSIONS))]
+    return [actor_at_price(algorithm, log_price) for log_price in np.log(np.geomspace(*PRICES, VERSIONS))]
 
 
-def priced(algorithm: OnPolicyAlgorithm, log_price: float) -> Network:
+def actor_at_price(algorithm: OnPolicyAlgorithm, log_price: float) -> Network:
     """The actor at a fixed price, which is added to the first bias."""
     hidden: Any = algorithm.policy.mlp_extractor.policy_net  # with tanh in between
     head: Any = algorithm.policy.action_net
@@ -145,4 +145,4 @@ def priced(algorithm: OnPolicyAlgorithm, log_price: float) -> Network:
         for layer in (hidden[0], hidden[2], head)
     ]
     weight, bias = layers[0]
-    return Network([(weight[:-1], bias + shown(log_price) * weight[-1]), *layers[1:]])
+    return Network([(weight[:-1], bias + observed_price(log_price) * weight[-1]), *layers[1:]])

@@ -13,7 +13,7 @@ from sd_gym.agents.runs.statistics import bootstrap_interval, pareto_front
 from sd_gym.agents.runs.verdict import Verdict, difference_interval, fewest_instances, losses_allowed, verdict
 from sd_gym.agents.serving import controls
 from sd_gym.agents.serving.controls import Played, play
-from sd_gym.agents.serving.learn import DialSettings, OnProgress, learned
+from sd_gym.agents.serving.learn import DialSettings, OnProgress, learn_dials
 from stable_baselines3.common.logger import configure
 
 from sd_gym.config import SPLITS
@@ -79,7 +79,7 @@ def train(described: dict[str, Any], folder: Path, settings: dict[str, Any], on_
         else:
             env = ServingVectorEnv(str(SERVING.find(env_id)), of_agent.num_envs, **of_env)
             logger = configure(str(folder), ["tensorboard"])
-            networks = learned(algo, env, of_agent, described["steps"], seed, logger, on_progress)
+            networks = learn_dials(algo, env, of_agent, described["steps"], seed, logger, on_progress)
             logger.close()
         tried = _undominated(config, networks, on_progress if of_agent is None else None)
         result = _selected(config, *tried, described["confidence"], folder)

@@ -73,7 +73,7 @@ def compare(
 
 def _trained(runs: list[Any], jobs: int, ray: str | None, imports: list[str]) -> tuple[list[Path], list[Any]]:
     """Train planned runs and show progress; returns the folders of finished runs, and the failed runs."""
-    from sd_gym.agents.experiment.parallel import GOING, RunStatus, train_many
+    from sd_gym.agents.experiment.parallel import UNFINISHED, RunStatus, train_many
 
     with terminal.progress_bar() as progress:
         all_runs, bars = progress.add_task("runs", total=len(runs), figures=""), {}
@@ -83,7 +83,7 @@ def _trained(runs: list[Any], jobs: int, ray: str | None, imports: list[str]) ->
             name = f"{folder.parent.name}/{folder.name}"
             if status.state == "begun":
                 bars[folder] = progress.add_task(name, total=None, figures="")
-            elif status.state in GOING:
+            elif status.state in UNFINISHED:
                 total = status.run.steps if status.state == "learning" else None
                 progress.update(bars[folder], completed=status.steps, total=total, figures=status.state)
             else:

@@ -31,7 +31,7 @@ from sd_gym.registration import CONFIG_FOLDER
 
 FORMAT = 3
 CODEBOOK, PROJECTION, EXPORT = "codebook.json", "projection.safetensors", "export.safetensors"
-MOST = 4096  # decisions; with at most so many, a table has all of them
+MOST_MASKS = 4096  # decisions; with at most so many, a table has all of them
 JUDGED, SPENT = "judged", "spent"  # in the file of a split
 FACT = "fact."  # before the name of a fact, in the file of a split
 

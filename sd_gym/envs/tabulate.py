@@ -46,7 +46,7 @@ class Units(NamedTuple):
     order: list[int]  # the number of the mask of each combination of choices; the last unit's choice changes first
 
 
-def down_in_flops(core: Core[BackboneSplit], masks: Array) -> Array:
+def by_falling_flops(core: Core[BackboneSplit], masks: Array) -> Array:
     """Order of masks ``[masks, switches + 1]`` from most to fewest FLOPs, the dense one first: int64 ``[masks]``."""
     split = core.split("train")
     rows = np.arange(min(len(split), ORDERED))

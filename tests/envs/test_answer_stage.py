@@ -129,7 +129,7 @@ def test_agents_learn_there_and_their_runs_are_played_again(algo, table, tmp_pat
     settings = {"epochs": 3} if algo == "imitation" else steps
     result = sd_gym.train(TABLE, algo, tmp_path / "run", steps=64, table=table, epsilon=0.3, **settings)
     assert 0 <= result["goes_on"] <= 1
-    assert replay(tmp_path / "run").decided
+    assert replay(tmp_path / "run").has_policy
 
 
 def test_more_margin_goes_on_more_and_skips_less(core):
@@ -169,7 +169,7 @@ def test_a_margin_raises_the_threshold_of_answers_and_keeps_the_masks(core):
 def test_a_policy_that_skips_nothing_goes_on_nowhere(table, tmp_path):
     result = sd_gym.train(TABLE, "imitation", tmp_path / "run", table=table, epsilon=1e-6, epochs=1)
     assert (result["flops_ratio"], result["goes_on"]) == (1, 0)
-    assert replay(tmp_path / "run").decided
+    assert replay(tmp_path / "run").has_policy
 
 
 def test_a_text_is_judged_by_the_tokens_that_were_generated():

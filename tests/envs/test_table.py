@@ -133,7 +133,7 @@ def test_nothing_else_is_passed_on(shared_table, table_source):
 def test_a_run_on_a_table_is_played_again(table, tmp_path):
     """Its decisions are recorded as masks, also where an action is the number of one."""
     sd_gym.train(ID, "hash", tmp_path / "run", steps=1, table=table)
-    assert replay(tmp_path / "run").decided
+    assert replay(tmp_path / "run").has_policy
     file = tmp_path / "run" / "instances.csv"
     lines = file.read_text().splitlines()
     other = next(one for one in ("1" * 7, "0" * 7) if f",{one}," not in lines[1])

@@ -257,7 +257,7 @@ def test_a_run_on_a_table_without_what_deciding_takes_has_no_artefact(reduced, t
     (table / EXPORT).unlink()
     result = sd_gym.train(ID, "ppo", tmp_path / "run", steps=128, table=str(table))
     assert result["artefact"] is None
-    with pytest.raises(ValueError, match=r"decides by numbers of masks, and no skip_policy\.json"):
+    with pytest.raises(ValueError, match=r"decides by indices of masks, and no skip_policy\.json"):
         sd_gym.evaluate(table_source[0], tmp_path / "run")
     assert sd_gym.evaluate(ID, tmp_path / "run")["quality"] == result["quality"]
 

@@ -133,7 +133,7 @@ def test_a_run_that_was_cut_off_before_its_first_checkpoint_is_not_begun_again_u
     cut_run(settings, tmp_path / "run")
     (tmp_path / "run" / "checkpoint.pt").unlink()
     arguments = {"steps": 1_000, **{**settings, "num_envs": 16}}
-    with pytest.raises(FileExistsError, match="cut off; go on with --resume"):
+    with pytest.raises(FileExistsError, match="interrupted run; go on with --resume"):
         train(CUSTOM, "ppo", tmp_path / "run", **arguments)
     train(CUSTOM, "ppo", tmp_path / "run", **arguments, resume=True)
 

@@ -11,7 +11,7 @@ from sd_gym.agents.learning.agent import NotApplicableError
 from sd_gym.agents.report.collect import collect
 from sd_gym.agents.serving import controls
 from sd_gym.agents.serving.controls import play
-from sd_gym.agents.serving.learn import DialSettings, PricedQueues, learned
+from sd_gym.agents.serving.learn import DialSettings, PricedQueues, learn_dials
 from stable_baselines3.common.logger import configure
 from typer.testing import CliRunner
 
@@ -67,7 +67,7 @@ def test_a_staircase_climbs(config):
 def test_learning_finds_the_fast_point_where_quality_is_cheap(algo, steps, config):
     env = gym.make_vec(TREC, num_envs=16, **HEAVY).unwrapped
     own = DialSettings(num_envs=16, n_steps=32, hidden=16)
-    networks = learned(algo, env, own, steps, 0, configure(None, []), lambda *_: None)
+    networks = learn_dials(algo, env, own, steps, 0, configure(None, []), lambda *_: None)
     cheap, dear = play(config, [networks[0], networks[-1]], "train", 2).shares @ expected_loss(config)
     assert cheap > dear
 
