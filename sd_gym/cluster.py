@@ -65,7 +65,7 @@ def in_order(
 ) -> Iterator[tuple[Any, Any]]:
     """Each input with its outcome, in input order; two inputs per core are read ahead.
 
-    Each process of the cluster calls ``make`` once, for the function that it applies.
+    Each process of the cluster calls ``make`` once, to get the function that it applies to inputs.
 
     Raises:
         ValueError: If it is to run on GPUs and the cluster has none: tasks would wait forever.
@@ -83,7 +83,7 @@ def in_order(
         yield value, ray.get(outcome)
 
 
-_made: dict[str, Callable[[Any], Any]] = {}  # what this process has made, by the key of its ``in_order``
+_made: dict[str, Callable[[Any], Any]] = {}  # functions made in this process, by the key of their ``in_order``
 
 
 def _apply(key: str, make: Callable[[], Callable[[Any], Any]], value: Any) -> Any:
@@ -99,7 +99,7 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...], imports: lis
 
 
 def prepare_worker(imports: list[str]) -> None:
-    """Prepare a process that another one has started (``multiprocessing``): it ends with that one."""
+    """Prepare a process that was started by ``multiprocessing``: it ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
     prepare_process(os.getcwd(), imports)

@@ -124,7 +124,7 @@ def damaged_checkpoint(file: Path, error: Exception) -> str:
     return f"{file} is damaged, so it cannot be resumed ({one_line(error)}); delete it and begin again"
 
 
-def written(path: str | Path) -> tuple[tuple[str, int, int], ...]:
+def file_states(path: str | Path) -> tuple[tuple[str, int, int], ...]:
     """Name, time and size of a file, or of each file in a folder; the value changes when one of them is written again.
 
     Of the folders in it ``data`` counts alone, where copies of hub data sets have their files. Empty if there is none,

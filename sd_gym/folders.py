@@ -60,8 +60,8 @@ def contents(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir() if file.name != LOCK and file.suffix != ".tmp")
 
 
-def foreign(folder: Path, expected: str) -> FileExistsError:
-    """The error for a folder that holds other files."""
+def other_content_error(folder: Path, expected: str) -> FileExistsError:
+    """The error for a folder that holds other files than an ``expected`` kind of folder."""
     names = contents(folder)
     shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
     return FileExistsError(

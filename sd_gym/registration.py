@@ -52,7 +52,7 @@ def is_of_table(file: Path) -> bool:
 
 
 def _inherited(file: Path, key: str) -> str | None:
-    """``_line`` of a file, or of the first one that it extends and that has the key."""
+    """``_line`` of a file, or of the first file in its chain of ``extends`` that has the key."""
     files = [file]
     while (value := _line(files[-1], key)) is None:
         name = _line(files[-1], "extends")
@@ -83,7 +83,7 @@ def config_of(identity: str) -> Path:
     """The configuration file of an id; raises ``ValueError`` if there is no such id, or if it is a serving env's."""
     identity = plain_id(identity)
     if identity in SERVING:
-        raise ValueError(no_decisions(identity))
+        raise ValueError(serving_env_refused(identity))
     if identity not in ENVS:
         raise UnknownNameError(unknown("env", identity, all_ids()))
     return ENVS.find(identity)
@@ -94,8 +94,8 @@ def plain_id(identity: str) -> str:
     return identity.removeprefix("sd_gym:")
 
 
-def no_decisions(identity: str) -> str:
-    """Why something that needs an env of decisions refuses a serving env."""
+def serving_env_refused(identity: str) -> str:
+    """The message of a command that needs an env of decisions and got a serving env."""
     return f"{identity} is a serving env, which only train, compare and serve --dial take"
 
 

@@ -66,7 +66,7 @@ def unknown(kind: str, name: str, known: list[str]) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What follows an unknown name in a message: the nearest known one, or a full stop."""
+    """The end of a message about an unknown name: a suggestion of the nearest known one, or a full stop."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else "."
 

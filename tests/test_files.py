@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from sd_gym.files import read_checkpoint, read_json, read_tensors, write_checkpoint, write_json, write_tensors, written
+from sd_gym.files import (
+    file_states,
+    read_checkpoint,
+    read_json,
+    read_tensors,
+    write_checkpoint,
+    write_json,
+    write_tensors,
+)
 from tests.conftest import small_disk
 
 VALUES = {"x": torch.zeros(100_000)}
@@ -27,7 +35,7 @@ def test_a_file_that_is_written_again_in_a_subfolder_is_noticed(tmp_path):
     before = []
     for text in ("a", "bc"):
         (tmp_path / "data" / "train.parquet").write_text(text)
-        before.append(written(tmp_path))
+        before.append(file_states(tmp_path))
     assert before[0] != before[1]
 
 

@@ -22,9 +22,9 @@ from sd_gym.config import SPLITS, EnvConfig, dotted, stored_config
 from sd_gym.envs.config import load_config, make_config
 from sd_gym.envs.protocols import Core, Observations
 from sd_gym.envs.shared import shared_core
-from sd_gym.envs.spaces import each
+from sd_gym.envs.spaces import unbatched
 from sd_gym.files import write_json
-from sd_gym.folders import contents, foreign, locked
+from sd_gym.folders import contents, locked, other_content_error
 from sd_gym.inference.onnx import OnnxModel
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy
@@ -145,7 +145,7 @@ def evaluate(
         if folder is not None and (folder / "result.json").exists():
             raise FileExistsError(f"{output} holds a result; choose another output")
         if folder is not None and contents(folder):
-            raise foreign(folder, "place for a result")
+            raise other_content_error(folder, "place for a result")
         origin, same_data = None, False
         if is_exported(policy):
             if select:
@@ -206,7 +206,7 @@ def _versions(policy: Any, flops: int | None, core: Core) -> list[Version]:
         return [point._replace(policy=_policy_like(point.policy, flops, core)) for point in points]
     if isinstance(policy, list | tuple | np.ndarray):  # a mask
         flops, mask = flops or 0, policy
-        policy = lambda observations: np.tile(mask, (len(each(observations)), 1))  # noqa: E731
+        policy = lambda observations: np.tile(mask, (len(unbatched(observations)), 1))  # noqa: E731
     return [Version(_policy_like(policy, flops, core))]
 
 
@@ -238,7 +238,9 @@ def _policy_like(policy: Any, flops: int | None, core: Core) -> PolicyLike | Spl
         )
 
     def decide(observations: Any) -> NDArray:
-        return core.steps.spread_seen(observations, core.actions.decisions(act(observations), len(each(observations))))
+        return core.steps.spread_seen(
+            observations, core.actions.decisions(act(observations), len(unbatched(observations)))
+        )
 
     return _PolicyFunction(decide, getattr(policy, "flops", None) if flops is None else flops)
 

@@ -42,10 +42,10 @@ from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import joined
 from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.files import as_json, damaged_checkpoint, read_checkpoint, write_checkpoint, write_json
-from sd_gym.folders import check_empty, contents, foreign, locked
+from sd_gym.folders import check_empty, contents, locked, other_content_error
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.card import FILE
-from sd_gym.registration import SERVING, all_ids, no_decisions, plain_id
+from sd_gym.registration import SERVING, all_ids, plain_id, serving_env_refused
 from sd_gym.registry import UnknownNameError, naming_imports, unknown
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 from sd_gym.tasks.splits import check_unchanged
@@ -144,7 +144,7 @@ def _unfinished_run(folder: Path, resume: bool) -> dict[str, Any] | None:
     try:
         description = read_description(folder)
     except (FileNotFoundError, ValueError) as error:
-        raise foreign(folder, "run folder") from error
+        raise other_content_error(folder, "run folder") from error
     if (folder / "result.json").exists():
         raise FileExistsError(f"{folder} holds a finished run; choose another --output")
     if not resume:
@@ -408,7 +408,7 @@ def run_config(description: dict[str, Any], settings: dict[str, Any] | None = No
     The run's own objective need not be registered here; then there are no rewards.
     """
     if "arrivals" in description["env_config"]:
-        raise ValueError(no_decisions(description["env"]))
+        raise ValueError(serving_env_refused(description["env"]))
     values = dotted(description["env_config"])
     if values.get("table") is not None:  # the table has the other keys
         values = {key: value for key, value in values.items() if key in ("id", "table", *TABLE_KEYS)}

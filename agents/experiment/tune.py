@@ -20,7 +20,7 @@ from sd_gym.agents.runs.verdict import CONFIDENCE
 
 from sd_gym import cluster
 from sd_gym.files import as_json, write_text
-from sd_gym.folders import contents, foreign, locked
+from sd_gym.folders import contents, locked, other_content_error
 from sd_gym.registration import config_of, plain_id
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def tune(
 
     with locked(folder):
         if contents(folder) and not (folder / STUDY).exists():
-            raise foreign(folder, "folder of a study")
+            raise other_content_error(folder, "folder of a study")
         what = {"env": env_id, "algo": algo, "seeds": seeds, "steps": steps, "confidence": confidence}
         study = _study(folder, {**what, "settings": settings})
         _enqueue(study, {key: defaults[key] for key in space})

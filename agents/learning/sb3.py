@@ -54,7 +54,7 @@ class StageHead(nn.Module):
 
     Components that a stage does not decide have certain choices, which add nothing to log-probabilities and entropy.
     ``places`` are the indices of an action's choices in the logits of ``head``, int64 ``[stages, choices]``
-    (``Steps.of_logits``).
+    (``Steps.logit_indices``).
     """
 
     places: torch.Tensor
@@ -207,7 +207,7 @@ class SB3Agent(Agent[SB3SettingsT]):
         settings, core = self.settings, self.env.core
         policy: str | type[ActorCriticPolicy] = "MlpPolicy" if self.channels is None else "MultiInputPolicy"
         own: dict[str, Any] = {}
-        places, n_logits = core.steps.of_logits()
+        places, n_logits = core.steps.logit_indices()
         if settings.network is not None or places is not None:
             policy = DecisionActorCritic
             own = {"network": settings.network, "places": places, "n_logits": n_logits, "per_stage": self.per_stage}

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from sd_gym.backbones.checks import check_tokenizer, check_weights, positions_of, usable_device
 from sd_gym.backbones.heads import Head, head_of, stored_head
 from sd_gym.errors import BackboneError, one_line
-from sd_gym.files import written
+from sd_gym.files import file_states
 from sd_gym.switch import FlopsModel, Switchboard
 from sd_gym.switch.architectures import architecture_of
 
@@ -193,7 +193,7 @@ def load_own_backbone(name: str, device: str = "cpu") -> Backbone:
 
 def load_backbone(name: str, device: str = "cpu") -> Backbone:
     """Load a backbone that all envs share: do not change it. If its files were written again, it is reloaded."""
-    return _shared_backbone(name, device, written(name))
+    return _shared_backbone(name, device, file_states(name))
 
 
 @lru_cache(maxsize=4)

@@ -26,7 +26,7 @@ class Actions:
     space: gym.Space
     nvec: Array  # number of choices of each component of an action, int64
     meaning: str  # what an action is, in words, for error messages
-    codebook: Array | None = None  # the decisions that actions choose by number, int64 ``[masks, switches + 1]``
+    codebook: Array | None = None  # the decisions that actions choose by index, int64 ``[masks, switches + 1]``
     are_decisions: bool = True  # whether an action is a decision already
 
     def decisions(self, actions: Any, n: int) -> Array:
@@ -64,9 +64,9 @@ def decisions_as_actions(nvec: Array) -> Actions:
     return Actions(gym.spaces.MultiDiscrete(nvec), nvec, meaning)
 
 
-def numbers_as_actions(masks: int, codebook: Array | None = None) -> Actions:
-    """``Discrete``: the number of a mask of a codebook, or without one of a table."""
-    meaning = f"the number of one of {masks} masks"
+def indices_as_actions(masks: int, codebook: Array | None = None) -> Actions:
+    """``Discrete``: the index of a mask of a codebook; without a codebook, of a table."""
+    meaning = f"the index of one of {masks} masks"
     space = gym.spaces.Discrete(masks)
     return Actions(space, np.array([masks]), meaning, codebook=codebook, are_decisions=codebook is None)
 
@@ -92,7 +92,7 @@ def actions_of(config: EnvConfig, nvec: Array) -> Actions:
         codebook = read_masks(codebook_file(config.codebook), nvec)
     except ValueError as error:
         raise ConfigError(f"{config.id}: config key 'codebook': {error}") from error
-    return numbers_as_actions(len(codebook), codebook)
+    return indices_as_actions(len(codebook), codebook)
 
 
 def as_array(actions: Any) -> Array:
@@ -158,8 +158,8 @@ def number_of_decisions(nvec: Array) -> int:
 class Steps:
     """Which components of a decision each step of an episode makes, and their places in an action.
 
-    All steps have the same action space, that of the largest step. Components that a step does not have are ignored.
-    A choice that a component does not have counts as its last choice. Both are masked.
+    All steps have the same action space, that of the largest step. Components that a step lacks are ignored; a choice
+    that a component lacks counts as its last choice. Both are masked.
 
     Args:
         components: For each stage, the components that it decides. Their places in an action are in this order.
@@ -207,11 +207,11 @@ class Steps:
         flat = observations["stage"] if isinstance(observations, dict) else observations
         return self.spread(flat[:, : len(self.components)].argmax(axis=1), choices)
 
-    def of_logits(self) -> tuple[Array | None, int]:
-        """Places of an action's choices in a decision's logits, int64 ``[stages, sum(choices)]``, and their number N.
+    def logit_indices(self) -> tuple[Array | None, int]:
+        """Indices of an action's choices in a decision's N logits, int64 ``[stages, sum(choices)]``; and N.
 
-        The places are ``None`` if an action is the whole decision. Place N is a choice that is certain, since the stage
-        does not have this component; place N + 1 is a choice that is never made.
+        The indices are ``None`` if an action is the whole decision. Index N is a choice that is certain, since the
+        stage does not have this component; index N + 1 is a choice that is never made.
         """
         ends = np.cumsum(self._nvec)
         certain, never = int(ends[-1]), int(ends[-1]) + 1

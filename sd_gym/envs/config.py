@@ -14,11 +14,11 @@ from sd_gym.errors import one_line, short
 from sd_gym.objectives import Objective
 from sd_gym.registration import CONFIG_FOLDER
 
-# What can be chosen for an env of a table; all other keys are as in the original env. For ``stages``, all that can be
-# chosen is ["first"].
+# Keys that can be overridden for a table env; all others are as in the original env. ``stages`` can only become
+# ["first"].
 TABLE_KEYS = ("split", "stages", *(key for key in KEYS if key.startswith("reward.") and key != "reward.dense"))
 PATHS = "data.dataset", "backbone.name", "codebook", "table"  # the keys whose values may be paths
-EXTENDS = "extends"  # the key of a YAML file that names another one, which has the values of missing keys
+EXTENDS = "extends"  # the key of a YAML file that names the file with the values of missing keys
 
 
 def make_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
@@ -91,8 +91,8 @@ def load_config(file: str | Path, overrides: Mapping[str, Any]) -> EnvConfig:
     return make_config({**values, **dotted(overrides, origin)}, origin)
 
 
-def located(values: dict[str, Any], file: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """The values of a file, in which paths under ``keys`` that are relative to a user's file are absolute."""
+def with_absolute_paths(values: dict[str, Any], file: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """The values of a file; paths under ``keys`` that are relative to a user's file are made absolute."""
     for key in keys if CONFIG_FOLDER not in file.parents else ():
         if isinstance(value := values.get(key), str) and (value.startswith(".") or (file.parent / value).exists()):
             values[key] = str((file.parent / value).resolve())
@@ -112,7 +112,7 @@ def read_values(file: Path, extending: Sequence[Path] = ()) -> dict[str, Any]:
     own = read_yaml(file)
     chain = [*extending, file]  # the files that extend each other
     base = read_values(_base_file(chain, own.pop(EXTENDS)), chain) if EXTENDS in own else {}
-    return {**base, **located(dotted(own, str(own.get("id", file))), file, PATHS)}
+    return {**base, **with_absolute_paths(dotted(own, str(own.get("id", file))), file, PATHS)}
 
 
 def _base_file(chain: list[Path], name: Any) -> Path:
@@ -151,13 +151,13 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             alias = self.peek_event()
             raise ComposerError(
-                None, None, f"the alias *{alias.anchor} is not read here; write its value out", alias.start_mark
+                None, None, f"the alias *{alias.anchor} is not supported; write its value out", alias.start_mark
             )
         node = super().compose_node(parent, index)
         keys = set[tuple[str, str]]()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if (name := (key.tag, str(key.value))) in keys:
-                raise ComposerError(None, None, f"the key {key.value!r} is there twice; join the two", key.start_mark)
+                raise ComposerError(None, None, f"the key {key.value!r} is given twice; keep one", key.start_mark)
             keys.add(name)
         return node
 

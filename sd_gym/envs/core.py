@@ -20,7 +20,7 @@ from sd_gym.envs.protocols import Core, Observations
 from sd_gym.envs.spaces import FirstObservation, Observation, Pooled, Tokens
 from sd_gym.envs.staged import StageObservation
 from sd_gym.execution.split import BackboneSplit
-from sd_gym.files import written
+from sd_gym.files import file_states
 from sd_gym.going_on import ANSWER, answering, stages_of_pass
 from sd_gym.policy.artefact import tokenizer_hash
 from sd_gym.policy.protected_tokens import ProtectedTokens
@@ -155,13 +155,15 @@ class BackboneCore(Core[BackboneSplit]):
             statistics.mean,
             statistics.deviation,
             rarity=train.rarity if ranking is not None and ranking.needs_rarity else None,
-            protection=None if ranking is None else _rule(train, train.tokens.droppable),
+            protection=None if ranking is None else _droppable_rule(train, train.tokens.droppable),
             of_tokens=(observation.mean, observation.deviation)
             if is_staged and isinstance(observation, Tokens)
             else None,
             ranking_costs_flops=ranking is not None and ranking.costs_flops,
             # Without the first token, which stands for no answer.
-            context=None if context is None else _rule(train, np.pad(context.numpy()[:, 1:], ((0, 0), (1, 0)))),
+            context=None
+            if context is None
+            else _droppable_rule(train, np.pad(context.numpy()[:, 1:], ((0, 0), (1, 0)))),
         )
 
     def decided_logits(
@@ -191,22 +193,22 @@ class BackboneCore(Core[BackboneSplit]):
 def backbone_core(config: EnvConfig) -> BackboneCore:
     """The core of a configuration without a ``table``.
 
-    It is made anew if something else has the name of what it uses, or a file that it reads was written again.
+    A new one is made if a name that it uses was registered again, or a file that it reads was rewritten.
     """
     metric, task = METRICS.find(config.quality.metric), TASKS.find(config.task)
     found = OBSERVATIONS.find(config.observation), metric, task, RANKINGS.find(config.tokens.ranking)
     read = config.data.dataset, config.backbone.name, *([config.codebook] if config.codebook else [])
-    return _backbone_core(config, found, tuple(map(written, read)))
+    return _backbone_core(config, found, tuple(map(file_states, read)))
 
 
 @lru_cache(maxsize=8)
 def _backbone_core(config: EnvConfig, found: tuple[Any, ...], read: tuple[Any, ...]) -> BackboneCore:
-    """The cached core of a configuration, what its names stand for, and what was ``written`` in its files."""
+    """The core of a configuration, cached also by what its names stand for and by the state of its files."""
     return BackboneCore(config)
 
 
-def _rule(train: BackboneSplit, tokens: Array) -> ProtectedTokens | None:
-    """The rule that gives ``tokens``, bool ``[n, longest]``."""
+def _droppable_rule(train: BackboneSplit, tokens: Array) -> ProtectedTokens | None:
+    """The rule by which exactly ``tokens``, bool ``[n, longest]``, may be dropped; ``None``: there is none."""
     tokenizer = train.backbone.tokenizer
     added = tokenizer("", "").input_ids  # tokens around texts and between them
     separator = added[-1] if added else None

@@ -11,7 +11,7 @@ from gymnasium.vector.utils import create_empty_array
 from numpy.typing import NDArray as Array
 
 from sd_gym.envs.protocols import Core, Observations, Outcome, Split
-from sd_gym.envs.spaces import put
+from sd_gym.envs.spaces import write_rows
 from sd_gym.objectives import Objective
 
 if TYPE_CHECKING:  # an env of a table needs no torch
@@ -30,7 +30,7 @@ class Episodes:
         self._split: Split | None = None
         self.rows, self.stage = np.zeros((2, n), dtype=np.int64)  # after its last stage an episode is over
         self.decisions = np.zeros((n, len(core.nvec)), dtype=np.int64)  # 0, to run, where nothing is decided yet
-        self.paid = np.zeros(n)  # the rewards given so far for savings
+        self.paid = np.zeros(n)  # rewards for savings that were given so far
         self._state: PassState | None = None  # state of the common pass, if all are at the same stage
         self._known = np.zeros(n, dtype=np.bool_)  # episodes whose observation is up to date
         self._observed: Any = create_empty_array(core.observation_space, n)
@@ -140,7 +140,7 @@ class Episodes:
             observed, state = self.core.stage_observation.observe(
                 self.split, self.rows[at], int(number), self.decisions[at], state
             )
-            put(self._observed, at, observed)
+            write_rows(self._observed, at, observed)
             self._state = state if together else None
         self._known[:] = True
         return copy.deepcopy(self._observed)

@@ -64,7 +64,8 @@ def _batches(split: TableSplit) -> Iterator[tuple[Array, Array, Array]]:
 def hull(split: TableSplit) -> Curve:
     """The lower hull of all masks on a split: what one mask for all inputs, or a random mixture of two, can reach.
 
-    ``number`` is that of the mask. The hull is chosen in hindsight, so only a policy that uses its inputs can beat it.
+    ``number`` is the index of the mask. The hull is chosen in hindsight, so only a policy that uses its inputs can beat
+    it.
     """
     sums = [np.stack([loss.sum(axis=0), flops.sum(axis=0)]) for _, loss, flops in outcomes_of_all(split)]
     return lower_hull(*np.sum(sums, axis=0) / len(split))
@@ -73,8 +74,8 @@ def hull(split: TableSplit) -> Curve:
 def oracle(split: TableSplit, expected: Callable[[Array], Array] | None = None) -> Curve:
     """The best decision of each instance, given its outcomes, at each of ``MULTIPLIERS``: an upper bound.
 
-    Answers that a mask gets right by luck count as right. ``expected`` takes rows ``[n]`` to the losses ``[n, masks]``
-    that decide instead of the real ones.
+    Answers that a mask gets right by luck count as right. ``expected`` maps rows ``[n]`` to losses ``[n, masks]``, by
+    which masks are then chosen instead.
     """
     sums = np.zeros((2, len(MULTIPLIERS)))
     for rows, loss, flops in outcomes_of_all(split):
@@ -86,7 +87,7 @@ def oracle(split: TableSplit, expected: Callable[[Array], Array] | None = None) 
 
 
 def normalised_score(folder: Path, loss: float, flops: float) -> float | None:
-    """A result on a table's test split between its hull, 0, and what full information reaches, 1.
+    """The score of a result on a table's test split: 0 on its hull, 1 where full information is.
 
     Both are read at the result's ``loss`` (at 0 if it is negative) from the table's ``references.json``. ``None`` if
     the table has no references, or full information is not better than the hull there.

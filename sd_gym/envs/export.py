@@ -17,11 +17,11 @@ class Export(NamedTuple):
 
     env: EnvConfig  # for a table, the original env's
     backbone: dict[str, Any]  # as in the artefact's card
-    mean: Array  # mean of the observations; next their deviation
+    mean: Array  # mean of the observations
     deviation: Array
     rarity: Array | None
     protection: ProtectedTokens | None
-    masks: Array | None = None  # for a table, like projection
+    masks: Array | None = None  # only for a table, like ``projection``
     projection: Projection | None = None
     of_tokens: tuple[Array, Array] | None = None  # mean and deviation, if several stages show tokens
     ranking_costs_flops: bool = False

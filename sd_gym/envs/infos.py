@@ -25,7 +25,7 @@ def check_shown(render_mode: str | None, modes: Sequence[str]) -> None:
 
 
 def check_num_envs(num_envs: Any) -> None:
-    """Raise ``ValueError`` if it is no number of envs."""
+    """Raise ``ValueError`` unless ``num_envs`` is an integer of at least 1."""
     if isinstance(num_envs, bool) or not isinstance(num_envs, int | np.integer) or num_envs < 1:
         raise ValueError(f"num_envs: expected an integer of at least 1, got {num_envs!r}")
 
@@ -54,7 +54,7 @@ def checked_split(name: Any) -> str:
     return name
 
 
-def chosen(core: Core, n: int, options: dict[str, Any] | None) -> tuple[Split, NDArray | None]:
+def chosen_rows(core: Core, n: int, options: dict[str, Any] | None) -> tuple[Split, NDArray | None]:
     """The split that a reset with these options starts on, and its rows ``[n]``; ``None``: they are drawn.
 
     ``{"split": name}`` and ``{"instance": id}`` (a list of ids for a vector env) choose what to decide on. Raises
@@ -95,7 +95,7 @@ def infos_of_all(n: int, *parts: tuple[NDArray, dict[str, NDArray]]) -> dict[str
 
 
 def final_infos(ended: NDArray, observations: Sequence[Any], infos: dict[str, NDArray]) -> dict[str, Any]:
-    """What a step that also resets returns about the ``ended [num_envs]``: last observations, and ``infos``."""
+    """The final observations and infos of a step that also resets, for the envs that ``ended``, bool ``[num_envs]``."""
     last = np.full(len(ended), None, dtype=object)
     last[:] = observations
     infos = infos_of_all(len(ended), (np.flatnonzero(ended), infos))
@@ -103,7 +103,7 @@ def final_infos(ended: NDArray, observations: Sequence[Any], infos: dict[str, ND
 
 
 def pictures(core: Core, shown: Shown, render_mode: str) -> list[Any]:
-    """What each env shows: lines of text for ``ansi``, else arrays."""
+    """The picture of each env: lines of text for ``ansi``, else a uint8 array."""
     from sd_gym.envs.picture import as_image  # imported here, as most envs never draw
 
     return [as_lines(scene) if render_mode == "ansi" else as_image(scene) for scene in scenes(core, shown)]

@@ -10,7 +10,7 @@ from sd_gym.config import dotted
 from sd_gym.envs.config import is_table, load_config, read_values
 from sd_gym.envs.infos import checked_split
 from sd_gym.envs.serving.config import make_serving_config
-from sd_gym.envs.table_files import damage_told, read_description, table_folder
+from sd_gym.envs.table_files import naming_damage, read_description, table_folder
 from sd_gym.registration import SERVING, config_of
 from sd_gym.tasks.splits import Splits
 
@@ -62,7 +62,7 @@ def page_of(env_id: str) -> Page:
     facts["backbone"] = str(values.get("backbone.name") or "yours")
     facts["stages"] = ", ".join(values.get("stages") or ["of the table"])
     if description is not None:
-        with damage_told(table_folder(values["table"])):
+        with naming_damage(table_folder(values["table"])):
             facts["decisions"] = str(description["masks"] or "all")
             counts = [f"{split['instances']:,} {name}" for name, split in description["splits"].items()]
         facts["instances"] = ", ".join(counts)

@@ -43,7 +43,7 @@ class Scores(Protocol):
     # The highest quality that an instance can have or lose: 1, but more if a class counts more.
     @property
     def highest(self) -> float: ...
-    # Quality under the decisions, and dense quality; goes on from the state ``seen`` of the pass, if given.
+    # Quality under the decisions, and dense quality; the pass goes on from the state ``seen``, if given.
     def quality(self, rows: Array, decisions: Array, seen: Any = None) -> tuple[Array, Array]: ...
     # Quality under the decisions; nothing is cached.
     def run(self, rows: Array, decisions: Array) -> Array: ...
@@ -183,7 +183,7 @@ class Core(Protocol[S]):
         return parted(decisions, self.n_skips)[1]
 
     def joined(self, masks: Array, goes_on: Array) -> Array:
-        """Masks ``[n, switches + 1]``, with the answer stage followed by whether each row goes on."""
+        """Masks ``[n, switches + 1]``; with the answer stage, one more column: whether each row goes on."""
         return np.column_stack([masks, goes_on]) if self.has_answer_stage else masks
 
     @property

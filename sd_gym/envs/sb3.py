@@ -10,7 +10,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
-from sd_gym.envs.spaces import Observations, each
+from sd_gym.envs.spaces import Observations, unbatched
 
 ROW_PER_ENV = ("action_masks", "render")  # methods of the vector env that return a row per env
 
@@ -62,10 +62,10 @@ class SwitchableVecEnv(VecEnv):
             finals, reset = infos.pop("final_obs", [None] * self.num_envs), self._listed(infos)
             listed = [_step_info(info) for info in reset]
         else:
-            finals, listed = each(observations), self._listed(infos)
+            finals, listed = unbatched(observations), self._listed(infos)
             reset = listed
             if dones.any():
-                if not dones.all():  # what resets some would step the others
+                if not dones.all():  # resetting some would step the others
                     raise ValueError("episodes end at different steps; make the env with autoreset_mode=SAME_STEP")
                 if self.env.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP:
                     observations, *_, infos = self.env.step(self._actions)
@@ -163,7 +163,7 @@ def _joined(options: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _step_info(info: dict[str, Any]) -> dict[str, Any]:
-    """Takes the step's info, with the keys that wrappers added, out of the info of a ``SAME_STEP`` reset."""
+    """Move the step's info, with the keys that wrappers added, out of the info of a ``SAME_STEP`` reset."""
     final = info.pop("final_info", None)
     if final is None:
         return dict(info)

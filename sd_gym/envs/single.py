@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from sd_gym.envs.actions import as_array
 from sd_gym.envs.config import load_config
 from sd_gym.envs.episodes import Episodes
-from sd_gym.envs.infos import check_shown, chosen, info_of_one, pictures
+from sd_gym.envs.infos import check_shown, chosen_rows, info_of_one, pictures
 from sd_gym.envs.render import Shown
 from sd_gym.envs.shared import shared_core
-from sd_gym.envs.spaces import each, reward_space, spaces
+from sd_gym.envs.spaces import reward_space, spaces, unbatched
 
 METADATA: dict[str, Any] = {"render_modes": ["ansi", "rgb_array"], "render_fps": 1}  # gym.make adds human
 _ONE = np.zeros(1, dtype=np.int64)  # the only env of a batch of one
@@ -38,7 +38,7 @@ class SwitchableEnv(gym.Env):
 
         ``"multi_binary"`` is ``MultiBinary(switches)``; it needs a single token level and one stage.
 
-        ``"discrete"`` is ``Discrete(K)``: the number of a mask in ``codebook``. In the codebooks of the Mini envs the
+        ``"discrete"`` is ``Discrete(K)``: the index of a mask in ``codebook``. In the codebooks of the Mini envs the
         first mask is dense and the masks are nested.
 
         With several stages the space is that of the stage with the most switches. Components that a stage does not
@@ -128,7 +128,7 @@ class SwitchableEnv(gym.Env):
         """
         super().reset(seed=seed)
         episode = self._episode
-        episode.split, row = chosen(self.core, 1, options)
+        episode.split, row = chosen_rows(self.core, 1, options)
         episode.begin(_ONE, self.np_random.integers(len(episode.split), size=1) if row is None else row)
         return self._begun()
 
@@ -153,7 +153,7 @@ class SwitchableEnv(gym.Env):
         """What a reset gives."""
         episode = self._episode
         self._show({}, episode.no_rewards(1))
-        return each(episode.observe())[0], info_of_one(episode.infos(_ONE))
+        return unbatched(episode.observe())[0], info_of_one(episode.infos(_ONE))
 
     def _outcome(self, decisions: NDArray) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """What a step gives, after ``decisions [1, components]`` were taken."""
@@ -161,7 +161,7 @@ class SwitchableEnv(gym.Env):
         infos, rewards = episode.results(_ONE)
         self._show(infos, rewards)
         reward = rewards[0] if self.config.reward.vector else float(rewards[0])
-        return each(episode.observe())[0], reward, bool(episode.over[0]), False, info_of_one(infos)
+        return unbatched(episode.observe())[0], reward, bool(episode.over[0]), False, info_of_one(infos)
 
     def action_masks(self) -> NDArray:
         """Choices that are allowed, bool ``[choices]``, for sb3-contrib's maskable algorithms."""

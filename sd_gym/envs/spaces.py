@@ -137,7 +137,7 @@ class Tokens(Observation):
         tokens = np.zeros((len(rows), self.length, len(self.mean)), dtype=np.float32)
         observations = {"mask": np.zeros((len(rows), self.length), dtype=np.int8), "tokens": tokens}
         for part, *embedded in self._embedded(split, rows):
-            put(observations, part, self.of_hidden(*embedded))
+            write_rows(observations, part, self.of_hidden(*embedded))
         return observations
 
     def of_hidden(self, hidden: Tensor, mask: Tensor) -> dict[str, Array]:
@@ -175,14 +175,14 @@ def flat_size(space: gym.Space) -> int:
     return int(np.prod(space.shape or ()))
 
 
-def put(observations: Any, rows: Array, new: Observations) -> None:
-    """Write the ``new`` observations of some rows into the observations of all, which have the same keys, if any.
+def write_rows(observations: Any, rows: Array, new: Observations) -> None:
+    """Write the ``new`` observations of some rows in place into those of all rows; dictionaries have the same keys.
 
-    Raises ``ValueError`` if they are not one per row, each of the shape of the space.
+    Raises ``ValueError`` unless there is one per row, of the shape of the space.
     """
     if isinstance(new, dict):
         for name, values in new.items():
-            put(observations[name], rows, values)
+            write_rows(observations[name], rows, values)
     elif np.shape(new) != (shape := (len(rows), *observations.shape[1:])):
         raise ValueError(
             f"expected observations of the shape {list(shape)}, one per instance, got {list(np.shape(new))}"
@@ -203,8 +203,8 @@ def spaces(core: Core) -> tuple[gym.Space, gym.Space]:
     return copy.deepcopy(core.observation_space), copy.deepcopy(core.actions.space)
 
 
-def each(observations: Observations) -> list[Any]:
-    """The observation of each instance of a batch."""
+def unbatched(observations: Observations) -> list[Any]:
+    """The observations of a batch as a list, one per instance."""
     if isinstance(observations, dict):
         return [dict(zip(observations, row, strict=True)) for row in zip(*observations.values(), strict=True)]
     return list(observations)

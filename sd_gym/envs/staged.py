@@ -50,7 +50,7 @@ class StageObservation:
             [np.stack(list(self._dense(split, part))) for part in np.split(rows, rows[PASS_ROWS::PASS_ROWS])], axis=1
         )
         self.mean, self.deviation = features.mean(axis=1), deviation_of(features.std(axis=1))
-        judged = slice(features.shape[2] - self.answer_size, None)  # not standardised: of a dense pass it is too high
+        judged = slice(features.shape[2] - self.answer_size, None)  # not standardised: too sure in a dense pass
         self.mean[:, judged], self.deviation[:, judged] = 0, 1
         size = len(self.names) + 1 + features.shape[2]
         self.space: gym.Space = gym.spaces.Box(-OBSERVATION_LIMIT, OBSERVATION_LIMIT, (size,), np.float32)
@@ -76,7 +76,7 @@ class StageObservation:
 
     @property
     def around(self) -> tuple[int, int]:
-        """How many numbers of an observation are before the hidden states, and after them."""
+        """Sizes of the parts of an observation before and after the hidden states."""
         return len(self.names) + 1, self.judges + self.answer_size
 
     def dense(self, split: BackboneSplit, rows: Array) -> Array:

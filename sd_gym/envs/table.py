@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray as Array
 
 from sd_gym.config import EnvConfig
-from sd_gym.envs.actions import Steps, all_decisions, numbers_as_actions, read_masks
+from sd_gym.envs.actions import Steps, all_decisions, indices_as_actions, read_masks
 from sd_gym.envs.protocols import Core
 from sd_gym.envs.spaces import FirstObservation
 from sd_gym.envs.table_files import (
@@ -25,13 +25,13 @@ from sd_gym.envs.table_files import (
     JUDGED,
     PROJECTION,
     SPENT,
-    damage_told,
+    naming_damage,
     observations_at,
     read_description,
     table_folder,
 )
 from sd_gym.envs.table_scores import TableCosts, TableScoring, packed_length
-from sd_gym.files import map_arrays, read_json, written
+from sd_gym.files import file_states, map_arrays, read_json
 from sd_gym.projection import Projection, read_projection
 
 if TYPE_CHECKING:  # it needs torch
@@ -163,9 +163,9 @@ class TableCore(Core[TableSplit]):
     The components of a decision depend on the masks in the table:
 
     * all masks: those of the original env;
-    * some masks: one, the number of the mask; 0 is dense, and FLOPs fall with the number;
+    * some masks: one, the index of the mask; 0 is dense, and FLOPs fall with the index;
     * all masks that skip whole layers: one per layer;
-    * several stages: one per stage, the number of its choice; 0 runs all. With ``stages=["first"]`` all are decided at
+    * several stages: one per stage, the index of its choice; 0 runs all. With ``stages=["first"]`` all are decided at
       once.
 
     Raises:
@@ -200,7 +200,7 @@ class TableCore(Core[TableSplit]):
         splits = described["splits"].items()
         self.data = {name: SimpleNamespace(identity=split["identity"]) for name, split in splits}
         is_whole = self.exhaustive or units or (at_once and all_ways)
-        self.actions = self._decision_space if is_whole else numbers_as_actions(int(self.steps.choices[0]))
+        self.actions = self._decision_space if is_whole else indices_as_actions(int(self.steps.choices[0]))
         reduced = described.get("pca") is not None
         projection = read_projection(self.folder / PROJECTION) if reduced else None
         self.observation = TableObservation(described["observation"], projection, len(self.stages))
@@ -223,7 +223,7 @@ class TableCore(Core[TableSplit]):
     @cached_property
     def stage_observation(self) -> TableStages | FirstObservation:
         """The observations at the stages."""
-        with damage_told(self.folder):
+        with naming_damage(self.folder):
             return TableStages(self, self._ways, self.description["judges"]) if self._ways else FirstObservation(self)
 
     def split(self, name: str) -> TableSplit:
@@ -231,17 +231,17 @@ class TableCore(Core[TableSplit]):
         if name not in self._splits:
             if name not in self.description["splits"]:
                 raise ValueError(f"{self.folder} has no split {name!r}; it has {', '.join(self.description['splits'])}")
-            with damage_told(self.folder):
+            with naming_damage(self.folder):
                 self._splits[name] = TableSplit(self, name)
         return self._splits[name]
 
     def masks_of(self, decisions: Array) -> Array:
-        """Numbers, int64 ``[n]``, of the masks of decisions ``[n, components]``."""
+        """Indices, int64 ``[n]``, of the masks of decisions ``[n, components]``."""
         numbers = np.asarray(np.ravel_multi_index(tuple(decisions[:, : len(self._sizes)].T), self._sizes))
         return numbers if self._order is None else self._order[numbers]
 
     def answers_of(self, decisions: Array) -> Array:
-        """Numbers, int64 ``[n]``, of the masks whose answers count: dense (0) where a row goes on."""
+        """Indices, int64 ``[n]``, of the masks whose answers count: dense (0) where a row goes on."""
         numbers = self.masks_of(decisions)
         return np.where(self.goes_on(decisions), 0, numbers) if self.has_answer_stage else numbers
 
@@ -278,7 +278,7 @@ class TableCore(Core[TableSplit]):
         arrays = {name: np.array(values) for name, values in map_arrays(file).items()}
         of_table = all_decisions(self.nvec)
         env = {"id": described["env"], "table": None, "action": "multi_discrete", "codebook": None}
-        with damage_told(self.folder):
+        with naming_damage(self.folder):
             protection, context = described["protection"], described.get("context")
             return Export(
                 self.config.model_copy(update=env),
@@ -297,8 +297,8 @@ class TableCore(Core[TableSplit]):
 def table_core(config: EnvConfig) -> TableCore:
     """The core of a configuration that has a ``table``; a new one if the table has been made again."""
     folder = table_folder(config.table or "")
-    with damage_told(folder):
-        return _table_core(config, written(folder / "table.json"))
+    with naming_damage(folder):
+        return _table_core(config, file_states(folder / "table.json"))
 
 
 @lru_cache(maxsize=8)

@@ -31,7 +31,7 @@ from sd_gym.registration import CONFIG_FOLDER
 
 FORMAT = 3
 CODEBOOK, PROJECTION, EXPORT = "codebook.json", "projection.safetensors", "export.safetensors"
-MOST_MASKS = 4096  # decisions; with at most so many, a table has all of them
+MOST_MASKS = 4096  # a table of an env with no more decisions has all of them
 JUDGED, SPENT = "judged", "spent"  # in the file of a split
 FACT = "fact."  # before the name of a fact, in the file of a split
 
@@ -48,8 +48,8 @@ def table_folder(name: str | Path) -> Path:
 
 
 @contextmanager
-def damage_told(folder: Path) -> Iterator[None]:
-    """Turn the errors that missing or wrong values in a table's files lead to into a ``ValueError`` that names it."""
+def naming_damage(folder: Path) -> Iterator[None]:
+    """Turn errors caused by missing or wrong values in a table's files into a ``ValueError`` that names its folder."""
     try:
         yield
     except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray as Array
 
 from sd_gym.going_on import going_on_flops, resumed_from
 
-MasksOf = Callable[[Array], Array]  # from decisions [n, components] to the numbers of their masks [n]
+MasksOf = Callable[[Array], Array]  # from decisions [n, components] to the indices of their masks [n]
 
 
 def is_packed(tensors: dict[str, Array]) -> bool:
@@ -17,7 +17,7 @@ def is_packed(tensors: dict[str, Array]) -> bool:
 
 
 def packed_length(tensors: dict[str, Array], masks: int) -> int:
-    """Number of columns of the qualities under so many masks."""
+    """Columns in which the qualities under ``masks`` masks are stored."""
     return -(-masks // 8) if is_packed(tensors) else masks
 
 
@@ -40,13 +40,13 @@ class TableScoring:
         return self._decoded(np.unpackbits(codes, axis=1, count=self._masks) if self._is_packed else codes)
 
     def _at(self, rows: Array, masks: Array) -> Array:
-        """Qualities of rows ``[n]`` under the masks with the numbers ``masks [n]``, float64 ``[n]``."""
+        """Qualities of rows ``[n]`` under the masks with the indices ``masks [n]``, float64 ``[n]``."""
         if not self._is_packed:
             return self._decoded(self._codes[rows, masks])
         return self._decoded((self._codes[rows, masks >> 3] >> (7 - (masks & 7)).astype(np.uint8)) & 1)
 
     def of_one(self, row: int, mask: int) -> tuple[float, float]:
-        """Quality of a row under the mask of that number, and dense quality."""
+        """Quality of a row under the mask with that index, and dense quality."""
         code = self._codes[row, mask >> 3 if self._is_packed else mask]
         if self._is_packed:
             code = (int(code) >> (7 - (mask & 7))) & 1
@@ -138,7 +138,7 @@ class TableCosts:
         )
 
     def ratio_of_one(self, row: int, mask: int) -> float:
-        """FLOPs ratio of a row under the mask of that number."""
+        """FLOPs ratio of a row under the mask with that index."""
         return self._ratio.item(self._costs_of[row], mask)
 
     def dense_flops(self, rows: Array) -> Array:

@@ -22,10 +22,10 @@ class TableEnv(SwitchableEnv):
 
     Action Space:
         If the table has all decisions, the ``MultiDiscrete`` of the original env. If it has all masks of whole layers,
-        a ``MultiDiscrete`` of layers. Otherwise ``Discrete(K)``: the number of one of its K masks, the first of which
-        is dense. ``info["decision"]`` is the mask.
+        a ``MultiDiscrete`` of layers. Otherwise ``Discrete(K)``: the index of one of its K masks, the first of which is
+        dense. ``info["decision"]`` is the mask.
 
-        With several stages the action is the number of one of the choices of the stage; 0 runs everything.
+        With several stages the action is the index of one of the stage's choices; 0 runs everything.
         ``info["action_mask"]`` tells how many the stage has.
 
     Observation Space:
@@ -65,7 +65,7 @@ class TableEnv(SwitchableEnv):
     metadata = METADATA
     core: TableCore
 
-    # With one stage, numbers are looked up instead of arrays of one, which would take three times as long.
+    # With one stage, numbers are looked up instead of arrays of length one, which take three times as long.
 
     def _begun(self) -> tuple[Any, dict[str, Any]]:
         if self.core.is_staged:
@@ -92,7 +92,7 @@ class TableEnv(SwitchableEnv):
         return self._split.tensors["observations"][self._episode.rows[0]].astype(np.float32)
 
     def _info(self, mask: Array, outcome: tuple[float, float, float] | None) -> dict[str, Any]:
-        """The info of ``Episodes.infos``, of quality, dense quality and FLOPs ratio."""
+        """As ``Episodes.infos``; ``outcome``: quality, dense quality and FLOPs ratio, ``None`` after a reset."""
         quality, quality_ref, flops_ratio = outcome or (0.0, 0.0, 0.0)
         split, row = self._split, int(self._episode.rows[0])
         return {

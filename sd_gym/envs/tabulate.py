@@ -26,24 +26,24 @@ from sd_gym.envs.staged import StageObservation
 from sd_gym.envs.table_files import CODEBOOK, FACT, FORMAT, JUDGED, PROJECTION, SPENT, observations_at
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.files import as_json, map_arrays, read_json, write_arrays, write_json
-from sd_gym.folders import MARKER, contents, foreign, locked
+from sd_gym.folders import MARKER, contents, locked, other_content_error
 from sd_gym.objectives import OBJECTIVES
 from sd_gym.projection import OBSERVATION_LIMIT, Projection, fit_projection, read_projection
 from sd_gym.version import __version__
 
 CHUNK = 256  # instances per file of outcomes
-ORDERED = 256  # instances of the training split whose FLOPs order the masks
+ORDERED = 256  # training instances whose mean FLOPs order the masks
 PARTS = "parts"
 DENSE_LOSS = "dense_loss"
 NUMBERS = "biuf"  # kinds of numeric arrays
 
 
 class Units(NamedTuple):
-    """What a table's env decides on, if not on switches or the number of a mask: such as whole layers."""
+    """What a table's env decides on, if not on switches or the index of a mask: such as whole layers."""
 
     names: list[str]  # names of the units, without the last one, the token level
     sizes: list[int]  # choices of each unit
-    order: list[int]  # the number of the mask of each combination of choices; the last unit's choice changes first
+    order: list[int]  # mask index of each combination of choices; the last unit's choice changes first
 
 
 def by_falling_flops(core: Core[BackboneSplit], masks: Array) -> Array:
@@ -51,7 +51,7 @@ def by_falling_flops(core: Core[BackboneSplit], masks: Array) -> Array:
     split = core.split("train")
     rows = np.arange(min(len(split), ORDERED))
     order = np.argsort(-mean_flops(split, rows, masks), kind="stable")
-    is_dense = ~masks[order].any(axis=1)  # to rank tokens can cost more than dropping them saves
+    is_dense = ~masks[order].any(axis=1)  # ranking tokens can cost more than dropping them saves
     return np.concatenate([order[is_dense], order[~is_dense]])
 
 
@@ -77,7 +77,7 @@ class TableMaker:
     # With several stages, how many choices of each are in the masks. These are all combinations of the choices; the
     # choice of the last stage changes first.
     ways: list[int] | None
-    units: Units | None  # what the table's env decides on, if not on switches or the number of a mask
+    units: Units | None  # what the table's env decides on, if not on switches or the index of a mask
     chosen: str  # how the masks were chosen, in words; empty: all
     pca: int | None  # how many numbers observations are reduced to; ``None``: not reduced
     share: bool  # whether ids, texts and paths are left out
@@ -118,7 +118,7 @@ class TableMaker:
             total, left = (len(masks) * sum(len(chunk.rows) for chunk in some) for some in (chunks, missing))
             on_chunk(total - left, total)
             reduce = self._projection()
-            for chunk in _written((core, masks, self.ways or [], self.bf16, reduce), missing, jobs, ray, imports):
+            for chunk in _write_chunks((core, masks, self.ways or [], self.bf16, reduce), missing, jobs, ray, imports):
                 left -= len(masks) * len(chunk.rows)
                 on_chunk(total - left, total)
             for name in SPLITS:
@@ -147,7 +147,7 @@ class TableMaker:
 
     @property
     def _around(self) -> tuple[int, int]:
-        """How many numbers of an observation are before the hidden states, which are reduced, and after them."""
+        """Sizes of the parts of an observation before and after the hidden states, which alone are reduced."""
         return (0, 0) if self.ways is None else cast("StageObservation", self.core.stage_observation).around
 
     def _chunks(self, split: BackboneSplit) -> list[_Chunk]:
@@ -229,7 +229,7 @@ class TableMaker:
             write_json(file, description)
             return False
         if not file.is_file():
-            raise foreign(folder, "table")
+            raise other_content_error(folder, "table")
         existing = read_json(file)
         complete = bool(existing.pop("complete", False))
         what = "a table" if complete else "an interrupted table"
@@ -251,7 +251,7 @@ class TableMaker:
         core, n, encoded = self.core, len(split), split.encoded
         undecided = np.zeros((n, len(core.nvec)), dtype=np.int64)
         observed = np.asarray(core.stage_observation.observe(split, np.arange(n), 0, undecided, None)[0])
-        split.dense_loss = _together(parts, DENSE_LOSS, n)
+        split.dense_loss = _merged(parts, DENSE_LOSS, n)
         facts = split.facts()
         numbers = {name: values for name, values in facts.items() if values.dtype.kind in NUMBERS}
         smallest = {
@@ -275,7 +275,7 @@ class TableMaker:
             **_qualities(parts, n, len(masks)),
             **costs,
             **spent,
-            **{name: _together(parts, name, n) for name in whole},
+            **{name: _merged(parts, name, n) for name in whole},
             **{name: _smallest(values) for name, values in smallest.items()},
         }
         write_arrays(self.folder / f"{split.name}.safetensors", arrays)
@@ -284,11 +284,11 @@ class TableMaker:
         write_json(self.folder / f"{split.name}.json", {"ids": ids, "facts": texts})
 
 
-def _written(
-    how: tuple[Any, ...], chunks: list[_Chunk], jobs: int, ray: str | None, imports: Sequence[str]
+def _write_chunks(
+    arguments: tuple[Any, ...], chunks: list[_Chunk], jobs: int, ray: str | None, imports: Sequence[str]
 ) -> Iterator[_Chunk]:
-    """Write chunks and yield each; ``how`` has the other arguments of ``_write_chunk``."""
-    calls = [(chunk, *how) for chunk in chunks]
+    """Write chunks and yield each; ``arguments`` are the further ones of ``_write_chunk``."""
+    calls = [(chunk, *arguments) for chunk in chunks]
     if ray is not None:
         yield from cluster.in_any_order(cluster.connect(ray), _write_chunk, calls, imports)
     elif min(jobs, len(chunks)) <= 1:
@@ -339,11 +339,11 @@ def _without_paths(value: Any) -> Any:
 
 
 def _bound(values: Array) -> Any:
-    """A bound of a space; one number if all are equal."""
+    """A bound of a space as a list, or one number if all are equal."""
     return values.flat[0].item() if (values == values.flat[0]).all() else values.tolist()
 
 
-def _together(parts: list[dict[str, Array]], name: str, n: int) -> Array:
+def _merged(parts: list[dict[str, Array]], name: str, n: int) -> Array:
     """The arrays of all chunks as one, ``[n, ...]``, in the order of the rows."""
     dtype = np.result_type(*(part[name].dtype for part in parts))  # each chunk has the smallest of its own
     whole = np.empty((n, *parts[0][name].shape[1:]), dtype)
@@ -375,7 +375,7 @@ def _qualities(parts: list[dict[str, Array]], n: int, masks: int) -> dict[str, A
     """Qualities ``[n, masks]`` as indices into their different values: bits if there are two; too many are float32."""
     values = np.unique(np.concatenate([np.unique(part["quality"]) for part in parts])).astype(np.float64)
     if len(values) > 2**16:
-        return {"quality": _together(parts, "quality", n).astype(np.float32)}
+        return {"quality": _merged(parts, "quality", n).astype(np.float32)}
     quality = np.empty((n, masks), dtype=np.uint8 if len(values) <= 2**8 else np.uint16)
     for part in parts:
         quality[part["rows"]] = np.searchsorted(values, part["quality"])

@@ -16,7 +16,7 @@ from sd_gym.envs.infos import (
     check_num_envs,
     check_shown,
     checked_options,
-    chosen,
+    chosen_rows,
     final_infos,
     infos_of_all,
     pictures,
@@ -25,7 +25,7 @@ from sd_gym.envs.protocols import Observations
 from sd_gym.envs.render import Shown
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.single import METADATA
-from sd_gym.envs.spaces import each, reward_space, spaces
+from sd_gym.envs.spaces import reward_space, spaces, unbatched
 
 
 class SwitchableVectorEnv(VectorEnv):
@@ -124,7 +124,7 @@ class SwitchableVectorEnv(VectorEnv):
         envs = self._envs_to_reset(options)
         self._seed(seed, envs)
         episodes = self._episodes
-        episodes.split, rows = chosen(self.core, self.num_envs, options)
+        episodes.split, rows = chosen_rows(self.core, self.num_envs, options)
         episodes.begin(envs, self._random_rows(envs) if rows is None else rows[envs])
         self._show(episodes.over)
         return episodes.observe(), infos_of_all(self.num_envs, (envs, episodes.infos(envs)))
@@ -157,7 +157,7 @@ class SwitchableVectorEnv(VectorEnv):
             self._show(ended, (done, outcome), rewards)
             final = {}
             if len(done):
-                final = final_infos(ended, each(episodes.observe()), outcome)
+                final = final_infos(ended, unbatched(episodes.observe()), outcome)
                 episodes.begin(done, self._random_rows(done))
             infos = infos_of_all(n, (done, episodes.infos(done)), (going, under_way)) | final
         else:

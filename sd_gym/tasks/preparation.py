@@ -30,7 +30,7 @@ from sd_gym.backbones.load import head_stored_with, load_model, save_backbone
 from sd_gym.backbones.prepare import Recipe, freeze_observation, prepare
 from sd_gym.config import SPLITS, BackboneConfig, DataConfig, TokensConfig
 from sd_gym.files import as_json, read_json, write_file, write_json
-from sd_gym.folders import MARKER, contents, foreign, locked
+from sd_gym.folders import MARKER, contents, locked, other_content_error
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.backbone_rows import backbone_part, backbone_rows, row_hashes, write_backbone_rows
 from sd_gym.tasks.cache import encode_cached
@@ -300,7 +300,7 @@ def _cut_off(output: Path, resume: bool) -> dict[str, Any] | None:
     if not (output / CUT_OFF).exists():
         if (output / "config.json").exists():
             raise FileExistsError(f"{output} holds a model; choose another --output")
-        raise foreign(output, "interrupted preparation")
+        raise other_content_error(output, "interrupted preparation")
     if not resume:
         raise FileExistsError(
             f"{output} holds an interrupted preparation; continue it with --resume, or choose another --output"

@@ -106,8 +106,8 @@ def test_numbers_are_actions_and_spaces_are_an_envs_own(tiny):
         ("multi_binary", np.full((2, 6), 2), r"component 0 must be in 0..1, got 2"),
         ("discrete", np.array([0, 4]), r"component 0 must be in 0..3, got 4"),
         ("discrete", np.array([0, -1]), r"component 0 must be in 0..3, got -1"),
-        ("discrete", np.array([0.5, 1]), r"must be integers \(the number of one of 4 masks\), got 0.5"),
-        ("discrete", np.zeros((2, 7), dtype=int), r"expected actions of shape \(2,\) \(the number of one of 4 masks"),
+        ("discrete", np.array([0.5, 1]), r"must be integers \(the index of one of 4 masks\), got 0.5"),
+        ("discrete", np.zeros((2, 7), dtype=int), r"expected actions of shape \(2,\) \(the index of one of 4 masks"),
     ],
 )
 def test_bad_actions(tiny, action, given, message):

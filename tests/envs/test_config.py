@@ -64,7 +64,7 @@ def test_only_a_files_own_values_are_paths_beside_it(tmp_path):
     "text", ["reward: {epsilon: 1}\nsplit: test\nreward: {penalty: 3}", "{'a': 1, reward: 2, reward: 2}"]
 )
 def test_a_key_that_is_there_twice_is_told(text):
-    with pytest.raises(ConfigError, match=r"the key 'reward' is there twice; join the two in .*, line \d"):
+    with pytest.raises(ConfigError, match=r"the key 'reward' is given twice; keep one in .*, line \d"):
         parse_yaml(text, "own.yaml")
 
 
@@ -79,7 +79,7 @@ def test_aliases_of_yaml_are_refused_at_once():
     """Nine lines of them make a list of a billion words."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
-    with pytest.raises(ConfigError, match=r"--set: not YAML \(the alias \*a0 is not read here; write its value"):
+    with pytest.raises(ConfigError, match=r"--set: not YAML \(the alias \*a0 is not supported; write its value"):
         parse_yaml("\n".join(lines), "the --set")
 
 

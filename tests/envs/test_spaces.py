@@ -98,7 +98,7 @@ def test_the_vector_env_is_the_single_env_many_times(tiny, variant):
         assert following in ours.observation_space
         for row, (identity, action) in enumerate(zip(ids, actions, strict=True)):
             observation, _ = twin.reset(options={"instance": identity})
-            np.testing.assert_equal(spaces.each(observations)[row], observation)
+            np.testing.assert_equal(spaces.unbatched(observations)[row], observation)
             np.testing.assert_equal(infos["final_obs"][row], observation)
             _, reward, *_, info = twin.step(action)
             np.testing.assert_array_equal(rewards[row], reward)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, ValidationInfo, field_validator
 
 from sd_gym.config import SplitName, StrictModel, UnknownKeyError, validated
-from sd_gym.envs.config import located, read_yaml
+from sd_gym.envs.config import read_yaml, with_absolute_paths
 from sd_gym.envs.serving.arrivals import Arrivals
 from sd_gym.registration import CONFIG_FOLDER, SERVING
 
@@ -46,7 +46,7 @@ class ServingConfig(StrictModel):
 
     @field_validator("points")
     @classmethod
-    def _dense_first(cls, points: tuple[Point, ...], info: ValidationInfo) -> tuple[Point, ...]:
+    def _check_points(cls, points: tuple[Point, ...], info: ValidationInfo) -> tuple[Point, ...]:
         has = "mask" if info.data.get("policy") is None else "margin"
         for point in points:
             if getattr(point, has) is None or None not in (point.mask, point.margin):
@@ -54,7 +54,7 @@ class ServingConfig(StrictModel):
         if any(points[0].mask or ()):
             raise ValueError(f"expected dense, a mask of zeros, as the first point, got {list(points[0].mask or ())}")
         margins = [point.margin or 0.0 for point in points]
-        if has == "margin" and not all(one > other for one, other in pairwise(margins)):
+        if has == "margin" and not all(cautious > bold for cautious, bold in pairwise(margins)):
             raise ValueError(f"expected margins in descending order, from dense to bold, got {margins}")
         return points
 
@@ -72,7 +72,7 @@ def make_serving_config(file: str | Path, overrides: Mapping[str, Any]) -> Servi
     """
     bundled = CONFIG_FOLDER / "serving" / file
     source = bundled if bundled.is_file() else Path(file)
-    values = located(read_yaml(source), source, ("table", "policy"))
+    values = with_absolute_paths(read_yaml(source), source, ("table", "policy"))
     origin = str(values.get("id", file))
     unknown = sorted(set(overrides) - set(ServingConfig.model_fields) | {"id"} & set(overrides))
     if unknown:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray as Array
 
 from sd_gym.config import validated
 from sd_gym.envs.serving.config import ServingConfig
-from sd_gym.envs.serving.queues import FEATURES, features, remembered
+from sd_gym.envs.serving.queues import FEATURES, features, updated_loss
 from sd_gym.files import map_arrays, read_json, write_arrays, write_json
 from sd_gym.folders import MARKER
 from sd_gym.version import __version__
@@ -109,5 +109,5 @@ class Dial:
         return int(self.network.choose(np.nan_to_num(observed), self._random)[0])
 
     def answered(self, point: int, rows: int) -> None:
-        """Remember that this many rows were answered at a point that it chose."""
-        self._recent_loss = float(remembered(self._recent_loss, self.expected_loss[point], rows))
+        """Count ``rows`` more rows, answered at a ``point`` that the dial chose, in the recent loss."""
+        self._recent_loss = float(updated_loss(self._recent_loss, self.expected_loss[point], rows))

@@ -78,7 +78,8 @@ def _outcomes_of_policy(config: ServingConfig, split: str) -> Outcomes:
             "in the policy's skip_policy.json"
         )
     own = policy.network.flops / of_split.costs.dense_flops(rows)
-    quality, flops_ratio = (np.stack([getattr(one, of) for one in scored], axis=1) for of in ("quality", "flops_ratio"))
+    quality = np.stack([outcome.quality for outcome in scored], axis=1)
+    flops_ratio = np.stack([outcome.flops_ratio for outcome in scored], axis=1)
     return Outcomes(quality, flops_ratio + own[:, None])
 
 
@@ -99,7 +100,7 @@ def features(config: ServingConfig, queue: Array, wait: Array, rate: Array, loss
     return np.stack(np.broadcast_arrays(*units), axis=-1).clip(-BOUND, BOUND).astype(np.float32)
 
 
-def remembered(recent_loss: Any, loss: Any, answers: Any) -> Any:
+def updated_loss(recent_loss: Any, loss: Any, answers: Any) -> Any:
     """The recent loss after ``answers`` more answers at a point of the expected loss ``loss``."""
     return recent_loss - np.expm1(-np.asarray(answers) / MEMORY) * (loss - recent_loss)
 
@@ -171,7 +172,7 @@ class Queues:
         seconds = np.where(size > 0, a * size + b, 0.0)
         self.now = self.now + seconds
         self.head = self.head + size
-        self.recent_loss = remembered(self.recent_loss, self._expected[points], size)
+        self.recent_loss = updated_loss(self.recent_loss, self._expected[points], size)
         refused += self._wait_for_requests()
         return {
             "answers": size,
@@ -185,7 +186,7 @@ class Queues:
         }
 
     def _refuse_late(self, end: Array, a: Array, b: Array) -> Array:
-        """Refuse the oldest requests before ``end`` that a group cannot answer in time; returns its size."""
+        """Refuse the oldest requests before ``end`` that a group cannot answer in time; returns the group's size."""
         config = self.config
         while True:
             waiting = end - self.head

@@ -55,7 +55,7 @@ def test_the_places_of_a_stage_are_those_of_its_switches(reviews, tiny_backbone)
     keys = {"stages": ["first", "encoder.1"], "token_shares": [0, 0.5]}
     core = gym.make(CUSTOM, **files, **keys).unwrapped.core
     certain, never = 14, 15  # after the logits of six switches and two token levels
-    places, logits = core.steps.of_logits()
+    places, logits = core.steps.logit_indices()
     assert logits == certain
     assert places.tolist() == [
         [0, 1, 2, 3, *[certain, never] * 2, 12, 13],
