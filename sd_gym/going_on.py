@@ -17,7 +17,7 @@ def stages_of_pass(stages: Iterable[str]) -> list[str]:
     return [name for name in stages if name != ANSWER]
 
 
-def parted(decisions: NDArray, components: int) -> tuple[NDArray, NDArray]:
+def masks_and_goes_on(decisions: NDArray, components: int) -> tuple[NDArray, NDArray]:
     """Masks ``[n, components]`` of decisions, and whether each row goes on, bool ``[n]``.
 
     Decisions are ``[n, components]`` or, with the answer stage, ``[n, components + 1]``. A row that skipped nothing
@@ -29,9 +29,9 @@ def parted(decisions: NDArray, components: int) -> tuple[NDArray, NDArray]:
     return masks, (decisions[:, components] == 1) & masks.any(axis=1)
 
 
-def answering(decisions: NDArray, components: int) -> NDArray:
+def answer_masks(decisions: NDArray, components: int) -> NDArray:
     """The masks ``[n, components]`` that give the final answers: dense where a row goes on."""
-    masks, goes_on = parted(decisions, components)
+    masks, goes_on = masks_and_goes_on(decisions, components)
     return np.where(goes_on[:, None], 0, masks) if goes_on.any() else masks
 
 
@@ -40,7 +40,7 @@ def resumed_from(masks: NDArray, points: Sequence[int]) -> NDArray:
 
     Args:
         masks: Int ``[n, switches + 1]``; a row with a token level other than 0 restarts from switch 0.
-        points: Numbers of the switches before which a pass can be resumed, ascending, starting with 0.
+        points: Indices of the switches before which a pass can be resumed, ascending, starting with 0.
     """
     switches = masks.shape[1] - 1
     skipped = masks[:, :-1] != 0

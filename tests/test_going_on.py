@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sd_gym.going_on import answering, going_on_flops, parted, resumed_from
+from sd_gym.going_on import answer_masks, going_on_flops, masks_and_goes_on, resumed_from
 
 SWITCHES = 6
 POINTS = [0, 2, 4]
@@ -32,8 +32,8 @@ def test_what_is_run_again_is_what_was_skipped_and_all_after_its_point(skips, le
 
 def test_decisions_have_one_component_more_where_they_may_go_on():
     decisions = np.array([[1, 0, 2, 0], [1, 0, 2, 1], [0, 0, 1, 1], [0, 0, 0, 1]])
-    seen, goes_on = parted(decisions, 3)
+    seen, goes_on = masks_and_goes_on(decisions, 3)
     assert seen.tolist() == decisions[:, :3].tolist()
     assert goes_on.tolist() == [False, True, True, False]  # where nothing was skipped, nothing is left to run
-    assert answering(decisions, 3).tolist() == [[1, 0, 2], *[[0, 0, 0]] * 3]
-    assert answering(seen, 3).tolist() == seen.tolist()
+    assert answer_masks(decisions, 3).tolist() == [[1, 0, 2], *[[0, 0, 0]] * 3]
+    assert answer_masks(seen, 3).tolist() == seen.tolist()

@@ -176,7 +176,7 @@ def _timed_runs(
     If the policy judges generated texts, all but the last function generate them.
     """
     backbone, everything = core.backbone, np.arange(len(rows))
-    unseen, again = split.unseen(rows), split.unseen(rows)
+    unseen, again = split.uncached(rows), split.uncached(rows)
     skip_none = np.zeros((len(rows), len(core.decision_nvec)), dtype=np.int64)
     generates = core.has_answer_stage and not backbone.head.judges_passes
 

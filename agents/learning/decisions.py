@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sd_gym.envs.protocols import SCORES, Core, Observations, Split
 from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.execution.passes import PASS_TOKENS
-from sd_gym.execution.scoring import AT_ONCE
+from sd_gym.execution.scoring import DENSE_BATCH
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.table_export import TablePolicy
 from sd_gym.switch import PassState
@@ -207,7 +207,7 @@ def _score(
     split: Split,
     rows: NDArray,
     decide: Callable[[NDArray], tuple[NDArray, PassState | None]],
-    size: int = AT_ONCE,
+    size: int = DENSE_BATCH,
 ) -> dict[str, NDArray]:
     """Outcomes, ``size`` rows at a time; ``decide`` maps positions in ``rows`` to decisions and a pass's state."""
     # Batches of similar length need little padding; the last line restores the order.

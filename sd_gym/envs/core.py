@@ -21,7 +21,7 @@ from sd_gym.envs.spaces import FirstObservation, Observation, Pooled, Tokens
 from sd_gym.envs.staged import StageObservation
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.files import file_states
-from sd_gym.going_on import ANSWER, answering, stages_of_pass
+from sd_gym.going_on import ANSWER, answer_masks, stages_of_pass
 from sd_gym.policy.artefact import tokenizer_hash
 from sd_gym.policy.protected_tokens import ProtectedTokens
 from sd_gym.registration import OBSERVATIONS
@@ -183,7 +183,7 @@ class BackboneCore(Core[BackboneSplit]):
             yield np.zeros(1, dtype=np.int64), *one
             return
         decisions, state = self.rollout(split, rows, decide)
-        decisions = answering(decisions, len(self.decision_nvec))
+        decisions = answer_masks(decisions, len(self.decision_nvec))
         if state is None:
             yield from split.passes.logits(rows, decisions)
         else:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray as Array
 
 from sd_gym.config import EnvConfig
 from sd_gym.envs.actions import Actions, Steps, decisions_as_actions
-from sd_gym.going_on import ANSWER, parted
+from sd_gym.going_on import ANSWER, masks_and_goes_on
 
 if TYPE_CHECKING:  # it needs torch
     from sd_gym.envs.export import Export
@@ -179,8 +179,8 @@ class Core(Protocol[S]):
         return len(self.nvec) - self.has_answer_stage
 
     def goes_on(self, decisions: Array) -> Array:
-        """Which rows go on after their answer, bool ``[n]``, of decisions ``[n, components]``; see ``parted``."""
-        return parted(decisions, self.n_skips)[1]
+        """Which rows go on after their answer, bool ``[n]``, of decisions ``[n, components]``; see ``masks_and_goes_on``."""
+        return masks_and_goes_on(decisions, self.n_skips)[1]
 
     def joined(self, masks: Array, goes_on: Array) -> Array:
         """Masks ``[n, switches + 1]``; with the answer stage, one more column: whether each row goes on."""

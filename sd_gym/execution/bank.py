@@ -17,7 +17,7 @@ from sd_gym.switch.cache import cache_among
 from sd_gym.switch.sublayer_patch import gathers_weights
 from sd_gym.switch.twin import twin_at, twin_of
 
-MODELS = 64  # that a bank keeps
+MODELS = 64  # most models that a bank keeps
 
 
 def bank(model: PreTrainedModel, masks: Sequence[ArrayLike] | NDArray) -> list[PreTrainedModel]:
@@ -82,14 +82,14 @@ class Bank:
         self._board, self.compiles = board, compiles
         if compiles:  # all masks share the code of one class, which is compiled only 8 times by default
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * MODELS)
-        self._of = lru_cache(MODELS)(self._made)
+        self._of = lru_cache(MODELS)(self._make)
 
     def of(self, mask: NDArray) -> Any:
         """The model of a mask, bool ``[switches]``."""
         self._board.check_fresh()
         return self._of(mask.tobytes())
 
-    def _made(self, mask: bytes) -> Any:
+    def _make(self, mask: bytes) -> Any:
         model = without_skipped(self._board, np.frombuffer(mask, dtype=bool))
         return torch.compile(model.forward, dynamic=True) if self.compiles else model
 
@@ -151,10 +151,11 @@ def _remove(board: Switchboard, stack: Stack, mask: NDArray, twin: PreTrainedMod
                 attention._modules["relative_attention_bias"] = first.relative_attention_bias
 
 
-def _count(layer: int | None, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
+def _count_positions(layer: int | None, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
     """Store one zero per position in a layer of the cache, if there is one, so that its length is right.
 
-    Raises ``NotImplementedError`` if attention weights are gathered, as those of the next layer would take their place.
+    Raises ``NotImplementedError`` if attention weights are gathered: the next layer's would take the place of this
+    one's.
     """
     if not torch.compiler.is_compiling() and gathers_weights():
         raise NotImplementedError("a skipped attention has no attention weights; leave output_attentions out")
@@ -166,7 +167,7 @@ def _count(layer: int | None, hidden: Tensor, args: tuple, kwargs: dict[str, Any
 
 
 class _StandIn(nn.Module):
-    """Returns its input, or a zero, which the layer adds to the hidden states."""
+    """Replaces a module: returns its input, or a zero, which the layer adds to the hidden states."""
 
     def __init__(self, is_zero: bool) -> None:
         super().__init__()
@@ -184,7 +185,7 @@ class _NoAttention(nn.Module):
         self._adds_residual, self._passes_bias, self._counts = adds_residual, passes_bias, counts
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple:
-        _count(self._counts, hidden_states, args, kwargs)
+        _count_positions(self._counts, hidden_states, args, kwargs)
         output = hidden_states if self._adds_residual else hidden_states.new_zeros(())
         return (output, kwargs.get("position_bias"), None) if self._passes_bias else (output, None)
 
@@ -197,7 +198,7 @@ class _PassedLayer(nn.Module):
         self._norms, self._counts = nn.ModuleList(norms), counts
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        _count(self._counts, hidden_states, args, kwargs)
+        _count_positions(self._counts, hidden_states, args, kwargs)
         for norm in self._norms:
             hidden_states = norm(hidden_states)
         return hidden_states

@@ -1,4 +1,4 @@
-"""Checking the configuration of what runs a backbone."""
+"""Checks of the configuration of an env with a backbone."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -50,12 +50,12 @@ def _problems(config: EnvConfig) -> Iterator[tuple[str, str]]:
     if quality.kind == "balanced" and not task.weighs_classes:
         yield "quality.kind", f"'balanced' weighs classes; {config.task} has none"
     if shares[:1] != [0.0] or shares != sorted(set(shares)) or shares[-1] >= 1:
-        yield "tokens.shares", f"expected ascending shares below 1, as in [0.0, 0.25, 0.5], from 0.0 on; got {shares}"
+        yield "tokens.shares", f"expected ascending shares from 0.0 to below 1, as in [0.0, 0.25, 0.5]; got {shares}"
     if not kinds and len(shares) == 1:
         remedy = "name a kind, or pass token_shares=[0.0, 0.25, 0.5]"
         yield "candidates", f"without a kind there are only tokens to drop, and tokens.shares is {shares}; {remedy}"
     if set(kinds) != set(CANDIDATES) and (action == "multi_binary" or stages != ["first"]):
-        needed = "some kinds of sublayers alone need action multi_discrete or discrete, before the first layer"
+        needed = "skipping only some kinds needs action multi_discrete or discrete, and stages [first]"
         yield "candidates", f"{needed}; got action {action} at {stages}"
     if action == "multi_binary" and len(shares) > 1:
         remedy = f"to choose among {shares}, use multi_discrete, or discrete with a codebook"

@@ -1,4 +1,4 @@
-"""What decisions on the instances of a split cost."""
+"""FLOPs of decisions on the instances of a split."""
 
 import numpy as np
 from numpy.typing import NDArray as Array
@@ -6,7 +6,7 @@ from numpy.typing import NDArray as Array
 from sd_gym.backbones import Backbone
 from sd_gym.backbones.heads import reading_ratio
 from sd_gym.data.encoded import Encoded
-from sd_gym.going_on import going_on_flops, parted, resumed_from
+from sd_gym.going_on import going_on_flops, masks_and_goes_on, resumed_from
 from sd_gym.tasks.token_dropping import TokenDropping
 
 
@@ -43,7 +43,7 @@ class Costs:
 
     def flops(self, rows: Array, decisions: Array) -> Array:
         """FLOPs under decisions, int64 ``[n]``, with those of going on, and of ranking tokens where any is dropped."""
-        masks, goes_on = parted(decisions, self._components)
+        masks, goes_on = masks_and_goes_on(decisions, self._components)
         level = masks[:, -1]
         always, switched = self._costs(rows, level) if level.any() else (self._always[rows], self._switched[rows])
         ranking = self._ranking(self._encoded.source_length[rows], self._tokens.kept_length(rows, level))
@@ -52,7 +52,7 @@ class Costs:
 
     def masks(self, decisions: Array) -> Array:
         """The masks ``[n, switches + 1]`` of decisions: all but whether a row goes on."""
-        return parted(decisions, self._components)[0]
+        return masks_and_goes_on(decisions, self._components)[0]
 
     def going_on(self, rows: Array, masks: Array) -> Array:
         """FLOPs of going on after masks, int64 ``[n]``, for all rows; see ``sd_gym.going_on``."""
@@ -70,11 +70,11 @@ class Costs:
         return np.stack(always, axis=1), np.stack(switched, axis=1)
 
     def executed_flops(self, rows: Array, decisions: Array, parts: list[Array]) -> int:
-        """FLOPs of forward passes, with padding to the longest row of each, as torch's counter counts them.
+        """FLOPs of the forward passes on ``parts`` of the rows, each padded to its longest row, as torch counts them.
 
-        Rows that go on from the same switch run in one pass. ``flops`` are those of each row alone.
+        Rows that go on from the same switch run in one pass. ``flops`` counts each row without padding.
         """
-        masks, goes_on = parted(decisions, self._components)
+        masks, goes_on = masks_and_goes_on(decisions, self._components)
         length = self._encoded.source_length[rows]
         kept = self._tokens.kept_length(rows, masks[:, -1])
         total = 0

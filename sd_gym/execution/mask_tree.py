@@ -23,7 +23,7 @@ class MaskTree:
     feed-forward block.
 
     ``keep`` are the tokens that the batch keeps (``None``: all), ``masks`` are ``[masks, switches]``. ``on_logits`` is
-    called with the number of each mask and the batch's logits under it, in any order.
+    called with the index of each mask and the batch's logits under it, in any order.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class MaskTree:
         self._first_alone: bool | None = None
         self._is_pointwise = np.array([switch.sublayer.kind == "feed_forward" for switch in switches])
 
-    def go_through(self, picked: Array, done: int = 0, seen: PassState | None = None) -> None:
-        """Run the masks of these numbers, which agree on the first ``done`` switches, from the state after these."""
+    def run_masks(self, picked: Array, done: int = 0, seen: PassState | None = None) -> None:
+        """Run the masks ``picked`` (indices), which agree on the first ``done`` switches, from the state after those."""
         first = self._masks[picked[0]]
         differ = np.flatnonzero((self._masks[picked] != first).any(axis=0))
         if not len(differ):
@@ -56,10 +56,10 @@ class MaskTree:
             seen = self._run(first, done, columns.start, seen)
         _, group = np.unique(self._masks[picked][:, columns], axis=0, return_inverse=True)
         for choice in range(group.max() + 1):
-            self.go_through(picked[group.ravel() == choice], columns.start, seen)
+            self.run_masks(picked[group.ravel() == choice], columns.start, seen)
 
     def _run(self, mask: Array, done: int, end: int, seen: PassState | None) -> PassState:
-        """The state before switch ``end``, from the one before switch ``done``."""
+        """The state before switch ``end``, from the state ``seen`` before switch ``done``."""
         stage, columns = self._layer_of[end]
         if seen is not None and self._by_sublayer and mask[done:end].all():
             return replace(seen, stage=stage)
@@ -111,6 +111,6 @@ class MaskTree:
         return self._first_alone
 
     def _skip(self, mask: Array, done: int) -> Array:
-        """Decisions that run what a mask runs from switch ``done`` on: one for all rows, or one each to keep tokens."""
+        """Decisions under which only switches from ``done`` on run, as in the mask: ``[1 or rows, switches]``."""
         skip = np.where(np.arange(len(mask)) < done, 1, mask)
         return np.tile(skip, (1 if self._keep is None else len(self._keep), 1))

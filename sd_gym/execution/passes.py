@@ -21,11 +21,11 @@ from sd_gym.tasks.token_dropping import TokenDropping
 
 Value = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # a function of each row's logits and labels
 PASS_TOKENS = 2**15  # padded tokens of a forward pass at most, which bounds its memory
-SHARED_ROWS = 256  # of passes that many masks share
+SHARED_ROWS = 256  # most rows of a pass that many masks share
 
 
 def columns(*values: Value) -> Value:
-    """The columns of several values of each row, ``[batch, values]``."""
+    """A function that returns several values of each row as columns, ``[batch, values]``."""
     return lambda logits, labels: torch.cat([value(logits, labels).reshape(len(logits), -1) for value in values], dim=1)
 
 
@@ -87,7 +87,7 @@ class Passes:
         return [to_texts(self.instances, self.encoded, rows, best) for best in bests], values[..., -1]
 
     def _best_and(self, more: Value) -> Value:
-        """The columns of ``Head.best`` and then those of ``more``."""
+        """A function that returns the columns of ``Head.best``, then those of ``more``."""
         return columns(lambda logits, _: self.head.best(logits, self.longest), more)
 
     def confidence(self, rows: Array, decisions: Array) -> Array:
@@ -121,7 +121,7 @@ class Passes:
     def _generated_after(
         self, seen: PassState, rows: Array, decisions: Array, picked: Array, *, judges: bool
     ) -> tuple[list[str], Array]:
-        """``generated_batch`` of some rows, after the encoder has read all; they keep the padding of all."""
+        """``generated_batch`` of the rows ``picked``, after the encoder has read all rows; the padding stays."""
         some, keep = torch.from_numpy(picked), self._tokens.kept(rows, decisions[:, -1])
         inputs = {name: tensor[some] for name, tensor in self.inputs(rows).items()}
         kept, state = None if keep is None else keep[picked], seen.rows(some.to(seen.hidden.device))
@@ -165,24 +165,24 @@ class Passes:
                 max_new_tokens=self.longest,
                 num_beams=self._num_beams,
                 do_sample=False,
-                **self._end,
+                **self._stop_arguments,
                 pad_token_id=backbone.tokenizer.pad_token_id,
                 return_dict_in_generate=True,
                 output_scores=judges,
             )
         answers = output.sequences[:, self.head.prompt_length(inputs["input_ids"]) :]
-        counted, ended = until_end(answers, backbone.model, self._end.get("eos_token_id"))
+        counted, ended = until_end(answers, backbone.model, self._stop_arguments.get("eos_token_id"))
         whole = backbone.tokenizer.batch_decode(answers, skip_special_tokens=True)
         texts = [(text if self._stop is None else text.partition(self._stop)[0]).strip() for text in whole]
         stopped = [self._stop is not None and self._stop in text for text in whole]
         self.generated[rows], self.finished[rows] = counted.sum(dim=1).cpu().numpy(), ended.cpu().numpy() | stopped
         if not judges:
             return texts, np.zeros((len(texts), len(self.head.judgement)))
-        return texts, judged_text(backbone.model, output, self._end.get("eos_token_id")).cpu().numpy()
+        return texts, judged_text(backbone.model, output, self._stop_arguments.get("eos_token_id")).cpu().numpy()
 
     @property
-    def _end(self) -> dict[str, Any]:
-        """The argument that ends ``generate()`` at a stop of one token; a longer stop is removed from the text."""
+    def _stop_arguments(self) -> dict[str, Any]:
+        """The arguments that end ``generate()`` at a stop of one token; a longer stop is removed from the text."""
         if self._stop is None:
             return {}
         tokenizer = self.backbone.tokenizer
@@ -218,7 +218,7 @@ class Passes:
         return np.concatenate([self._under_all(part, masks, value) for part in parts])[np.argsort(order)]
 
     def _under_all(self, rows: Array, masks: Array, value: Value) -> Array:
-        inputs, values = self.inputs(rows), dict[int, Array]()  # by number of the mask
+        inputs, values = self.inputs(rows), dict[int, Array]()  # by index of the mask
 
         def keep_value(number: int, logits: torch.Tensor) -> None:
             values[number] = value(logits, inputs["labels"]).double().cpu().numpy()
@@ -226,7 +226,7 @@ class Passes:
         for level in np.unique(masks[:, -1]):
             picked = np.flatnonzero(masks[:, -1] == level)
             keep = self._keep_of(rows, np.tile(masks[picked[0]], (len(rows), 1)), inputs)
-            MaskTree(self.backbone, inputs, keep, masks[:, :-1], keep_value).go_through(picked)
+            MaskTree(self.backbone, inputs, keep, masks[:, :-1], keep_value).run_masks(picked)
         return np.stack([values[number] for number in range(len(masks))], axis=1)
 
     def logits(self, rows: Array, decisions: Array) -> Iterator[tuple[Array, torch.Tensor, torch.Tensor]]:
@@ -300,7 +300,7 @@ class Passes:
         return confidence(logits)
 
     def planned(self, rows: Array, decisions: Array, steps: int = 0) -> Iterator[tuple[Array, dict[str, torch.Tensor]]]:
-        """Positions in ``rows`` and inputs of each forward pass, or of each ``generate()`` of so many steps."""
+        """Positions in ``rows`` and inputs of each forward pass, or of each ``generate()`` of ``steps`` tokens."""
         kept = self._tokens.kept_length(rows, decisions[:, -1])[:, None]
         reads_input = np.array([switch.reads_input for switch in self.backbone.board.switches])
         _, decoded, _ = self.head.lengths(kept, self.encoded.target_length[rows][:, None], kept)

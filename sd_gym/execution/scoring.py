@@ -11,13 +11,13 @@ from numpy.typing import NDArray as Array
 from sd_gym.backbones.heads.answers import LEAST_LIKELIHOOD
 from sd_gym.config import QualityConfig
 from sd_gym.execution.passes import Passes, columns
-from sd_gym.going_on import answering
+from sd_gym.going_on import answer_masks
 from sd_gym.switch import PassState
 from sd_gym.tasks.metrics import ACCURACY, METRICS, corpus_metric, text_metrics, text_quality
 
-AT_ONCE = 1024  # rows that the dense backbone is scored on together
-KNOWN = 2**18  # qualities that are remembered at most, about 60 MB; the least recently used are forgotten
-BATCHES = 256  # whose judgement is remembered: those of a selection, whose points differ by the threshold alone
+DENSE_BATCH = 1024  # rows per call that scores the dense backbone
+CACHED_QUALITIES = 2**18  # most qualities in the cache, about 60 MB; the least recently used are evicted
+BATCHES = 256  # batches whose judgement is cached: the points of a selection may differ by the threshold alone
 Key = tuple[int, bytes]  # a row, and its decision
 
 
@@ -38,8 +38,8 @@ class Scoring:
     def quality(self, rows: Array, decisions: Array, seen: PassState | None = None) -> tuple[Array, Array]:
         """Quality under the decisions and dense quality, each float64 ``[n]``.
 
-        The backbone is frozen, so the last ``KNOWN`` qualities are remembered. Dense decisions that are not known yet
-        run in the same forward pass as the others.
+        The backbone is frozen, so the last ``CACHED_QUALITIES`` qualities are cached. Dense decisions that are not
+        known yet run in the same forward pass as the others.
         """
         decisions = self._answering(decisions)
         both = np.concatenate([decisions, np.zeros_like(decisions)])
@@ -63,8 +63,8 @@ class Scoring:
     def judged(self, rows: Array, masks: Array, seen: PassState | None = None) -> Array:
         """The head's judgement of its answers under masks ``[n, switches + 1]``, float64 ``[n, values]``.
 
-        Passes resume from the state ``seen``. Their qualities are remembered, and the judgement of the last batches:
-        only of the same batch is it the same to the last bit, on which a threshold may depend.
+        Passes resume from the state ``seen``. Their qualities are cached, and the judgement of the last batches: a
+        threshold may depend on its last bits, which are the same only in the same batch.
         """
         batch = rows.tobytes(), masks.tobytes()
         if batch not in self._judged:
@@ -97,20 +97,20 @@ class Scoring:
         return self._of_scores(rows, masks, values[..., 0]), values[..., 1:]
 
     def _answering(self, decisions: Array) -> Array:
-        return answering(decisions, len(self._passes.backbone.board) + 1)
+        return answer_masks(decisions, len(self._passes.backbone.board) + 1)
 
     def score_dense(self, on_batch: Callable[[], None] = lambda: None) -> None:
-        """Compute the dense quality of every row, unless these would fill more than half of the memory for qualities.
+        """Compute the dense quality of every row, unless these would fill more than half of the cache.
 
         Batches are always the same, of similar length, so all runs of a process have the same scores to the last bit.
         """
-        if len(self._encoded) > KNOWN // 2:
+        if len(self._encoded) > CACHED_QUALITIES // 2:
             return
         if self._dense is None:
             order = np.argsort(self._encoded.source_length, kind="stable")
             nothing = np.zeros((len(order), len(self._passes.backbone.board) + 1), dtype=np.int64)
             values = np.empty(len(order))
-            for rows in np.split(order, range(AT_ONCE, len(order), AT_ONCE)):
+            for rows in np.split(order, range(DENSE_BATCH, len(order), DENSE_BATCH)):
                 values[rows] = self.run(rows, nothing[rows])
                 on_batch()
             keys = zip(range(len(order)), map(bytes, _packed(nothing)), strict=True)
@@ -123,11 +123,11 @@ class Scoring:
         for key, value in qualities.items():
             self._scores[key] = value
             self._scores.move_to_end(key)
-        while len(self._scores) > KNOWN:
+        while len(self._scores) > CACHED_QUALITIES:
             self._scores.popitem(last=False)
 
     def scores(self) -> dict[str, torch.Tensor]:
-        """The remembered qualities, as tensors: the rows, their packed decisions, the values."""
+        """The cached qualities as tensors: rows, packed decisions and values; and dense log-likelihoods."""
         packed = np.frombuffer(b"".join(decision for _, decision in self._scores), np.uint8)
         width = len(packed) // max(1, len(self._scores))
         return {
@@ -138,7 +138,7 @@ class Scoring:
         }
 
     def load_scores(self, scores: dict[str, torch.Tensor] | None) -> None:
-        """Replace the remembered qualities by those of ``scores()``; ``None``: forget all."""
+        """Replace the cache by what ``scores()`` returned; ``None``: empty it."""
         self._scores: OrderedDict[Key, float] = OrderedDict()
         self._dense_log = np.full(len(self._encoded), np.nan)  # logarithms of dense likelihoods; NaN: not known
         if scores is not None:

@@ -56,10 +56,10 @@ class BackboneSplit:
         instances = data[name]
         arguments, unanswerable = (tokenizer, self.head, self.reading), config.data.unanswerable
         encoding = encode_cached if instances.file else encode  # only files have a cache
-        self._consist_of(instances, encoding(instances, *arguments, unanswerable=unanswerable))
+        self._set_rows(instances, encoding(instances, *arguments, unanswerable=unanswerable))
         if without_labels:
             answered = self._answered_densely()
-            self._consist_of(answered, encode(answered, *arguments, unanswerable=unanswerable))
+            self._set_rows(answered, encode(answered, *arguments, unanswerable=unanswerable))
 
     def _answered_densely(self) -> Instances:
         rows, answered = np.arange(len(self)), copy(self.instances)
@@ -68,10 +68,10 @@ class BackboneSplit:
             replace(instance, target=text, more_targets=(), answer_spans=(), is_cut=not finished)
             for instance, text, finished in zip(self.instances, texts, self.passes.finished.tolist(), strict=True)
         ]
-        answered.hash = self.instances.hash  # with other references they are still the data's rows
+        answered.hash = self.instances.hash  # they are the data's rows, although the references differ
         return answered
 
-    def _consist_of(self, instances: Instances, encoded: Encoded) -> None:
+    def _set_rows(self, instances: Instances, encoded: Encoded) -> None:
         config, backbone = self.config, self.backbone
         self.instances, self.encoded = instances, encoded
         board, tokenizer = backbone.board, backbone.tokenizer
@@ -86,7 +86,7 @@ class BackboneSplit:
         self.difficulty = np.array([instance.difficulty for instance in instances])
 
     def _check_output(self) -> None:
-        """Raise ValueError if the head cannot do the task as ``backbone.answers`` says, or have its metric."""
+        """Raise ValueError if the head's kind of output does not fit the task, ``backbone.answers`` or the metric."""
         config, name, gives = self.config, self.reading.name, self.head.gives
         if gives not in self.task.gives:
             needed = f"{config.task} needs a {' or a '.join(self.task.gives)}"
@@ -108,11 +108,11 @@ class BackboneSplit:
     def __len__(self) -> int:
         return len(self.instances)
 
-    def unseen(self, rows: Array) -> BackboneSplit:
-        """These rows as a split that is tokenised, but not yet observed, ranked or scored: to time all of that."""
+    def uncached(self, rows: Array) -> BackboneSplit:
+        """These rows as a tokenised split without cached observations, rankings and scores, to time these."""
         part, shared = BackboneSplit.__new__(BackboneSplit), ("config", "name", "_data", "task", "backbone", "head")
         vars(part).update({name: vars(self)[name] for name in (*shared, "reading")})
-        part._consist_of(Instances(self.instances[row] for row in rows), self.encoded.part(rows))
+        part._set_rows(Instances(self.instances[row] for row in rows), self.encoded.part(rows))
         if len(self.config.tokens.shares) > 1:
             part.tokens.droppable = self.tokens.droppable[rows]  # comes with tokenising
         return part

@@ -99,7 +99,7 @@ class TextModel:
         return texts
 
     def quality(self, answer: str, right: Any) -> float | None:
-        """The quality in [0, 1] of an answer to a row whose ``reference`` is ``right``; ``None`` where that is none.
+        """The quality in [0, 1] of an answer to a row whose reference is ``right``; ``None`` if that is no reference.
 
         A class is right or wrong, as in the env; a score counts by its distance, a text by ``metric``.
         """
@@ -120,7 +120,7 @@ class TextModel:
     def _class_name(self, label: Any) -> str | None:
         """The name of a label's class, as ``class_index`` finds it; Parquet and pandas give indices as 1.0."""
         whole: Any = int(label) if isinstance(label, float) and label.is_integer() else label
-        named = [str(one) for one in (label, whole) if str(one) in self.names.values()]
+        named = [str(value) for value in (label, whole) if str(value) in self.names.values()]
         return named[0] if named else self.names.get(whole)
 
 

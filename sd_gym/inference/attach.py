@@ -25,7 +25,7 @@ from sd_gym.switch.model_patches import CONTINUOUS, ending
 
 PASS_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # inputs of a pass that a head judges
 CACHES = ("cache", "past_key_values")  # names in different versions of transformers
-COMPUTED = ("encoder_outputs", "inputs_embeds")  # parts of the pass that a caller may have run densely
+COMPUTED = ("encoder_outputs", "inputs_embeds")  # arguments that a caller may have computed densely
 InForce = tuple[NDArray, Keep]  # which switches are skipped, bool [n, switches], and which tokens stay
 
 
@@ -110,13 +110,17 @@ class Attached:
         self._owns_board, self.board = existing is None, existing or Switchboard(model)
         self._flops = FlopsModel(self.board)
         self._decisions = Decisions(self._head, self._flops)
-        methods = {"forward": self._forward, "generate": self._generate, "init_continuous_batching": self._refused}
+        methods = {
+            "forward": self._forward,
+            "generate": self._generate,
+            "init_continuous_batching": self._refuse_batching,
+        }
         self._replaced = {name: vars(model).get(name) for name in methods if hasattr(model, name)}
-        compiled = {name: getattr(model, name) for name in self._replaced}  # by model.forward = torch.compile(...)
+        compiled = {name: getattr(model, name) for name in self._replaced}  # if model.forward = torch.compile(...)
         self._inner = {name: getattr(now, "_torchdynamo_orig_callable", now) for name, now in compiled.items()}
         self._wrappers = {name: self._wrapper(inner, methods[name]) for name, inner in self._inner.items()}
         self._of_cache: WeakKeyDictionary[Cache, InForce] = WeakKeyDictionary()
-        # What refuses to be pickled comes first, with words that help.
+        # ``_attached`` comes first: it refuses to be pickled, with a message that helps.
         vars(model).update(_attached=self, **self._wrappers, decisions=self._decisions)
 
     def detach(self) -> None:
@@ -151,7 +155,7 @@ class Attached:
                 given |= given.pop("kwargs", {})
             return method(given, *args, **kwargs)
 
-        vars(call)["is_attached"] = True  # it passes on what is asked while decisions are in force
+        vars(call)["is_attached"] = True  # it only passes calls on while decisions are in force
         # Each new decision would be compiled anew, so torch.compile runs the model as it is.
         return torch.compiler.disable(wraps(inner)(call))
 
@@ -161,7 +165,7 @@ class Attached:
             return self._continued(cache, *args, **kwargs)
         shown = self._policy_input(given, given.get("input_ids"))
         if self.policy.sees_answer:
-            return self._answered(given, shown)
+            return self._forward_with_answer_stage(given, shown)
         run = partial(self._inner["forward"], *args, **kwargs)
         output, in_force = self._under_decisions(run, shown, given, in_pass=shown.is_as_given)
         target = _first_given(given, ("decoder_input_ids", "labels"))
@@ -177,7 +181,7 @@ class Attached:
     def _under_decisions(
         self, run: Callable[[], Any], shown: _PolicyInput, given: dict[str, Any], *, in_pass: bool
     ) -> tuple[Any, InForce]:
-        """The result of a call under its decisions, and these; ``in_pass``: whether the pass embeds ``shown``."""
+        """The result of a call, and its decisions; ``in_pass``: whether the pass itself embeds the inputs ``shown``."""
         if self.policy.is_staged:
             rollout = self._rollout(shown, given)
             with rollout.deciding(shown.mask):
@@ -199,8 +203,8 @@ class Attached:
         with block:
             return run(), in_force[0]
 
-    def _answered(self, given: dict[str, Any], shown: _PolicyInput) -> Any:
-        """The output of a pass for a policy that looks at the answer."""
+    def _forward_with_answer_stage(self, given: dict[str, Any], shown: _PolicyInput) -> Any:
+        """The output of a pass under a policy with an answer stage."""
         architecture, run = self.board.architecture, self._inner["forward"]
         caches = architecture.causal or len(architecture.stacks) > 1
         arguments, rollout = pass_arguments(self._head, given, caches=caches), self._rollout(shown, given)
@@ -219,8 +223,8 @@ class Attached:
             batch = {"context_mask": context if keep is None else context & torch.as_tensor(keep)}
         return self._head.forward(self.board, batch, lambda **_: output)
 
-    def _written(self, given: dict[str, Any], shown: _PolicyInput) -> Tensor:
-        """The texts of ``generate()`` for a policy that looks at them."""
+    def _generate_with_answer_stage(self, given: dict[str, Any], shown: _PolicyInput) -> Tensor:
+        """The texts of ``generate()`` under a policy with an answer stage."""
         arguments, rollout = generate_arguments(self.model, given), self._rollout(shown, given)
         with rollout.deciding(shown.mask):
             output = self._generate_here(**arguments)
@@ -271,7 +275,7 @@ class Attached:
         with self.board.decide(*self._of_cache[cache]):
             return self._inner["forward"](*args, **kwargs)
 
-    def _refused(self, given: dict[str, Any], *args: Any, **kwargs: Any) -> NoReturn:
+    def _refuse_batching(self, given: dict[str, Any], *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(f"{CONTINUOUS}; call generate(), or sd_gym.detach(model) to generate densely")
 
     def _generate(self, given: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -295,7 +299,7 @@ class Attached:
                 f"prefill_chunk_size={chunk} out"
             )
         if self.policy.sees_answer:
-            return self._written(given, shown)
+            return self._generate_with_answer_stage(given, shown)
         in_pass = shown.is_as_given and len(self.board.architecture.stacks) > 1
         run = partial(self._generate_here, *args, **kwargs)
         output, in_force = self._under_decisions(run, shown, given, in_pass=in_pass)
@@ -351,7 +355,7 @@ class _PolicyInput(NamedTuple):
     is_unpadded: bool = False
 
     def as_given(self, of_tokens: Tensor) -> Tensor:
-        """Values ``[n, length]`` of the tokens, at their given positions."""
+        """Values ``[n, length]`` of tokens, moved to the positions of the given inputs."""
         return of_tokens if self.order is None else torch.empty_like(of_tokens).scatter_(1, self.order, of_tokens)
 
     def kept_length(self, keep: Keep, length: Tensor) -> Tensor:
@@ -381,7 +385,7 @@ class Decisions(local):
         self.logits_to_keep = 0
 
     def record_target(self, length: int, again: int | None = None, *, beams: int = 1) -> None:
-        """Store how many tokens were generated, or read as a target, and how many when rows went on."""
+        """Store how many tokens were generated, or read as a target; ``again``: how many in rows that went on."""
         self._targets, self._beams = (length, again or length), beams
 
     @property

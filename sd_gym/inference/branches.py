@@ -13,7 +13,7 @@ class Sides(NamedTuple):
 
 
 def skip_input(switch: int) -> str:
-    """Name of the input, a bool, that skips a branch; ``switch`` is the number of its first switch."""
+    """Name of the input, a bool, that skips a branch; ``switch`` is the index of its first switch."""
     return f"skip.{switch}"
 
 
@@ -27,14 +27,14 @@ def branched(model: Any, sides: dict[int, Sides], hidden: dict[int, str]) -> Any
 
     Args:
         model: An ``onnx.ModelProto`` of which the first output is kept. It is changed.
-        sides: By number of the first switch, in execution order.
-        hidden: By number of a switch, the value that becomes the output ``hidden_output``.
+        sides: By index of the first switch, in execution order.
+        hidden: By index of a switch, the value that becomes the output ``hidden_output``.
     """
     from onnx import TensorProto, helper
 
     graph = model.graph
     outside = {graph.output[0].name, *hidden.values(), *(value for ends in sides.values() for value in ends[:2])}
-    nodes, replaced = _once(graph.node, outside), dict[int, Any]()
+    nodes, replaced = _deduplicated(graph.node, outside), dict[int, Any]()
     for switch, ends in sides.items():
         inside = _inside(nodes, ends, outside)
         runs = [nodes[at] for at in inside]
@@ -60,15 +60,15 @@ def branched(model: Any, sides: dict[int, Sides], hidden: dict[int, str]) -> Any
     return model
 
 
-def _once(nodes: Iterable[Any], outside: set[str]) -> list[Any]:
+def _deduplicated(nodes: Iterable[Any], outside: set[str]) -> list[Any]:
     """Nodes without those that compute the same as another one: ONNX Runtime does not merge them within branches."""
     kept, first, same = list[Any](), dict[Any, Any](), dict[str, str]()
     for node in nodes:
         node.input[:] = [same.get(name, name) for name in node.input]
         attributes = sorted(attribute.SerializeToString() for attribute in node.attribute)
-        one = first.setdefault((node.op_type, tuple(node.input), tuple(attributes)), node)
-        if one is not node and outside.isdisjoint(node.output):
-            same |= zip(node.output, one.output, strict=True)
+        original = first.setdefault((node.op_type, tuple(node.input), tuple(attributes)), node)
+        if original is not node and outside.isdisjoint(node.output):
+            same |= zip(node.output, original.output, strict=True)
         else:
             kept.append(node)
     return kept

@@ -100,7 +100,7 @@ def run_file(
         model: A policy and its backbone.
         source: A ``.jsonl``, ``.csv`` or ``.parquet`` file; ``None``: JSON lines from the standard input.
         output: The file to write.
-        resume: Whether to go on after the last whole chunk of a run that was cut off.
+        resume: Whether to go on after the last whole chunk of an interrupted run.
         compare: Whether everything runs densely as well.
         columns: The column of each field whose column has another name.
         batch_size: See ``TextModel``.
@@ -163,7 +163,7 @@ def _answered(model: SkippingModel, lines: list[Line], compare: bool, batch_size
             inputs[line.number] = model.checked(line.row)
         except ValueError as error:
             errors[line.number] = line.error or str(error)
-    if compare:  # a first pass reads weights and starts threads, which belongs to neither
+    if compare:  # the first pass reads weights and starts threads, which neither timing should count
         for dense in (True, False):
             _answers(model, dict(list(inputs.items())[:WARM_UP]), batch_size, dense=dense)
     started = time.perf_counter()
@@ -179,10 +179,10 @@ def _answered(model: SkippingModel, lines: list[Line], compare: bool, batch_size
         dense = model.answers([inputs[number] for number in answers], dense=True, batch_size=batch_size)
         bulk.dense_seconds += time.perf_counter() - started
         answered = [line for line in lines if line.number in answers]
-        for line, own, other in zip(answered, answers.values(), dense, strict=True):
-            bulk.agree.append(own.answer == other.answer)
+        for line, own, dense_answer in zip(answered, answers.values(), dense, strict=True):
+            bulk.agree.append(own.answer == dense_answer.answer)
             right = (line.row or {}).get(model.reference)
-            own_quality, dense_quality = (model.quality(answer.answer, right) for answer in (own, other))
+            own_quality, dense_quality = (model.quality(answer.answer, right) for answer in (own, dense_answer))
             if own_quality is not None and dense_quality is not None:
                 bulk.quality.append((own_quality, dense_quality))
     contents = {number: _described(answer) for number, answer in answers.items()}

@@ -15,7 +15,7 @@ def few_masks(policy: SkipPolicy, most: int) -> bool:
 
 
 def decided_masks(policy: SkipPolicy) -> NDArray | None:
-    """The masks that it decides among, int64 ``[masks, switches + 1]``; ``None``: any."""
+    """The masks that a policy decides among, int64 ``[masks, switches + 1]``; ``None``: any."""
     choices = choices_of(policy)
     return None if choices is None else np.unique(masks_of(policy, choices), axis=0)
 
@@ -29,7 +29,7 @@ def choices_of(policy: SkipPolicy) -> NDArray | None:
         return of_all[of_all[:, 0] >= 0]  # the others are of later stages
     if size == 1:
         return np.arange(network.nvec[0])[:, None]
-    if network.head.weight[: sum(network.nvec[:size])].any():  # a cascade only looks at the answer
+    if network.head.weight[: sum(network.nvec[:size])].any():  # a cascade decides only at the answer
         return None
     margins = {0.0, *(point.margin for point in policy.operating_points)}  # one decision for all inputs at each
     biases = [network.with_margin(margin).head.bias.detach() for margin in margins]

@@ -58,7 +58,7 @@ def export(
 
     Args:
         policy: A policy, the folder of a run or of ``save_pretrained``, or an id of the Hugging Face hub. All its
-            operating points are written.
+            operating points are write.
         folder: A new folder: a graph that decides, one that answers, their weights, the tokenizer, a manifest, a card.
             If the policy judges the answer, also a graph for that, and one per layer from which rows go on.
         masks: Largest number of masks that the policy may decide among, since only rows of the same mask run together;
@@ -86,7 +86,7 @@ def export(
         shutil.rmtree(temporary, ignore_errors=True)  # left by an export that was killed
         temporary.mkdir()
         try:
-            manifest = _Writer(temporary, policy, model, int8).written()
+            manifest = _Writer(temporary, policy, model, int8).write()
             for file in sorted(temporary.iterdir(), key=lambda file: file.name == MANIFEST):  # the manifest is last
                 file.replace(folder / file.name)
         finally:
@@ -127,7 +127,7 @@ def _check_model(model: SkippingModel) -> None:
 
 
 def _probe(model: SkippingModel) -> tuple[list[str], Instance]:
-    """A text for each field of a task, which a task may change in many ways, and the instance that it makes of them."""
+    """Texts, one per field, that a task may normalise in several ways, and the instance that it makes of them."""
     texts = [f"  Text\u00a0\uff10 \u00c9\n{number}! " for number in range(len(model.fields))]
     return texts, model.instance(0, texts)
 
@@ -152,8 +152,8 @@ class _Writer:
         if "token_type_ids" not in model.tokenizer.model_input_names:
             del self._inputs["token_type_ids"]
 
-    def written(self) -> dict[str, Any]:
-        """Write all; the manifest."""
+    def write(self) -> dict[str, Any]:
+        """Write all files; returns the manifest."""
         policy, board = self._policy, self._board
         resumed = sorted({first for first in self._resumed if 0 < first < len(board)}) if policy.sees_answer else []
         branches = self._branches(resumed)
@@ -183,7 +183,7 @@ class _Writer:
         return manifest
 
     def _branches(self, resumed: list[int]) -> list[list[int]]:
-        """Numbers of the switches that masks skip, together where all masks agree, since a branch takes time, too."""
+        """Indices of skipped switches, grouped where all masks agree, since each branch takes time."""
         branches = list[list[int]]()
         for number in np.flatnonzero(self._masks.any(axis=0)).tolist():
             pair = self._board.switches[number - 1 : number + 1]
@@ -272,7 +272,7 @@ class _Writer:
             batch["attention_mask"][1:, length // 2 :] = 0
             given = {name: torch.from_numpy(values) for name, values in batch.items()}
             with torch.inference_mode():
-                expected = [logits_of(one(**given)).numpy() for one in plain]
+                expected = [logits_of(model_of_mask(**given)).numpy() for model_of_mask in plain]
             for number in range(len(self._masks)):
                 logits, *hidden = model.run(number, batch)
                 pairs = (logits, expected[number]), (model.run_rest(number, batch, hidden), expected[0])
@@ -281,7 +281,7 @@ class _Writer:
 
 
 class _Weights:
-    """One file with the weights of all graphs; equal weights are written once."""
+    """One file with the weights of all graphs; equal weights are write once."""
 
     def __init__(self, file: Any) -> None:
         self._file, self._offsets = file, dict[bytes, int]()

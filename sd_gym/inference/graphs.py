@@ -39,13 +39,13 @@ class Graph(nn.Module):
 class Switched(Graph):
     """The dense logits, and the states from which ``branched`` makes branches.
 
-    ``branches`` are the numbers of switches that are skipped together, ``resumed`` those at whose layers rows go on,
+    ``branches`` are indices of switches that are skipped together, ``resumed`` those before whose layers rows go on,
     ``given`` the model's inputs.
 
     Attributes:
-        sides: What enters and leaves each branch, by number of its first switch.
-        hidden: The hidden states before the layers of ``resumed``, by number of the switch.
-        logits: Those of ``given``.
+        sides: What enters and leaves each branch, by index of its first switch.
+        hidden: The hidden states before the layers of ``resumed``, by index of the switch.
+        logits: The dense logits of ``given``.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Rest(Graph):
 
 
 def _added_to_scores(attention_mask: Tensor) -> Tensor:
-    """The mask ``[n, 1, 1, length]`` that scores of attention add; Hugging Face's own takes fifty nodes of a graph."""
+    """The mask ``[n, 1, 1, length]`` added to attention scores; Hugging Face's own takes fifty nodes of a graph."""
     return (1 - attention_mask[:, None, None].float()) * torch.finfo(torch.float32).min
 
 
@@ -133,7 +133,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 class Decider(Graph):
-    """The score of each choice for each input; if the answer is judged, also the features that this needs."""
+    """The score of each choice for each input; if the policy judges answers, also the features for that."""
 
     def __init__(self, board: Switchboard, policy: SkipPolicy, choices: NDArray) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MANIFEST, TOKENIZER, WEIGHTS = "sd_gym_onnx.json", "tokenizer.json", "weights.bin"
 FORMAT = 4  # which files and graphs a folder has
 DECIDE, MODEL, ANSWER = "decide.onnx", "model.onnx", "answer.onnx"  # before the first layer, the model, on the answer
-DENSE = 0  # number of the mask that skips nothing
+DENSE = 0  # index of the mask that skips nothing
 DECIDED = 256  # inputs per run of the graph that decides
 BATCH = 32  # default number of inputs of one mask that run together
 PASS = 16  # tokens of padding that take as long as the fixed part of a pass
@@ -74,7 +74,7 @@ def runtime() -> Any:
 
 
 def rest_file(first: int) -> str:
-    """The graph that goes on densely in front of the layer that has switch ``first``."""
+    """File name of the graph that goes on densely from the layer with switch ``first``."""
     return f"rest-{first}.onnx"
 
 
@@ -110,7 +110,7 @@ class OnnxModel(TextModel):
     Attributes:
         manifest: The content of the manifest: ``env``, ``masks``, ``operating_points`` and more.
         masks: The masks that it decides among, bool ``[masks, switches]``; the first one is dense.
-        margin: That of its operating point, float32; another one may be set between two calls.
+        margin: The margin of its operating point, float32; it may be changed between two calls.
         looks_at_answer: Whether it judges the answers.
         fingerprints: SHA-256 of the policy at its operating point, and of the backbone.
     """
@@ -186,14 +186,14 @@ class OnnxModel(TextModel):
         """Decide before the first layer, on the model's inputs ``[n, length]``.
 
         Returns:
-            The number of each row's mask, int64 ``[n]``; and what the policy needs to judge the answer, float32
-            ``[n, features]``: no features if it does not.
+            The index of each row's mask, int64 ``[n]``; and the features with which the policy judges the answer,
+            float32 ``[n, features]``: none if it does not.
         """
         numbers, seen = self.decide_at(np.array([self.margin]), batch)
         return numbers[:, 0], seen
 
     def decide_at(self, margins: NDArray, batch: Batch) -> tuple[NDArray, NDArray]:
-        """As ``decide``, at the margins of several operating points: numbers of masks ``[n, margins]``."""
+        """As ``decide``, at the margins of several operating points: indices of masks ``[n, margins]``."""
         length = batch["attention_mask"].sum(axis=1)
         scores, *seen = self._run(DECIDE, batch | {"share": self._least[length]})
         choice = (scores[:, None] + margins[:, None] * self._cautious).argmax(axis=2)
@@ -203,9 +203,9 @@ class OnnxModel(TextModel):
         """Logits of a batch that shares a mask, and which rows went on after the answer, bool ``[n]``.
 
         Args:
-            number: Number of the mask.
+            number: Index of the mask.
             batch: The model's inputs; where an answer is a span, with ``context_mask``: where it may begin and end.
-            seen: From ``decide``; ``None``: the answer is not judged.
+            seen: The features from ``decide``; ``None``: the answer is not judged.
         """
         values, *hidden = self.run(number, batch)
         went_on = np.zeros(len(values), dtype=bool)
@@ -242,11 +242,11 @@ class OnnxModel(TextModel):
         return self._dense[length]
 
     def flops_ratio(self, number: NDArray, length: NDArray, went_on: NDArray | bool = False) -> NDArray:
-        """FLOPs under masks of rows of so many tokens ``[n]`` over dense ones, without the policy's own."""
+        """FLOPs under masks over dense FLOPs, for rows of ``length [n]`` tokens, without the policy's own."""
         return (self._ran[number, length] + went_on * self._again[number, length]) / self.dense_flops(length)
 
     def _count_flops(self, length: NDArray) -> None:
-        """FLOPs by length ``[lengths]``: of the policy, and dense; by mask, too: run once, and going on."""
+        """Count FLOPs by length, ``[lengths]``: the policy's, dense; and by mask and length: once, and going on."""
         flops, tokens = self.manifest["flops"], length[:, None]
         self._own = flops["policy"] + flops["policy_per_token"] * np.minimum(length, flops["policy_longest"])
         always = flops["per_sequence"] + flops["per_token"] * length

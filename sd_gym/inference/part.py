@@ -42,7 +42,7 @@ class Part:
 
     Attributes:
         answered: How many lines a resumed part begins with.
-        malformed: Those of them that are malformed.
+        malformed: The malformed lines among these.
     """
 
     def __init__(self, output: Path, made_by: dict[str, str | dict[str, str]]) -> None:
@@ -70,7 +70,7 @@ class Part:
             elif resume:
                 self._go_on(rows)
             else:
-                raise FileExistsError(f"{self._folder} is of a run that was cut off; go on with --resume, or delete it")
+                raise FileExistsError(f"{self._folder} is of an interrupted run; go on with --resume, or delete it")
             try:
                 yield
             except BaseException:

@@ -11,7 +11,7 @@ from sd_gym.backbones.heads import Head
 from sd_gym.backbones.heads.seq2seq import judged_text
 from sd_gym.policy.rollout import StagedRollout
 
-NO_ANSWERS = ("labels", "cache", "past_key_values", "use_cache", "output_hidden_states", "output_attentions")
+REFUSED_ARGUMENTS = ("labels", "cache", "past_key_values", "use_cache", "output_hidden_states", "output_attentions")
 Call = Callable[..., Any]
 
 
@@ -19,7 +19,7 @@ def pass_arguments(head: Head, given: dict[str, Any], *, caches: bool) -> dict[s
     """The arguments of a pass whose answer may be replaced; ``caches``: whether the model fills a cache by default."""
     if not head.judges_passes:
         raise ValueError("this policy judges texts that were generated, not a pass; call model.generate()")
-    asked = [name for name in NO_ANSWERS if given.get(name) is not None and given[name] is not False]
+    asked = [name for name in REFUSED_ARGUMENTS if given.get(name) is not None and given[name] is not False]
     if asked:
         raise ValueError(f"this policy may replace answers, so a call gives logits alone; leave out {asked[0]}")
     return {**given, "return_dict": True} | ({"use_cache": False} if caches else {})
@@ -67,7 +67,7 @@ def final_texts(
             again = run(**own).sequences
         longest = max(longest, again.shape[1])
         length = max(longest, sequences.shape[1])
-        sequences, again = (F.pad(one, (0, length - one.shape[1]), value=padding or 0) for one in (sequences, again))
+        sequences, again = (F.pad(ids, (0, length - ids.shape[1]), value=padding or 0) for ids in (sequences, again))
         sequences = sequences.index_copy(0, picked, again)
     return sequences, longest or sequences.shape[1]
 

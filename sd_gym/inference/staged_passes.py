@@ -19,7 +19,7 @@ from sd_gym.switch.context import Block
 class StagedPasses(Passes):
     """Passes of a split in which a policy decides stage by stage; rows are grouped by length alone.
 
-    Few rows of a pass go on, and a pass of few rows takes nearly the time of one of many. So they wait for those of
+    Few rows of a pass go on, and a pass of few rows takes nearly the time of one of many. So they wait for rows of
     other passes that go on from the same switch.
     """
 
@@ -31,7 +31,7 @@ class StagedPasses(Passes):
         self._policy, self._first_input = policy, first_input
         self.masks = np.zeros((len(split), len(self.backbone.board) + 1), dtype=np.int64)  # the policy's decisions
         self.went_on = np.zeros(len(split), dtype=np.bool_)  # which rows went on after their answer
-        self.first_generated = self.generated.copy()  # tokens of the texts before that
+        self.first_generated = self.generated.copy()  # tokens of the texts before rows went on
 
     def logits(self, rows: NDArray, decisions: NDArray) -> Iterator[tuple[NDArray, Tensor, Tensor]]:
         """Positions in ``rows``, final logits and labels, in parts; ``decisions`` are zeros."""
@@ -43,7 +43,7 @@ class StagedPasses(Passes):
                 logits = self.backbone.logits(given)
             if self._policy.sees_answer:
                 rollout.answered(self.head.judge(logits))
-            self._note(rows[picked], rollout)
+            self._record(rows[picked], rollout)
             done = ~waiting.add(picked, rollout.resumable())
             if done.any():
                 final = torch.from_numpy(np.flatnonzero(done)).to(logits.device)
@@ -53,7 +53,7 @@ class StagedPasses(Passes):
         yield from self._dense_logits(rows, waiting)
 
     def _dense_logits(self, rows: NDArray, waiting: "_Waiting") -> Iterator[tuple[NDArray, Tensor, Tensor]]:
-        for picked, inputs, block in self._together(rows, waiting):
+        for picked, inputs, block in self._waiting_passes(rows, waiting):
             with block:
                 logits = self.backbone.logits(inputs)
             yield picked, logits, inputs["labels"]
@@ -73,7 +73,7 @@ class StagedPasses(Passes):
             )
             if self._policy.sees_answer:
                 rollout.answered(judged[picked])
-            self._note(rows[picked], rollout)
+            self._record(rows[picked], rollout)
             self.first_generated[rows[picked]] = self.generated[rows[picked]]
             waiting.add(picked, rollout.resumable())
             if waiting.tokens > PASS_TOKENS:
@@ -82,10 +82,10 @@ class StagedPasses(Passes):
         return texts.tolist(), judged
 
     def _write_dense(self, texts: NDArray, rows: NDArray, waiting: "_Waiting") -> None:
-        for picked, inputs, block in self._together(rows, waiting, self.longest):
+        for picked, inputs, block in self._waiting_passes(rows, waiting, self.longest):
             texts[picked], _ = self._generated(rows[picked], inputs, block, judges=False)
 
-    def _together(
+    def _waiting_passes(
         self, rows: NDArray, waiting: "_Waiting", steps: int = 0
     ) -> Iterator[tuple[NDArray, dict[str, Tensor], Block]]:
         """Positions in ``rows``, inputs and context manager of each pass, or ``generate()``, of rows that waited."""
@@ -112,7 +112,7 @@ class StagedPasses(Passes):
         model, judge = (board, self.head, self.backbone.flops), partial(self.backbone.logits, inputs)
         return StagedRollout(self._policy, *model, length, keeps, judge, first)
 
-    def _note(self, rows: NDArray, rollout: StagedRollout) -> None:
+    def _record(self, rows: NDArray, rollout: StagedRollout) -> None:
         self.masks[rows], self.went_on[rows] = rollout.decisions, rollout.went_on
 
 
@@ -124,7 +124,7 @@ class _Waiting:
         self._parts: dict[str | None, list[tuple[NDArray, PassState | None]]] = {}
 
     def add(self, positions: NDArray, parts: Iterable[tuple[NDArray, PassState | None]]) -> NDArray:
-        """Let the parts of a pass on ``positions`` wait; which of its rows do, bool ``[rows]``."""
+        """Let parts of a pass on ``positions`` wait; returns which of its rows wait, bool ``[rows]``."""
         waits = np.zeros(len(positions), dtype=np.bool_)
         for rows, state in parts:
             waits[rows] = True
@@ -133,7 +133,7 @@ class _Waiting:
         return waits
 
     def taken(self, board: Switchboard) -> Iterator[tuple[int, NDArray, list[PassState]]]:
-        """The switch from which rows go on, their positions, and states in that order; none of them waits then."""
+        """For each switch from which rows go on: it, their positions and states; then none of them waits any more."""
         held, self._parts, self.tokens = self._parts, {}, 0
         for stage, parts in held.items():
             start = 0 if stage is None else board.decided_at([stage])[stage].start

@@ -180,7 +180,7 @@ def test_unknown_ids_and_wrong_values():
     with pytest.raises(ConfigError, match="'dataset' has no value"):
         gym.make("SD/Classification-Custom-v0")
     for shares in ([0.3], [0.0, 0.5, 0.3], [0.0, 1.0], []):
-        with pytest.raises(ConfigError, match=r"'tokens.shares': expected ascending shares below 1"):
+        with pytest.raises(ConfigError, match=r"'tokens.shares': expected ascending shares from 0.0 to below 1"):
             gym.make(MINI[0], token_shares=shares)
     with pytest.raises(ConfigError, match=r"config key 'tokens.ranking'.*'tfidf'"):
         gym.make(MINI[0], token_ranking="tfidf")

@@ -11,7 +11,7 @@ import pytest
 from sd_gym.agents.learning.decisions import decision_flops
 
 import sd_gym
-from sd_gym.going_on import answering, parted
+from sd_gym.going_on import answer_masks, masks_and_goes_on
 from sd_gym.policy import DecisionPolicy
 from tests.envs.conftest import MODELS, trained
 
@@ -66,10 +66,10 @@ def decides_and_answers_the_same(task, ranking, folder, tokenizer, observation, 
     core, policy, artefact, texts = trained(task, ranking, folder, tokenizer, observation, stages)
     split, every = core.split("test"), np.arange(24)
     decisions = core.rollout(split, every, policy.decide)[0]
-    masks, went_on = parted(decisions, len(core.decision_nvec))
+    masks, went_on = masks_and_goes_on(decisions, len(core.decision_nvec))
     assert len(np.unique(decisions, axis=0)) > 1
     assert went_on.any() == ("answer" in stages)
-    answers = split.passes.answers(every, answering(decisions, len(core.decision_nvec)))
+    answers = split.passes.answers(every, answer_masks(decisions, len(core.decision_nvec)))
     model = sd_gym.load(folder / "artefact")
     try:
         came = model(texts)

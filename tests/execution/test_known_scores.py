@@ -25,7 +25,7 @@ def test_scores_are_kept_whole(settings):
 
 
 def test_the_qualities_that_were_not_asked_for_longest_are_forgotten(settings, monkeypatch):
-    monkeypatch.setattr("sd_gym.execution.scoring.KNOWN", 4)
+    monkeypatch.setattr("sd_gym.execution.scoring.CACHED_QUALITIES", 4)
     scoring = gym.make(CUSTOM, quality="likelihood", **settings).unwrapped.core.split("train").scoring
     scoring.load_scores(None)
     dense = torch.zeros(1, 7, dtype=torch.int64).numpy()

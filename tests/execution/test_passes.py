@@ -70,6 +70,6 @@ def test_a_tree_of_masks_gives_the_logits_of_each_mask_alone(name):
     board = Switchboard(model)
     backbone = SimpleNamespace(board=board, logits=lambda given: model(**given).logits)
     masks = all_decisions([2] * len(board))
-    MaskTree(backbone, inputs, None, masks, found.__setitem__).go_through(np.arange(len(masks)))
+    MaskTree(backbone, inputs, None, masks, found.__setitem__).run_masks(np.arange(len(masks)))
     for number, mask in enumerate(masks):
         torch.testing.assert_close(found[number], logits(board, mask[None], inputs), rtol=1e-4, atol=1e-5)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForSequenceClassification, GenerationConfig, TextStreamer
 
 import sd_gym
-from sd_gym.going_on import parted
+from sd_gym.going_on import masks_and_goes_on
 from sd_gym.inference.attach import attach, detach
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.protected_tokens import ProtectedTokens
@@ -209,7 +209,7 @@ def test_the_mini_backbone_writes_on_texts_what_it_writes_in_the_env():
     policy = looking(core, bias=2.0)  # runs most
     split, every = core.split("test"), np.arange(16)
     decisions = core.rollout(split, every, policy.decide)[0]
-    masks, went_on = parted(decisions, len(core.decision_nvec))
+    masks, went_on = masks_and_goes_on(decisions, len(core.decision_nvec))
     assert 0 < went_on.sum() < 16
     quality, dense = split.scoring.quality(every, decisions)
     assert (quality[went_on] == dense[went_on]).all()

@@ -19,7 +19,7 @@ from sd_gym.envs.config import load_config
 from sd_gym.envs.spaces import Standardised
 from sd_gym.envs.table_files import EXPORT
 from sd_gym.files import read_json, read_tensors, write_arrays, write_json, write_tensors
-from sd_gym.going_on import parted
+from sd_gym.going_on import masks_and_goes_on
 from sd_gym.policy import DecisionPolicy
 from sd_gym.registration import config_of, shipped_tables
 from tests.conftest import make_model, sign
@@ -77,7 +77,7 @@ def test_as_an_artefact_it_decides_the_same_on_texts_and_in_the_model(learned):
     core = shared_core(load_config(config_of(env_id), {**settings, "stages": artefact.network.stages}))
     split, every = core.split("test"), np.arange(len(core.split("test")))
     decisions = core.rollout(split, every, check_fits(artefact.network, core).decide)[0]
-    masks, went_on = parted(decisions, len(core.decision_nvec))
+    masks, went_on = masks_and_goes_on(decisions, len(core.decision_nvec))
     assert len(np.unique(masks, axis=0)) > 1
     model = sd_gym.load(run, settings["backbone"])
     try:

@@ -80,5 +80,5 @@ def test_rarity_is_counted_once(monkeypatch):
     monkeypatch.setattr(ranking, "inverse_document_frequency", lambda corpus: (counted.append(1), inner(corpus))[1])
     core = gym.make("SD/Summarization-Mini-v0", **SMALL).unwrapped.core
     for name in ("train", "test"):
-        core.split(name).unseen(np.arange(3)).tokens.scores  # noqa: B018
+        core.split(name).uncached(np.arange(3)).tokens.scores  # noqa: B018
     assert counted == [1]

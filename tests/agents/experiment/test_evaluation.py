@@ -97,7 +97,7 @@ def test_a_row_that_is_decided_on_in_its_pass_is_embedded_once(ranking):
         for row in range(10):
             rows = np.array([row])
             embedded.clear()
-            ((picked, logits, labels),) = core.decided_logits(split.unseen(rows), np.array([0]), policy.decide)
+            ((picked, logits, labels),) = core.decided_logits(split.uncached(rows), np.array([0]), policy.decide)
             times = len(embedded)
             ((_, expected, same),) = split.passes.logits(rows, policy.decide(core.observe(split, rows)))
             assert times == (1 if ranking == "idf" else 3)  # to rank by attention takes another look

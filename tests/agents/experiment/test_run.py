@@ -20,7 +20,7 @@ import sd_gym
 from sd_gym.cli import app
 from sd_gym.config import ConfigError
 from sd_gym.execution.scoring import Scoring
-from sd_gym.going_on import parted
+from sd_gym.going_on import masks_and_goes_on
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy
 from tests.agents.conftest import LEARNING, SB3, STAGED, STAGES, asked, bold, cut_off, staged_settings, walked
@@ -235,7 +235,7 @@ def test_a_run_of_stages_is_reduced_and_its_artefact_decides_so(staged_env, stag
     assert len(np.unique(decisions, axis=0)) > 1
     model = sd_gym.load(tmp_path / "few")
     answers = model([one.source for one in core.split("train").instances])
-    masks, went_on = parted(decisions, len(core.decision_nvec))
+    masks, went_on = masks_and_goes_on(decisions, len(core.decision_nvec))
     np.testing.assert_array_equal([one.skip for one in answers], masks[:, :-1])
     np.testing.assert_array_equal([one.went_on for one in answers], went_on)
     if core.has_answer_stage:
