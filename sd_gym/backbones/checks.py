@@ -76,7 +76,7 @@ def check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedToke
     embeddings, last = model.get_input_embeddings().get_parameter("weight").shape[0], max(vocabulary.values())
     if last >= embeddings:
         raise BackboneError(
-            f"the backbone {name!r}: its tokenizer has tokens up to number {last}, but the model has only {embeddings} "
+            f"the backbone {name!r}: its tokenizer has tokens up to id {last}, but the model has only {embeddings} "
             "embeddings; take the tokenizer that belongs to it, or call model.resize_token_embeddings() and train it"
         )
     if tokenizer.pad_token is None and tokenizer.eos_token is None:

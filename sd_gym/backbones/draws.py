@@ -10,11 +10,11 @@ from sd_gym.backbones.heads import head_of
 from sd_gym.switch import Switchboard
 
 NOISE = 3.0  # ranks: how far the layers that ``whole_layers`` draws stray from the least important ones
-FEWEST = 1 / 3  # a row draws at least this share of the highest number of layers
+LOWEST_SHARE = 1 / 3  # lowest number of layers that a row skips, as a share of the highest
 MEASURED_ROWS = 32  # rows of a batch that importance is measured on, at most
 TRIED = 4  # candidates for the next layer to skip
 BOLDNESS = (-1.0, 2.0)  # range of the shift of a policy's log-odds of skipping
-RARE = 0.02  # the least probability of skipping, and of running, a switch
+LOWEST_PROBABILITY = 0.02  # lowest probability of skipping a switch, and of running it
 RANDOM_SHARE = 0.3  # share of the rows under random decisions, where a policy decides on the others
 
 Drawing = Callable[[int, torch.Generator], Tensor]  # draws decisions of so many rows, int64 ``[rows, switches]``
@@ -31,10 +31,10 @@ def layers_of(board: Switchboard) -> Tensor:
 def layer_importance(board: Switchboard, batch: dict[str, Tensor], max_rate: float, accelerator: Accelerator) -> Tensor:
     """Ranks of the layers in the order in which they are best skipped, int64 ``[layers]`` on the CPU; 0: the first.
 
-    A share ``max_rate`` of them is skipped one by one. The next layer is one of the few that raise the distillation
-    loss least alone: that which raises it least together with those skipped so far. Layers that hardly matter alone may
-    matter together. The rest is ordered by their losses alone. Losses are those of the first rows of ``batch`` (see
-    ``sandwich_loss``), averaged over the processes.
+    A greedy search skips a share ``max_rate`` of them one by one. Its candidates are the few layers that raise the
+    distillation loss least alone; it takes the candidate that raises it least together with the layers skipped so far,
+    as layers that hardly matter alone may matter together. The other layers are ordered by their loss alone. Losses are
+    measured on the first rows of ``batch`` (see ``sandwich_loss``) and averaged over the processes.
     """
     model, head, layers = board.model, head_of(board.model), layers_of(board)
     names = batch.keys() - {"keep", "skip_logits"}
@@ -105,7 +105,7 @@ def whole_layers(
     """
     assert importance is not None  # measured before it is drawn
     count = len(importance)
-    most = max_rate * count * (FEWEST + (1 - FEWEST) * torch.rand(rows, 1, generator=generator))
+    most = max_rate * count * (LOWEST_SHARE + (1 - LOWEST_SHARE) * torch.rand(rows, 1, generator=generator))
     noise = -torch.empty(rows, count).exponential_(generator=generator).log()  # from a Gumbel distribution
     order = (importance - NOISE * noise).argsort(dim=1).argsort(dim=1)
     return (order < most.round())[:, layers].long()
@@ -125,6 +125,6 @@ def decisions_around(
     rows = len(skip_logits)
     lowest, highest = BOLDNESS
     shifted = skip_logits + lowest + (highest - lowest) * torch.rand(rows, 1, generator=generator)
-    probability = shifted.sigmoid().clamp(RARE, 1 - RARE)
+    probability = shifted.sigmoid().clamp(LOWEST_PROBABILITY, 1 - LOWEST_PROBABILITY)
     drawn = (torch.rand(probability.shape, generator=generator) < probability).long()
     return torch.where(torch.rand(rows, 1, generator=generator) < random_share, random, drawn)

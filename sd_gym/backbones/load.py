@@ -82,7 +82,7 @@ def load_model(
         UnsupportedArchitectureError: If no switches are known for the architecture.
         BackboneError: If a file, weight, tokenizer or head is missing, damaged or does not fit.
     """
-    config, stored, path, file = _stored(name)
+    config, stored, path, file = _read_config(name)
     chosen = head or stored
     if chosen is None:
         raise BackboneError(
@@ -133,10 +133,10 @@ def _backbone_errors(name: str, what: str) -> Iterator[None]:
 
 def head_stored_with(name: str) -> type[Head] | None:
     """The head that is stored with a backbone; ``None``: no head. Raises: see ``load_model``."""
-    return _stored(name)[1]
+    return _read_config(name)[1]
 
 
-def _stored(name: str) -> tuple[PretrainedConfig, type[Head] | None, str, dict[str, str]]:
+def _read_config(name: str) -> tuple[PretrainedConfig, type[Head] | None, str, dict[str, str]]:
     """A backbone's configuration, its stored head, its folder or hub id, and the option that names a GGUF file."""
     path, file = resolve(name), dict[str, str]()
     if path.endswith(".gguf"):
@@ -151,8 +151,8 @@ def _stored(name: str) -> tuple[PretrainedConfig, type[Head] | None, str, dict[s
             what = path if not file else Path(path) / file["gguf_file"]
             raise BackboneError(f"the backbone {name!r}: {what} cannot be read ({one_line(error)})") from error
         raise FileNotFoundError(
-            f"cannot load the backbone {name!r}: it is no local folder, and the Hugging Face hub did not give it. "
-            "Without network, pass the path of a local copy as backbone=..."
+            f"cannot load the backbone {name!r}: it is no local folder, and loading it from the Hugging Face "
+            "hub failed. Without network, pass the path of a local copy as backbone=..."
         ) from error
     architecture_of(config.model_type)
     architectures = [str(name) for name in config.architectures or []]

@@ -67,7 +67,7 @@ class TrainingHistory:
     step: int = 0  # the last step
     validation: list[tuple[int, float]] = field(default_factory=list)  # step and quality of each validation
     best: float = -math.inf  # the best quality so far
-    since: int = 0  # validations since then
+    since: int = 0  # validations since the best one
     weights: dict[str, Tensor] = field(default_factory=dict, repr=False)  # the model's weights at the best quality
     importance: Tensor | None = None  # the last ``layer_importance``; ``None``: not measured
 

@@ -179,7 +179,7 @@ class Core(Protocol[S]):
         return len(self.nvec) - self.has_answer_stage
 
     def goes_on(self, decisions: Array) -> Array:
-        """Which rows go on after their answer, bool ``[n]``, of decisions ``[n, components]``; see ``masks_and_goes_on``."""
+        """Which rows of decisions ``[n, components]`` go on, bool ``[n]``; see ``masks_and_goes_on``."""
         return masks_and_goes_on(decisions, self.n_skips)[1]
 
     def joined(self, masks: Array, goes_on: Array) -> Array:

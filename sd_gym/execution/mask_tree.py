@@ -44,7 +44,7 @@ class MaskTree:
         self._is_pointwise = np.array([switch.sublayer.kind == "feed_forward" for switch in switches])
 
     def run_masks(self, picked: Array, done: int = 0, seen: PassState | None = None) -> None:
-        """Run the masks ``picked`` (indices), which agree on the first ``done`` switches, from the state after those."""
+        """Run the masks ``picked`` (indices), which agree on the first ``done`` switches, from the state after them."""
         first = self._masks[picked[0]]
         differ = np.flatnonzero((self._masks[picked] != first).any(axis=0))
         if not len(differ):

@@ -58,7 +58,7 @@ def export(
 
     Args:
         policy: A policy, the folder of a run or of ``save_pretrained``, or an id of the Hugging Face hub. All its
-            operating points are write.
+            operating points are written.
         folder: A new folder: a graph that decides, one that answers, their weights, the tokenizer, a manifest, a card.
             If the policy judges the answer, also a graph for that, and one per layer from which rows go on.
         masks: Largest number of masks that the policy may decide among, since only rows of the same mask run together;
@@ -281,7 +281,7 @@ class _Writer:
 
 
 class _Weights:
-    """One file with the weights of all graphs; equal weights are write once."""
+    """One file with the weights of all graphs; equal weights are written once."""
 
     def __init__(self, file: Any) -> None:
         self._file, self._offsets = file, dict[bytes, int]()

@@ -111,7 +111,7 @@ class SkipPolicy:
         return self.network.decide(self.observed(hidden, mask, whole=whole))
 
     def observed(self, hidden: Tensor, mask: Tensor, *, whole: bool = False) -> Observations | Tensor:
-        """What the network sees before the first layer; versions of the policy (``with_margin``) see the same.
+        """The observation before the first layer; it is the same for all versions of the policy (``with_margin``).
 
         Args:
             hidden: The first layer's input, ``[n, length, width]``, padded at the right.

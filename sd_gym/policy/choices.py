@@ -66,7 +66,7 @@ def greedy_cover(log_likelihood: Tensor, size: int) -> list[int]:
     """Choose at most ``size`` masks, mask 0 among them, that maximise the sum of the inputs' best log-probabilities.
 
     Each step adds the mask that raises the sum over ``[n, masks]`` the most. The result is at least 63% as good as the
-    best choice (Nemhauser, Wolsey and Fisher 1978). Returns the masks' numbers in the order of the steps.
+    best choice (Nemhauser, Wolsey and Fisher 1978). Returns the masks' indices in the order chosen.
     """
     chosen, best = [0], log_likelihood[:, 0]
     while len(chosen) < size:

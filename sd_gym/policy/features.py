@@ -26,14 +26,14 @@ def pooled_features(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """
     hidden = hidden.float()
     if mask is None:
-        return torch.cat([pooled(hidden, None), _all_of_length(hidden.shape[1], len(hidden), hidden.device)], dim=1)
+        return torch.cat([pooled(hidden, None), _length_features(hidden.shape[1], len(hidden), hidden.device)], dim=1)
     length = mask.sum(dim=1, keepdim=True).float()
     return torch.cat([pooled(hidden, mask), length, length.log()], dim=1)
 
 
 @lru_cache(maxsize=1024)
-def _all_of_length(length: int, rows: int, device: torch.device) -> Tensor:
-    """A length and its logarithm, ``[rows, 2]``; cached, as calls take time beside a small backbone."""
+def _length_features(length: int, rows: int, device: torch.device) -> Tensor:
+    """A length and its logarithm, ``[rows, 2]``; cached, as computing them is slow beside a small backbone."""
     with torch.inference_mode(False):
         lengths = torch.full((rows, 1), float(length), device=device)
         return torch.cat([lengths, lengths.log()], dim=1)
@@ -55,9 +55,9 @@ def token_observations(
 
 
 def stage_observation(number: int, share: NDArray, features: NDArray, mean: NDArray, deviation: NDArray) -> NDArray:
-    """The observation of a pass at the stage of that number, float32 ``[n, stages + 1 + features]``.
+    """The observation of a pass at the stage with index ``number``, float32 ``[n, stages + 1 + features]``.
 
-    ``share [n]`` is that of the dense FLOPs if all the rest is skipped. ``features [n, features]`` are standardised
+    ``share [n]`` of the dense FLOPs is spent if all the rest is skipped. ``features [n, features]`` are standardised
     here, by mean and deviation ``[stages, features]`` of the training split.
     """
     progress = np.zeros((len(features), len(mean) + 1), dtype=np.float32)

@@ -18,30 +18,30 @@ class Resumption:
 
     Args:
         board: The model's switchboard.
-        points: Numbers of the switches before which a pass can be resumed (``Head.resume_points``).
-        decided: The first switch that is decided on; all earlier ones run.
+        points: Indices of the switches before which a pass can be resumed (``Head.resume_points``).
+        first_decided: Index of the first switch that is decided on; all earlier switches run.
 
     Attributes:
-        stages: Names of the stages at which the pass has to call ``keep``.
+        stages: Names of the stages at which the pass has to call ``store``.
     """
 
-    def __init__(self, board: Switchboard, points: Sequence[int], decided: int) -> None:
+    def __init__(self, board: Switchboard, points: Sequence[int], first_decided: int) -> None:
         self._points = points
         self._point_of = {
             name: columns.start
             for name, columns in board.decided_at([EVERY_LAYER]).items()
-            if columns.start in points and columns.start >= max(decided, 1)  # at the start there is no state
+            if columns.start in points and columns.start >= max(first_decided, 1)  # at the start there is no state
         }
         self.stages = list(self._point_of)
         self._from = np.zeros(0, dtype=np.int64)  # the switch from which each row would go on
         self._states: list[tuple[NDArray, PassState]] = []  # rows and their state
 
-    def decided(self, masks: NDArray) -> None:
-        """Take the masks so far, int ``[n, switches + 1]``."""
+    def update(self, masks: NDArray) -> None:
+        """Find where each row would be resumed, from the masks so far, int ``[n, switches + 1]``."""
         self._from = resumed_from(masks, self._points)
 
-    def keep(self, state: PassState, keep: NDArray | Tensor | None) -> None:
-        """Keep the rows whose first skipped sublayer is in the next layer, from the state of the pass at a stage.
+    def store(self, state: PassState, keep: NDArray | Tensor | None) -> None:
+        """Store the state at a stage of the rows whose first skipped sublayer is in the next layer.
 
         ``keep``: the tokens that the pass keeps, bool ``[n, length]``; ``None``: all.
         """
@@ -53,7 +53,7 @@ class Resumption:
         self._states.append((rows, state if keep is None else _at_all_positions(state, keep[rows])))
 
     def parts(self, goes_on: NDArray) -> Iterator[tuple[NDArray, PassState | None]]:
-        """Rows that go on from the same switch, int64 ``[rows]``, and their state there; ``None``: from the start.
+        """Groups of rows, int64 ``[rows]``, that go on from the same switch, and their state; ``None``: from the start.
 
         ``goes_on``: which rows go on, bool ``[n]``. Rows that skipped nothing are left out: their answer is dense.
         """

@@ -51,8 +51,8 @@ class StagedRollout:
         self._passing = self._columns  # the switches of each stage at which the pass stops
         self._resumption: Resumption | None = None
         if policy.sees_answer:
-            decided = next(iter(self._columns.values())).start
-            self._resumption = Resumption(board, head.resume_points(board), decided)
+            first_decided = next(iter(self._columns.values())).start
+            self._resumption = Resumption(board, head.resume_points(board), first_decided)
             self._passing = board.decided_at([*self._columns, *self._resumption.stages])
         self.decisions = np.zeros((len(length), len(board) + 1), dtype=np.int64)  # the masks so far
         self.keep: Keep = None  # which tokens stay
@@ -70,7 +70,7 @@ class StagedRollout:
         values = torch.as_tensor(judged).detach().cpu().numpy()
         self._features[:, self._features.shape[1] - self._answer_size :] = values
         rejected = self._decided(ANSWER, self.decisions)[:, -1] == 1
-        self.went_on = rejected & self.decisions.any(axis=1)  # of others nothing is left to run
+        self.went_on = rejected & self.decisions.any(axis=1)  # rows that skipped nothing have nothing left to run
 
     def resumable(self) -> Iterator[tuple[NDArray, PassState | None]]:
         """Parts of the rows that go on after skipping, int64 ``[rows]``, each with the state from which they do.
@@ -92,8 +92,8 @@ class StagedRollout:
             self._decide(state)
         if self._resumption is not None:
             if decides:
-                self._resumption.decided(self.decisions)
-            self._resumption.keep(state, self.keep)
+                self._resumption.update(self.decisions)
+            self._resumption.store(state, self.keep)
         return self.decisions[:, self._passing[state.stage]], self.keep if state.stage == "first" else None
 
     def _decide(self, state: PassState) -> None:

@@ -245,8 +245,8 @@ def _read_hub(data: DataConfig, base: str, split: str) -> Rows:
                 f"the split {base!r} (subset {data.subset}): {one_line(error)}"
             ) from error
         raise FileNotFoundError(
-            f"cannot load the split {base!r} of {data.dataset!r}: it is no local file or folder, and the Hugging "
-            "Face hub did not give it. Without network, pass the path of a local copy as dataset=..."
+            f"cannot load the split {base!r} of {data.dataset!r}: it is no local file or folder, and loading "
+            "it from the Hugging Face hub failed. Without network, pass the path of a local copy as dataset=..."
         ) from error
     if base not in known:
         raise _no_split(data, base, split, known)

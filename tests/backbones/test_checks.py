@@ -43,7 +43,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path, tiny_tokeni
     model = make_model("bert")
     model.resize_token_embeddings(12)  # the tokenizer's words are 13
     save(model, tiny_tokenizer, tmp_path)
-    with pytest.raises(BackboneError, match=r"tokens up to number 12, but the model has only 12 embeddings"):
+    with pytest.raises(BackboneError, match=r"tokens up to id 12, but the model has only 12 embeddings"):
         load_model(str(tmp_path))
 
 

@@ -112,7 +112,7 @@ def judged_choice(logits: Tensor) -> Tensor:
 
 
 def log_odds_of(log_prob: Tensor) -> Tensor:
-    """Log-odds of probabilities whose logarithms are given, within 30."""
+    """Log-odds of probabilities, from their logarithms; clipped at -30 and 30."""
     others = (-torch.expm1(log_prob)).clamp(min=LEAST_LIKELIHOOD).log()
     return (log_prob - others).clamp(MOST_UNSURE, -MOST_UNSURE)
 

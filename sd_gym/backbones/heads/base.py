@@ -57,7 +57,7 @@ class Head(Encoding, Losses, Answers):
         return keep
 
     def resume_points(self, board: Switchboard) -> list[int]:
-        """Numbers of the switches from which a pass that has answered can be run again, ascending."""
+        """Indices of the switches from which a pass that has answered can be run again, ascending."""
         return [columns.start for columns in board.decided_at([EVERY_LAYER]).values()]
 
     def can_exit(self, board: Switchboard) -> bool:

@@ -54,7 +54,7 @@ class ScoreHead(LabelHead):
         if quality == "balanced":
             raise ValueError("'balanced' weighs classes, not scores")
         if quality == "agreement":
-            raise ValueError("agreement, or policy_labels=dense: two scores are hardly ever equal")
+            raise ValueError("scores have neither agreement nor policy_labels=dense: two scores are hardly ever equal")
         return super().measured_by("exact_match" if quality == "likelihood" else quality)
 
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
