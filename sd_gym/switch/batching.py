@@ -111,7 +111,7 @@ class _Batch:
             return _Plan(np.inf, [rows])
         runs, lengths, size = self._runs[rows], self._lengths[rows], np.arange(1, len(rows) + 1)
         shorter = self._cost(runs.cumsum(axis=0), size, np.maximum.accumulate(lengths))
-        longer = self._cost(_from_here(runs), size[::-1], _from_here(lengths, np.maximum))
+        longer = self._cost(_suffix_accumulate(runs), size[::-1], _suffix_accumulate(lengths, np.maximum))
         both = shorter[:-1] + longer[1:]
         end = int(both.argmin())
         return _Plan(both[end], [rows[: end + 1], rows[end + 1 :]])
@@ -129,8 +129,10 @@ class _Batch:
         np.maximum.at(longest, group, lengths)
         count = size[:, None] * decisions
         own = self._cost(count, size, longest)
-        # Of all other rows, when the first 1, 2, ... decisions have their own passes; without other rows it is 0.
-        shared = self._cost(_from_here(count), _from_here(size), _from_here(longest, np.maximum))
+        # Cost of the pass of all other rows when the first 1, 2, ... decisions have their own; without rows it is 0.
+        shared = self._cost(
+            _suffix_accumulate(count), _suffix_accumulate(size), _suffix_accumulate(longest, np.maximum)
+        )
         costs = np.append(shared[1:], 0) + own.cumsum()
         separate = int(costs.argmin()) + 1
         parts = [rows[group == number] for number in range(separate)]
@@ -145,6 +147,6 @@ class _Batch:
         return calls + ((longest + self._steps) * (count + moved)).sum(axis=-1)
 
 
-def _from_here(values: NDArray, combine: np.ufunc = np.add) -> NDArray:
+def _suffix_accumulate(values: NDArray, combine: np.ufunc = np.add) -> NDArray:
     """Sums (or maxima) from each position to the end."""
     return combine.accumulate(values[::-1], dtype=np.int64)[::-1]

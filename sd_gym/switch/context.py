@@ -80,7 +80,7 @@ class _Family:
 
     def __init__(self) -> None:
         self._scopes: list[ref[Scope]] = []  # no WeakSet, which takes longer to iterate than patches to install
-        self.needs: dict[int, set[int]] = {}  # numbers of the patches that an entry needs, by its id
+        self.needs: dict[int, set[int]] = {}  # indices of the patches that an entry needs, by its id
 
     def join(self, scope: Scope) -> None:
         """Let the family install a scope's patches."""
@@ -98,16 +98,16 @@ class _Family:
             # Before installing, so that an entry that ends meanwhile removes none of them.
             self.needs.setdefault(id(entry), set()).update(needs)
             for patches in self._patches():
-                for number in needs:
-                    patches[number].install()
+                for index in needs:
+                    patches[index].install()
 
     def end(self, entry: _Entry) -> None:
         """Remove the patches that no other entry needs."""
         with _LOCK:
             unneeded = self.needs.pop(id(entry), set()).difference(*self.needs.values())
             for patches in self._patches():
-                for number in unneeded:
-                    patches[number].uninstall()
+                for index in unneeded:
+                    patches[index].uninstall()
 
     def _patches(self) -> list[Sequence[MethodPatch]]:
         return [scope.patches for known in self._scopes if (scope := known()) is not None]
@@ -122,10 +122,10 @@ class _Entry:
         self.scope = scope
         self.decision = decision
         self.generator = generator  # frame of the generator that the block is open in
-        self.of_generator = generator is not None  # stays true after the block has ended
-        self.origin = _here()  # thread and task in which it was put in force
+        self.is_of_generator = generator is not None  # stays true after the block has ended
+        self.origin = _origin()  # thread and task in which it was put in force
         self.outer = outer  # the entry that was in force there
-        self.ended = False  # by another thread or task, which could not remove it from the context
+        self.ended = False  # whether another thread or task ended it, which cannot remove it from this context
         if decision is not None:
             scope.family.begin(self, decision.needs)
 
@@ -143,7 +143,7 @@ class _Entry:
 class _Compiled(local):
     """The decision in force in this thread, for compiled code, which cannot read a context variable."""
 
-    sure: bool = False  # whether no task or generator of the thread can have another decision
+    is_certain: bool = False  # whether no task or generator of the thread can have another decision
     decision: Decision | None = None
 
 
@@ -184,14 +184,14 @@ class Scope:
         """The decision in force here; ``None``: everything runs.
 
         Raises:
-            StaleBoardError: If a decision is in force on the model that this one was copied from.
+            StaleBoardError: If a decision is in force on the model that this board's model was copied from.
         """
         if torch.compiler.is_dynamo_compiling():
-            return self._compiled.decision if self._compiled.sure else _current_uncompiled(self)
+            return self._compiled.decision if self._compiled.is_certain else _current_uncompiled(self)
         entries = _ENTRIES.get()
         if entries and not self.in_generators:  # nearly always: the last block is this board's, and no generator's
             entry = entries[-1]
-            if entry.scope is self and not entry.ended and not entry.of_generator:
+            if entry.scope is self and not entry.ended and not entry.is_of_generator:
                 return entry.decision
         return self._current()
 
@@ -216,7 +216,7 @@ class Scope:
         return entry
 
     def settle(self, decision: Decision | None) -> None:
-        """Replace the decision in force by that of its next stage."""
+        """Replace the decision in force by ``decision``, which the next stage made."""
         entry = self.entry()
         assert entry is not None  # a stage is reached only inside of the block that decides
         entry.decision = decision
@@ -227,20 +227,22 @@ class Scope:
     def note(self, entry: _Entry | None) -> None:
         """Note the decision in force in this thread, for compiled code."""
         compiled = self._compiled
-        compiled.sure = entry is not None and entry.generator is None and _here() == (get_ident(), None)
-        compiled.decision = entry.decision if entry is not None and compiled.sure else None
+        compiled.is_certain = entry is not None and entry.generator is None and _origin() == (get_ident(), None)
+        compiled.decision = entry.decision if entry is not None and compiled.is_certain else None
 
     def _of_context(self) -> _Entry | None:
         # A generator's own entry counts only in other threads and tasks, to which its context was passed.
         entries = [
             entry
             for entry in reversed(_ENTRIES.get())
-            if entry.scope is self and not entry.ended and (entry.generator is None or entry.origin != _here())
+            if entry.scope is self and not entry.ended and (entry.generator is None or entry.origin != _origin())
         ]
         if not entries:
             return None
         innermost = entries[0]
-        if innermost.of_generator and any(other.of_generator and not innermost.is_within(other) for other in entries):
+        if innermost.is_of_generator and any(
+            other.is_of_generator and not innermost.is_within(other) for other in entries
+        ):
             raise RuntimeError(
                 "blocks of several generators were open in the context that was passed to this thread or task, so the "
                 "decision is ambiguous; call decide() in the thread or task itself"
@@ -286,7 +288,7 @@ class Block:
         if entry is None:
             return
         entries = _ENTRIES.get()
-        entry.ended = entry not in entries or entry.origin != _here()
+        entry.ended = entry not in entries or entry.origin != _origin()
         _ENTRIES.set(tuple(other for other in entries if other is not entry))
         if entry.generator is not None:
             self._scope.in_generators.remove(entry)
@@ -294,7 +296,8 @@ class Block:
         self._scope.note(self._scope.entry())
 
 
-def _here() -> tuple[int, int | None]:
+def _origin() -> tuple[int, int | None]:
+    """The running thread and asyncio task."""
     has_loop = asyncio._get_running_loop() is not None  # otherwise current_task() raises, which is slow
     return get_ident(), id(asyncio.current_task()) if has_loop else None
 

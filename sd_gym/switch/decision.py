@@ -36,8 +36,8 @@ class Pass(local):
     tokens: TokenPass  # set before the first layer, where tokens are dropped
 
     def __init__(self) -> None:
-        self.calls: dict[int, Call] = {}  # calls of running sublayers, by number of the switch
-        # The encoder's output, row indices and the rows selected, by number of the switch.
+        self.calls: dict[int, Call] = {}  # calls of running sublayers, by index of the switch
+        # The encoder's output, row indices and the rows selected, by index of the switch.
         self.sources: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.encoded: Tensor | None = None  # the encoder's output, in a decoder that has a stage
 
@@ -51,9 +51,9 @@ class Plan:
     rows: list[Tensor | None]  # rows that run, int64 ``[kept]``, by switch; ``None``: all
     # ``rows``, by how often ``generate()`` repeats each row, and by device.
     copies: dict[tuple[int, torch.device], list[Tensor | None]]
-    empty: frozenset[int]  # numbers of the switches that no row runs
+    empty: frozenset[int]  # indices of the switches that no row runs
     idle: frozenset[tuple[str, int]]  # stack and index of each layer that is skipped as a whole
-    needs: tuple[int, ...]  # numbers of the patches that it needs
+    needs: tuple[int, ...]  # indices of the patches that it needs
 
     @classmethod
     def of(cls, skip: NDArray, idle: frozenset[tuple[str, int]], needs: tuple[int, ...], device: torch.device) -> Plan:
@@ -65,8 +65,8 @@ class Plan:
             indices = torch.from_numpy(np.nonzero(runs[mixed])[1]).to(device)
             parts = indices.split([*counts[mixed].tolist(), 0])  # the last part is for switches that no row runs
         rows: list[Tensor | None] = [None if count else parts[-1] for count in counts.tolist()]
-        for number, part in zip(mixed.tolist(), parts, strict=False):
-            rows[number] = part
+        for index, part in zip(mixed.tolist(), parts, strict=False):
+            rows[index] = part
         empty = frozenset(np.flatnonzero(counts == 0).tolist())
         return cls(len(skip), skip.tobytes(), rows, {(1, device): rows}, empty, idle, needs)
 
@@ -94,7 +94,7 @@ class PendingDecision:
     skip: NDArray  # decisions so far, bool ``[batch, switches]``; switches that are not yet decided run
     # ``settle(decision, hidden, cache)`` makes the next stage's decision, puts it in force and returns it.
     settle: Callable[[Decision, Tensor, Cache | None], Decision | None]
-    needs: tuple[int, ...]  # numbers of the patches that it needs
+    needs: tuple[int, ...]  # indices of the patches that it needs
 
     def state(self, hidden: Tensor, encoded: Tensor | None, tokens: DroppedTokens | None, repeats: int) -> PassState:
         """The pass's state at the next stage, where each row is repeated for its beams or samples."""
@@ -112,8 +112,8 @@ class PendingDecision:
         """Whether the next stage is right before this layer."""
         return self.stages[0].place == place and not self.stages[0].is_between
 
-    def grown(self, skip: NDArray) -> NDArray:
-        """Decisions so far, with those of the next stage added, bool ``[batch, switches]``."""
+    def merged(self, skip: NDArray) -> NDArray:
+        """Decisions so far with those of the next stage, ``skip``: bool ``[batch, switches]``."""
         if 1 not in (len(skip), len(self.skip)) and len(skip) != len(self.skip):
             raise ValueError(
                 f"stage {self.stages[0].name!r} decides on {len(skip)} rows, but earlier stages decided on "
@@ -121,9 +121,9 @@ class PendingDecision:
             )
         if skip.shape[1] == self.skip.shape[1]:  # this stage decides all switches
             return skip
-        grown = self.skip.repeat(len(skip), axis=0) if len(self.skip) == 1 else self.skip.copy()
-        grown[:, self.stages[0].switches] = skip
-        return grown
+        merged = self.skip.repeat(len(skip), axis=0) if len(self.skip) == 1 else self.skip.copy()
+        merged[:, self.stages[0].switches] = skip
+        return merged
 
     def _mask(self, hidden: Tensor, tokens: DroppedTokens | None) -> Tensor:
         """The mask of the input's tokens, with 0 at later positions."""
@@ -165,7 +165,7 @@ class Decision:
 
     @property
     def needs(self) -> tuple[int, ...]:
-        """Numbers of the patches that it needs."""
+        """Indices of the patches that it needs."""
         return self.plan.needs if self.pending is None else (*self.plan.needs, *self.pending.needs)
 
     @property
@@ -204,7 +204,7 @@ class Decision:
                 "function that is checkpointed"
             )
 
-    def grown(self, plan: Plan, tokens: DroppedTokens | None, pending: PendingDecision | None) -> Decision:
+    def after_stage(self, plan: Plan, tokens: DroppedTokens | None, pending: PendingDecision | None) -> Decision:
         """The decision after a stage, for the rest of the same pass."""
         same = self.resume_from, self.resumes, self.generating, self.repeats, self.replays, self.state, self.tag_cell
         return Decision(plan, tokens, pending, *same)  # faster than dataclasses.replace, which slows small models

@@ -36,7 +36,7 @@ class LayerPatch:
     restores: bool  # whether it is the last layer of a single stack, after which dropped positions are zeros
 
     def __post_init__(self) -> None:
-        self.first = self.reads_input and self.place[1] == 0
+        self.is_first = self.reads_input and self.place[1] == 0
         self.config = self.model.config.get_text_config()
 
     def run(self, decision: Decision | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -52,10 +52,10 @@ class LayerPatch:
                 return inner(*args, **kwargs)
         tokens = None
         if self.reads_input and decision.tokens is not None:
-            if self.first:
+            if self.is_first:
                 self._begin(decision, decision.tokens, args, kwargs)
             tokens = decision.state.tokens
-            args, kwargs = tokens.before_layer(self.layer, self.first, args, kwargs)
+            args, kwargs = tokens.before_layer(self.layer, self.is_first, args, kwargs)
         idle = self.place in decision.plan.idle
         output = self._skipped(decision, args, kwargs) if idle else inner(*args, **kwargs)
         return tokens.after_last_layer(output) if tokens is not None and self.restores else output
@@ -67,10 +67,10 @@ class LayerPatch:
             raise NotImplementedError(f"{reason}; leave output_hidden_states and output_attentions out, or drop none")
         decision.repeats_in(len(hidden_states(args, kwargs)))
         additive = self.model.config._attn_implementation == "eager"  # adds its mask to the scores
-        goes_on = decision.generating and hasattr(decision.state, "tokens")
+        has_prompt = decision.generating and hasattr(decision.state, "tokens")
         # A decoder-only model may attend in both directions, by its configuration or by an argument of this call.
         causal = tokens.causal and getattr(self.config, "is_causal", True)
-        decision.state.tokens = TokenPass(tokens, args, kwargs, additive=additive, causal=causal, goes_on=goes_on)
+        decision.state.tokens = TokenPass(tokens, args, kwargs, additive=additive, causal=causal, has_prompt=has_prompt)
 
     def _skipped(self, decision: Decision, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """The layer's output where no row runs any sublayer; the cache counts its positions."""

@@ -23,7 +23,7 @@ At = tuple[str, int]  # stack and index of a layer
 
 
 class _Needs(NamedTuple):
-    """Numbers of the patches that a switch needs."""
+    """Indices of the patches that a switch needs."""
 
     modules: list[int]  # where some row skips it
     tagging: list[int]  # where all rows run it
@@ -31,7 +31,7 @@ class _Needs(NamedTuple):
 
 
 class Patches:
-    """A board's patches. The scope lists them, and a patch's number is its index there."""
+    """A board's patches. They are known by their index in the scope's list."""
 
     def __init__(
         self, model: PreTrainedModel, architecture: Architecture, switches: list[Switch], scope: Scope
@@ -45,9 +45,9 @@ class Patches:
         self._unbiased = frozenset(self._places) - biased  # layers that return nothing but hidden states
         of_switches = [SublayerPatch(number, switch, model) for number, switch in enumerate(switches)]
         self._needs = [self._add_modules(patch) for patch in of_switches]
-        self.of_layer: dict[At, int] = {}  # number of each layer's patch
-        self.for_stacks: list[int] = []  # numbers of the patches of encoder and decoder, where there are both
-        self.for_generating: list[int] = []  # numbers of the patches of ``generate()``
+        self.of_layer: dict[At, int] = {}  # index of each layer's patch
+        self.for_stacks: list[int] = []  # indices of the patches of encoder and decoder, where there are both
+        self.for_generating: list[int] = []  # indices of the patches of ``generate()``
         single = len(architecture.stacks) == 1
         for stack in architecture.stacks:
             layers, reads_input = stack.layers_in(model), stack is architecture.stacks[0]
@@ -75,16 +75,16 @@ class Patches:
         scope.fill(self._patches)
 
     def idle(self, skipped: np.ndarray, resumes: int | None) -> frozenset[At]:
-        """The layers that can be skipped as a whole, as no row runs any of their sublayers.
+        """Layers that can be skipped as a whole, as no row runs any of their sublayers.
 
-        ``skipped``: whether all rows skip a switch, bool ``[switches]``; ``resumes``: number of the first switch that
+        ``skipped``: whether all rows skip a switch, bool ``[switches]``; ``resumes``: index of the first switch that
         may run, where a pass is resumed.
         """
         runs = {place for place, skips in zip(self._places, skipped.tolist(), strict=True) if not skips}
         return (self._skippable - runs) | self._unbiased.intersection(self._places[: resumes or 0])
 
     def needs(self, skipped: np.ndarray, idle: frozenset[At], drops: bool, resumes: int | None) -> tuple[int, ...]:
-        """Numbers of the patches that decisions need.
+        """Indices of the patches that decisions need.
 
         ``skipped``: whether any row skips a switch, bool ``[switches]``; ``drops``: whether tokens are dropped.
         """
@@ -103,17 +103,17 @@ class Patches:
         return tuple(dict.fromkeys((*needs, *self.for_generating)))
 
     def _add(self, target: Any, name: str, run: Callable[..., Any]) -> int:
-        """Add the patch of an object's method; returns its number."""
+        """Add the patch of an object's method; returns the patch's index."""
         self._patches.append(MethodPatch(target, name, self._scope, run))
         return len(self._patches) - 1
 
     def _add_modules(self, patch: SublayerPatch) -> _Needs:
         switch, paths, attention = patch.switch, patch.switch.sublayer.modules, patch.switch.sublayer.attention
-        numbers = [
+        indices = [
             self._add(
                 module, "forward", partial(patch.run, Place(path == paths[0], path == paths[-1], path == attention))
             )
             for path, module in zip(paths, switch.modules, strict=True)
         ]
-        tagging = [numbers[paths.index(attention)]] if attention is not None and switch.tags_cache else []
-        return _Needs(numbers, tagging, switch.reads_input and attention is not None)
+        tagging = [indices[paths.index(attention)]] if attention is not None and switch.tags_cache else []
+        return _Needs(indices, tagging, switch.reads_input and attention is not None)

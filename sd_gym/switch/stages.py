@@ -76,9 +76,9 @@ class Stage(NamedTuple):
 
 def stages_of(switches: Sequence[Switch]) -> list[Stage]:
     """All stages of a backbone, in execution order, from its switches."""
-    layers: dict[tuple[str, int], list[int]] = {}  # numbers of each layer's switches
-    for number, switch in enumerate(switches):
-        layers.setdefault((switch.stack, switch.index), []).append(number)
+    layers: dict[tuple[str, int], list[int]] = {}  # indices of each layer's switches
+    for position, switch in enumerate(switches):
+        layers.setdefault((switch.stack, switch.index), []).append(position)
     stages = []
     for (stack, index), (first, *others) in layers.items():
         name = f"{stack}.{index}" if index else stack

@@ -18,9 +18,9 @@ _NESTED = Tensor, tuple, dict  # arguments of a module that may hold rows of the
 class Place(NamedTuple):
     """Position of a module in its sublayer's chain."""
 
-    first: bool
-    last: bool
-    attention: bool  # whether it is the attention proper
+    is_first: bool
+    is_last: bool
+    is_attention: bool  # whether it is the attention proper
 
 
 class SublayerPatch:
@@ -40,24 +40,24 @@ class SublayerPatch:
             # All rows run. The patch is here for the cache, or for a decision of another thread, which may install or
             # remove it in the middle of a sublayer.
             decision.refuse_tracing()
-            if not (place.attention and self._tags_cache):
+            if not (place.is_attention and self._tags_cache):
                 return inner(*args, **kwargs)
             call = Call(hidden, None, False)
             layer = self._cache_layer(decision, call, cache_among(args, kwargs))
             return self._with_cache(decision, call, layer, inner, args, kwargs)
         calls = decision.state.calls
-        if place.first:
+        if place.is_first:
             decision.check(hidden.shape[0])
             calls[self.number] = self._call(decision, hidden)
-        call = calls.pop(self.number) if place.last else calls[self.number]  # frees the memory after the pass
+        call = calls.pop(self.number) if place.is_last else calls[self.number]  # frees the memory after the pass
         if self.number in decision.plan.empty:
             return self._skip(decision, place, call, hidden, args, kwargs)
-        if call.rows is None and not (place.attention and call.drops):
+        if call.rows is None and not (place.is_attention and call.drops):
             return inner(*args, **kwargs)
-        if place.attention:
+        if place.is_attention:
             return self._run_attention(decision, place, call, inner, args, kwargs)
         output = inner(*self._selected(decision, args, call), **self._selected(decision, kwargs, call))
-        return self._scattered(call, output) if place.last else output
+        return self._scattered(call, output) if place.is_last else output
 
     def skip_layer(self, decision: Decision, hidden: Tensor, cache: Cache | None) -> None:
         """Let an attention's cache count the positions of a skipped layer, whose input is ``hidden``."""
@@ -69,9 +69,9 @@ class SublayerPatch:
     ) -> Any:
         """The output of one module of a sublayer that no row runs."""
         output = hidden[:0]
-        if place.last:
+        if place.is_last:
             output = call.hidden if self.switch.sublayer.adds_residual else torch.zeros_like(call.hidden)
-        if not place.attention:
+        if not place.is_attention:
             return output
         layer = self._skipped_cache_layer(decision, call, cache_among(args, kwargs))
         shared = self._shared_bias(decision, call, layer, kwargs)
@@ -98,7 +98,7 @@ class SublayerPatch:
         weights = [None if value is None else self._padded(value, call) for value in output[1 + len(shared) :]]
         if shared == (None,):  # the attention has made the bias, which is passed on to the next layers
             shared = output[1:2]
-        return (self._scattered(call, output[0]) if place.last else output[0], *shared, *weights)
+        return (self._scattered(call, output[0]) if place.is_last else output[0], *shared, *weights)
 
     def _call(self, decision: Decision, hidden: Tensor) -> Call:
         return Call(hidden, decision.rows_of(self.number, hidden), self._drops(decision))

@@ -96,8 +96,8 @@ class Switchboard:
             self._modules[path] = siblings, name, siblings[name]
         self._patches = Patches(model, self.architecture, self.switches, self._scope)
         self._known_stages: dict[str | tuple[str, ...], tuple[Stage, ...]] = {}
-        self._none = np.zeros((1, len(self)), dtype=bool)
-        self._undecided = Plan.of(self._none, frozenset(), (), torch.device("cpu"))
+        self._dense = np.zeros((1, len(self)), dtype=bool)
+        self._undecided = Plan.of(self._dense, frozenset(), (), torch.device("cpu"))
         self._plans: dict[tuple[bytes, int, bool, int | None, torch.device], Plan] = {}
         vars(model)["_switchboard"] = self
 
@@ -177,7 +177,7 @@ class Switchboard:
             ValueError, StaleBoardError: See ``decide``; ``ValueError`` also if there is no stage of that name.
         """
         self.check_fresh()
-        return self._pending_block(self._named(stages), choose, mask, self._none)
+        return self._pending_block(self._named(stages), choose, mask, self._dense)
 
     def run_to(
         self,
@@ -209,7 +209,7 @@ class Switchboard:
             raise StageReached(state)
 
         stages = self._named([stage])
-        skip = self._none if skip is None else self._checked(skip, len(self), "switch").copy()
+        skip = self._dense if skip is None else self._checked(skip, len(self), "switch").copy()
         skip[:, stages[0].switches.start :] = False
         with self._pending_block(stages, stop, mask, skip, keep, resume_from):
             try:
@@ -252,14 +252,14 @@ class Switchboard:
         skip, keep = pending.choose(pending.state(hidden, decision.state.encoded, decision.tokens, decision.repeats))
         if keep is not None and stage.name != "first":
             raise ValueError(f"tokens are dropped only before the first layer; at {stage.name!r} keep must be None")
-        skip = pending.grown(self._checked(skip, stage.switches.stop - stage.switches.start, "switch"))
+        skip = pending.merged(self._checked(skip, stage.switches.stop - stage.switches.start, "switch"))
         tokens = decision.tokens if keep is None else self._tokens(keep, len(skip))
         pending = replace(pending, stages=pending.stages[1:], skip=skip) if len(pending.stages) > 1 else None
         if pending is None:
             decision.state.encoded = None
         settled = None
         if pending is not None or tokens is not None or skip.any():
-            settled = decision.grown(self._plan(skip, tokens is not None, device=hidden.device), tokens, pending)
+            settled = decision.after_stage(self._plan(skip, tokens is not None, device=hidden.device), tokens, pending)
         elif cache is not None:
             restore_layers(cache)
         self._scope.settle(settled)

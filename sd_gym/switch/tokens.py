@@ -121,7 +121,7 @@ class DroppedTokens:
             torch.from_numpy(order).to(device),
             torch.from_numpy(np.arange(self.kept) < counts[:, None]).to(device),
         )
-        self.ragged = bool(counts.min() < self.kept)  # whether the rows keep different numbers of tokens
+        self.is_ragged = bool(counts.min() < self.kept)  # whether the rows keep different numbers of tokens
         self._views = {(1, device): self._pair}
 
     def view(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,7 +157,7 @@ class DroppedTokens:
         mask = kwargs.get("encoder_attention_mask")
         if mask is not None:
             mask = mask.gather(1, index) * valid
-        elif self.ragged:
+        elif self.is_ragged:
             mask = valid.long()
         return {**kwargs, "encoder_attention_mask": mask}
 
@@ -166,12 +166,19 @@ class TokenPass:
     """One forward pass that drops tokens; it reads the shapes from the first layer's ``args`` and ``kwargs``.
 
     ``additive``: whether the attention adds its mask to the scores; ``causal``: as of ``DroppedTokens``, in this pass;
-    ``goes_on``: whether ``generate()`` has read the prompt, so what it has written may follow. Raises ``ValueError`` if
-    the input has another length than ``tokens``.
+    ``has_prompt``: whether ``generate()`` has read the prompt, so that generated tokens may follow. Raises
+    ``ValueError`` if the input has another length than ``tokens``.
     """
 
     def __init__(
-        self, tokens: DroppedTokens, args: tuple, kwargs: dict[str, Any], *, additive: bool, causal: bool, goes_on: bool
+        self,
+        tokens: DroppedTokens,
+        args: tuple,
+        kwargs: dict[str, Any],
+        *,
+        additive: bool,
+        causal: bool,
+        has_prompt: bool,
     ) -> None:
         hidden = hidden_states(args, kwargs)
         self.query_length = hidden.shape[1]  # positions of the pass, dropped ones included
@@ -180,7 +187,7 @@ class TokenPass:
         past = cache.get_seq_length() if cache is not None else 0
         self._whole = not past  # otherwise the cache holds the input, and the pass a step or another turn
         before = past or self.query_length
-        if not (before >= tokens.length if past or goes_on else before == tokens.length):
+        if not (before >= tokens.length if past or has_prompt else before == tokens.length):
             raise ValueError(
                 f"tokens are dropped from inputs of {tokens.length} tokens, but the model got {self.query_length}"
                 + (f" after {past} in its cache" if past else "")
@@ -191,7 +198,7 @@ class TokenPass:
         self._memo: list[tuple[Tensor, Tensor]] = []
         # Without padding, models omit the mask; rows that keep different numbers of tokens need one.
         self._own_mask = None
-        if tokens.ragged:
+        if tokens.is_ragged:
             self._own_mask = self._make_mask(self._index_of_keys, self._valid_keys, hidden.dtype)
 
     def gather_square(self, values: Tensor, hidden: Tensor) -> Tensor:
@@ -226,7 +233,7 @@ class TokenPass:
             return output
         hidden = output[0] if isinstance(output, tuple) else output
         index, valid = (of_keys.to(hidden.device)[:, :, None] for of_keys in (self._index_of_keys, self._valid_keys))
-        kept = hidden.masked_fill(~valid, 0) if self._tokens.ragged else hidden
+        kept = hidden.masked_fill(~valid, 0) if self._tokens.is_ragged else hidden
         full = hidden.new_zeros(len(hidden), self.query_length, hidden.shape[-1]).scatter(
             1, index.expand_as(hidden), kept
         )
@@ -269,7 +276,7 @@ class TokenPass:
         compact = _take(mask.expand(len(index), -1, -1, -1), index, -1)
         if self._whole and mask.shape[-2] == self.query_length > 1:
             compact = _take(compact, index, -2)
-        if self._tokens.ragged:
+        if self._tokens.is_ragged:
             valid = self._valid_keys[:, None, None, :]
             lowest = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
             compact = compact.masked_fill(~valid, lowest)
