@@ -53,7 +53,7 @@ class Policy:
 
     @torch.no_grad()
     def act(self, observations: np.ndarray) -> np.ndarray:
-        """The most probable actions, ``[n, components]``, or ``[n]`` numbers of masks."""
+        """The most probable actions, ``[n, components]``, or ``[n]`` indices of masks."""
         parts = self.logits(torch.as_tensor(observations)).split(self.sizes, dim=1)
         return self.as_actions(torch.stack([part.argmax(dim=1) for part in parts], dim=1))
 

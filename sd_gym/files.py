@@ -125,10 +125,10 @@ def damaged_checkpoint(file: Path, error: Exception) -> str:
 
 
 def file_states(path: str | Path) -> tuple[tuple[str, int, int], ...]:
-    """Name, time and size of a file, or of each file in a folder; the value changes when one of them is written again.
+    """Name, time in ns and size of a file, or of each file in a folder; they change when a file is written again.
 
-    Of the folders in it ``data`` counts alone, where copies of hub data sets have their files. Empty if there is none,
-    as for an id of the Hugging Face hub.
+    Of its subfolders only ``data`` counts, where copies of hub data sets have their files. Empty if there is no such
+    path, as for an id of the Hugging Face hub.
     """
     path, found = Path(path), []
     for file in sorted([*path.glob("*"), *path.glob("data/*")]) if path.is_dir() else [path]:

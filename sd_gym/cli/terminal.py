@@ -34,7 +34,7 @@ ADVICE = {
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 
-NO_OPTIONS = "env_id", "env_or_run", "on_progress", "on_trial", "settings"  # arguments of functions behind commands
+NO_OPTIONS = "env_id", "env_or_run", "on_progress", "on_trial", "settings"  # arguments that no option sets
 
 Imports = Annotated[
     list[str],
@@ -132,7 +132,7 @@ def pairs_of(pairs: list[str], option: str) -> Iterator[tuple[str, str]]:
             raise ValueError(f"{option}: expected key=value, got {short(pair)}")
         if key in keys:
             raise ValueError(
-                f"{option}: {key} is there twice, the second time as {short(value)}; leave one of them out"
+                f"{option}: {key} is given twice, the second time as {short(value)}; leave one of them out"
             )
         keys.add(key)
         yield key, value

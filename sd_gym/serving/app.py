@@ -152,7 +152,7 @@ class Service:
         if len(given) > self.settings.inputs:
             raise RefusedError(413, f"expected at most {self.settings.inputs} inputs, got {len(given)}")
         point = self._point(body)
-        asked = [Asked(self._texts(number, one), point, longest) for number, one in enumerate(given)]
+        asked = [Asked(self._texts(number, content), point, longest) for number, content in enumerate(given)]
         timeout = min(body.timeout or self.settings.timeout, self.settings.timeout)
         return await _unless_gone(request, self.batcher.answer(asked, timeout))
 
@@ -182,7 +182,7 @@ class Service:
         body = await body_of(request, Predict, self.settings.body, self.settings.timeout)
         given, is_single = inputs_of(body.inputs)
         served = await self.answer(request, given, body)
-        answers = [_details(one) if body.details else _prediction(one) for one in served]
+        answers = [_details(row) if body.details else _prediction(row) for row in served]
         return _json(answers[0] if is_single else answers, served)
 
     async def generate(self, request: Request) -> Response:
@@ -193,8 +193,8 @@ class Service:
         longest = self._longest(parameters.max_new_tokens, "parameters.max_new_tokens")
         served = await self.answer(request, given, parameters, longest)
         texts = [
-            {"generated_text": one.answer.answer} | ({"details": _details(one)} if parameters.details else {})
-            for one in served
+            {"generated_text": row.answer.answer} | ({"details": _details(row)} if parameters.details else {})
+            for row in served
         ]
         return _json(texts[0] if is_single else texts, served)
 
@@ -207,15 +207,15 @@ class Service:
         longest = self._longest(body.max_tokens, "max_tokens")
         served = await self.answer(request, list(prompts), body, longest)
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        texts = [_cut(one.answer.answer, stops) for one in served]
-        ended = [one.finished or text != one.answer.answer for one, text in zip(served, texts, strict=True)]
+        texts = [_cut(row.answer.answer, stops) for row in served]
+        ended = [row.finished or text != row.answer.answer for row, text in zip(served, texts, strict=True)]
         choices = [
             {"index": at, "text": text, "logprobs": None, "finish_reason": "stop" if has_ended else "length"}
             for at, (text, has_ended) in enumerate(zip(texts, ended, strict=True))
         ]
         usage = {
-            "prompt_tokens": sum(one.length for one in served),
-            "completion_tokens": sum(one.generated for one in served),
+            "prompt_tokens": sum(row.length for row in served),
+            "completion_tokens": sum(row.generated for row in served),
         }
         content = {
             "id": f"cmpl-{uuid.uuid4().hex}",
@@ -347,7 +347,7 @@ def _details(served: Served) -> dict[str, Any]:
 
 
 def _json(content: Any, served: list[Served]) -> Response:
-    share = sum(one.promised for one in served) / sum(one.dense for one in served)
+    share = sum(row.promised for row in served) / sum(row.dense for row in served)
     return JSONResponse(content, headers={"x-flops-ratio": f"{share:.4f}"})
 
 

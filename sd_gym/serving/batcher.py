@@ -227,7 +227,7 @@ class Batcher:
         while self._queue:
             group, is_late = self._grouped(point, now), False
             for entry in sorted(group, key=lambda entry: entry.deadline):
-                waiting = [one for one in group if one.waits]
+                waiting = [member for member in group if member.waits]
                 if not waiting or entry.deadline >= now + self._expected_seconds(waiting, point):
                     break
                 entry.finish(LateError())
@@ -235,7 +235,7 @@ class Batcher:
             leaving = set() if is_late else set(group)
             self._queue = [entry for entry in self._queue if entry.waits and entry not in leaving]
             if is_late:
-                if pace := self._paces.get(self._size(group, point)[0]):
+                if pace := self._paces.get(self._pace_key_and_tokens(group, point)[0]):
                     pace.forget()
                 continue
             for entry in group:
@@ -246,11 +246,11 @@ class Batcher:
 
     def _expected_seconds(self, group: list[_Entry], point: int) -> float:
         """The time that few groups of this size exceed; 0 if none like it has run."""
-        key, tokens = self._size(group, point)
+        key, tokens = self._pace_key_and_tokens(group, point)
         return self._paces[key].slow * tokens if key in self._paces else 0.0
 
-    def _size(self, group: list[_Entry], point: int) -> tuple[Hashable, float]:
-        """What the time of a group depends on: operating point, kind and mask, and its tokens with the overhead."""
+    def _pace_key_and_tokens(self, group: list[_Entry], point: int) -> tuple[Hashable, float]:
+        """The key of a group's pace (operating point, kind and mask), and its tokens, overhead included."""
         masks = {entry.row.masks[point] for entry in group}
         tokens = len(group) * max(entry.row.length for entry in group)
         if len(masks) == 1:
@@ -294,7 +294,7 @@ class Batcher:
         answered = (row for row, answer in zip(rows, answers, strict=True) if not isinstance(answer, Exception))
         self._dial.answered(point, sum(row.is_dialled for row in answered))
         if not any(isinstance(answer, Exception) for answer in answers):
-            key, tokens = self._size(group, point)
+            key, tokens = self._pace_key_and_tokens(group, point)
             pace = (now - started) / tokens
             self._paces.setdefault(key, Pace(pace)).add(pace)
         self._on_group(Group(rows, answers, [started - entry.arrived for entry in group], now - started, point))
@@ -307,7 +307,7 @@ class Batcher:
 
 
 async def _alone_on_failure(call: Callable[[list[Any]], Any], items: list[Any]) -> list[Any]:
-    """Call with all items; if that fails, with each alone, and an item that fails gets its error."""
+    """The results of one call for all items; if it fails, of a call per item, with an error where it fails again."""
     try:
         return await call(items)
     except Exception as error:

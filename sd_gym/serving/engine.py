@@ -182,7 +182,9 @@ class TextEngine(BlockingEngine):
         """Answer rows of one kind at an operating point."""
         asked: list[Asked] = [row.content[0] for row in rows]
         self.model.policy = self._policies[point if asked[0].point is None else asked[0].point]
-        return self._answered([one.texts for one in asked], np.stack([row.content[1][point] for row in rows]), asked[0])
+        return self._answered(
+            [given.texts for given in asked], np.stack([row.content[1][point] for row in rows]), asked[0]
+        )
 
     def _answered(self, texts: list[list[str]], decided: NDArray, asked: Asked) -> list[Served]:
         split = self.model.split(texts)
@@ -198,13 +200,13 @@ class TextEngine(BlockingEngine):
             if logits is None or split.head.confidence is None:
                 return
             for row, shares in zip(rows.tolist(), logits.float().softmax(dim=-1).tolist(), strict=True):
-                scores[row] = _ranked(shares, self.model.names)
+                scores[row] = _sorted_scores(shares, self.model.names)
 
         split.passes.watch = keep
         answers = self.model.answered(split, decided)
         costs, passes = self.model.costs(split), split.passes
         rows = np.arange(len(texts))
-        masks = np.array([[*one.skip, one.token_level, one.went_on] for one in answers], dtype=np.int64)
+        masks = np.array([[*answer.skip, answer.token_level, answer.went_on] for answer in answers], dtype=np.int64)
         passed = [rows] if self._staged else parts  # with stages, parts are not passes: rows go on after them
         executed = costs.executed_flops(rows, masks, passed) / len(rows) + self.model.own_flops(split)
         dense = costs.dense_flops(rows)
@@ -228,11 +230,11 @@ class TextEngine(BlockingEngine):
         def repeated(masks: NDArray) -> Callable[[int], list[NDArray]]:
             return lambda rows: [np.repeat(mask[None], rows, axis=0) for mask in masks]
 
-        token = _fitted(run, repeated(dense))[0] / length
-        of_row, of_pass = _fitted(run, repeated(masks))
+        token = _fit_seconds(run, repeated(dense))[0] / length
+        of_row, of_pass = _fit_seconds(run, repeated(masks))
         if len(masks) == 1:
             return PassCost(max(LEAST_PADDING, of_pass / token))
-        mixed_row, mixed = _fitted(run, lambda rows: [np.resize(masks, (rows, masks.shape[1]))])
+        mixed_row, mixed = _fit_seconds(run, lambda rows: [np.resize(masks, (rows, masks.shape[1]))])
         return PassCost(max(LEAST_PADDING, of_pass / token), mixed / token, max(0.0, mixed_row - of_row) / token)
 
 
@@ -270,12 +272,12 @@ class GraphEngine(BlockingEngine):
         lengths = np.array([row.length for row in rows])
         padded = np.full_like(lengths, lengths.max())
         dense, own = model.dense_flops(lengths), model.own_flops(lengths)
-        words = model.in_words(encoded, [one.texts for one in asked], values)
+        words = model.in_words(encoded, [given.texts for given in asked], values)
         answers = model.answers_of(encoded, words, number, went_on, own)
         scores: list[dict[str, float] | None] = [None] * len(rows)
         if self.served.gives == "label":
             shares = np.exp(values - values.max(axis=-1, keepdims=True))
-            scores = [_ranked((of_row / of_row.sum()).tolist(), model.names) for of_row in shares]
+            scores = [_sorted_scores((of_row / of_row.sum()).tolist(), model.names) for of_row in shares]
         promised = dense * [answer.flops_ratio for answer in answers]
         executed = model.flops_ratio(number, padded, went_on) * model.dense_flops(padded) + own
         columns = answers, scores, lengths.tolist(), promised.tolist(), executed.tolist(), dense.tolist()
@@ -293,18 +295,18 @@ class GraphEngine(BlockingEngine):
         def graphs(numbers: Sequence[int]) -> Callable[[int], list[NDArray]]:
             return lambda rows: [np.full(rows, number) for number in numbers]
 
-        token = _fitted(run, graphs([0]))[0] / row.length
-        return PassCost(max(LEAST_PADDING, _fitted(run, graphs(range(len(self.model.masks))))[1] / token))
+        token = _fit_seconds(run, graphs([0]))[0] / row.length
+        return PassCost(max(LEAST_PADDING, _fit_seconds(run, graphs(range(len(self.model.masks))))[1] / token))
 
 
-def _ranked(shares: list[float], names: dict[int, str]) -> dict[str, float]:
+def _sorted_scores(shares: list[float], names: dict[int, str]) -> dict[str, float]:
     return {names[number]: share for number, share in sorted(enumerate(shares), key=lambda pair: -pair[1])}
 
 
-def _fitted(run: Callable[[NDArray], None], of_rows: Callable[[int], list[NDArray]]) -> tuple[float, float]:
-    """``a`` and ``b``, seconds, of the fit ``a * rows + b``: the mean over the batches that ``of_rows`` returns.
+def _fit_seconds(run: Callable[[NDArray], None], of_rows: Callable[[int], list[NDArray]]) -> tuple[float, float]:
+    """Seconds per row and per pass, of a linear fit to the mean time of the batches that ``of_rows`` returns.
 
-    Each batch counts with its fastest run, because other processes slow runs down.
+    ``of_rows``: from a number of rows to batches. Each counts with its fastest run, as other processes slow runs down.
     """
 
     def seconds(given: NDArray) -> float:

@@ -24,7 +24,7 @@ from sd_gym.serving.engine import GraphEngine, OperatingPoints, TextEngine
 
 CONNECTIONS = 4096  # more clients get 503
 KEEP_ALIVE = 75  # seconds that a connection may be idle: more than load balancers allow
-SWITCH = 2e-4  # seconds that the model's thread waits for the interpreter while requests are parsed; Python's is 5e-3
+SWITCH_INTERVAL = 2e-4  # seconds that the model's thread waits for the GIL while requests are parsed; Python's is 5e-3
 GRACE = 5.0  # seconds that a shutdown waits for clients, in addition to a request's timeout
 
 
@@ -100,7 +100,7 @@ def run(served: Service, host: str, port: int, on_address: Callable[[str], None]
         )
         gc.collect()
         gc.freeze()  # collections while requests are served need not visit the model and its libraries
-        sys.setswitchinterval(SWITCH)
+        sys.setswitchinterval(SWITCH_INTERVAL)
         _Server(config, served).run(sockets=[listening])
     served.check()
 

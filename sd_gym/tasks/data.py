@@ -17,7 +17,7 @@ from sd_gym.tasks.family import LARGEST, TASKS, Task, check_text, is_number
 from sd_gym.tasks.files import Rows, read_csv, read_jsonl
 from sd_gym.tasks.procedural import generate_split
 
-DIVISION = {8: "validation", 9: "test"}  # the split of a row of a single file, by its number's last digit
+DIVISION = {8: "validation", 9: "test"}  # the split of a row of a single file, by the last digit of its number
 FORMATS = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 

@@ -91,6 +91,6 @@ def _lines(file: Path) -> Iterator[str]:
 def _decoded(line: bytes, number: int) -> str:
     """The text of a line; DataError if it is not UTF-8."""
     try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8")  # some programs begin a file with a mark
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")  # some programs write a byte-order mark
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8") from error

@@ -42,7 +42,7 @@ from sd_gym.tasks.token_dropping import TokenDropping
 from sd_gym.tasks.validation import EncodedSplit, MeanQuality
 from sd_gym.version import __version__
 
-CUT_OFF = "preparing.json"  # has the settings while a preparation runs
+INTERRUPTED = "preparing.json"  # the settings of a preparation that runs or was interrupted
 BACKBONE_ROWS = 0.6  # share of the training split
 HELD_OUT = 2000  # the most rows that it is validated on
 SHARED = 0.05  # share of rows that other data sets may have in common
@@ -114,7 +114,7 @@ def prepare_backbone(
     if recipe.max_rate == 0 and len(tokens.shares) == 1:
         recipe = replace(recipe, dense_steps=recipe.steps)
     with locked(output) if first else nullcontext():
-        cut_off = _cut_off(output, resume) if first else None
+        interrupted = _interrupted_settings(output, resume) if first else None
         splits = Splits(data, task)
         model, tokenizer, board = _switchable(backbone, task, splits, recipe.seed, skip_logits is not None, accelerator)
         reading = head_of(model).prompting(backbone)
@@ -138,10 +138,10 @@ def prepare_backbone(
             "policy": None if skip_logits is None else _hash(skip_logits),
         }
         if first:
-            if cut_off is not None:
-                check_unchanged(output, cut_off["data"], splits)
-                _check_same(output, cut_off, settings)
-            write_json(output / CUT_OFF, settings)
+            if interrupted is not None:
+                check_unchanged(output, interrupted["data"], splits)
+                _check_same(output, interrupted, settings)
+            write_json(output / INTERRUPTED, settings)
         mean = MeanQuality(board, encoded["held out"], label_range, reading, accelerator)
         begin = on_phase if first else lambda phase: None
         begin("evaluating")
@@ -180,7 +180,7 @@ def prepare_backbone(
         if first:
             plot_preparation(report, output / "preparation.png")
             write_json(output / "preparation.json", report)
-            for name in ("checkpoint.pt", CUT_OFF):
+            for name in ("checkpoint.pt", INTERRUPTED):
                 (output / name).unlink(missing_ok=True)
         accelerator.wait_for_everyone()
         return report
@@ -293,11 +293,11 @@ def _curves(output: Path, on_step: OnStep, *, write: bool) -> Iterator[OnStep]:
             writer.close()
 
 
-def _cut_off(output: Path, resume: bool) -> dict[str, Any] | None:
+def _interrupted_settings(output: Path, resume: bool) -> dict[str, Any] | None:
     """The settings of the interrupted preparation to be resumed; ``None``: the folder is empty."""
     if not contents(output):
         return None
-    if not (output / CUT_OFF).exists():
+    if not (output / INTERRUPTED).exists():
         if (output / "config.json").exists():
             raise FileExistsError(f"{output} holds a model; choose another --output")
         raise other_content_error(output, "interrupted preparation")
@@ -305,7 +305,7 @@ def _cut_off(output: Path, resume: bool) -> dict[str, Any] | None:
         raise FileExistsError(
             f"{output} holds an interrupted preparation; continue it with --resume, or choose another --output"
         )
-    return read_json(output / CUT_OFF)
+    return read_json(output / INTERRUPTED)
 
 
 def _check_same(output: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -47,12 +47,12 @@ class Splits:
         """
         if self._data.dataset == "procedural":
             if name not in self._read:
-                self._read[name] = generated = self._try(name, {})
+                self._read[name] = generated = self._load(name, {})
                 if isinstance(generated, Instances):
                     self._take_out_backbone_rows({name: generated})
         elif not self._read:
             known: dict[str, tuple[str, list]] = {}
-            read = {split: self._try(split, known) for split in SPLITS}
+            read = {split: self._load(split, known) for split in SPLITS}
             splits = {split: rows for split, rows in read.items() if isinstance(rows, Instances)}
             self._take_out_backbone_rows(splits)
             if self._data.overlap != "drop":
@@ -107,7 +107,7 @@ class Splits:
         if self._cuts_train_last and "train" in splits:
             splits["train"].keep(range(len(splits["train"]))[: self._data.train_size])
 
-    def _try(self, name: str, known: dict[str, tuple[str, list]]) -> Instances | Exception:
+    def _load(self, name: str, known: dict[str, tuple[str, list]]) -> Instances | Exception:
         cut_later = name == "train" and self._cuts_train_last
         data = self._data.model_copy(update={"train_size": None}) if cut_later else self._data
         try:
@@ -131,11 +131,11 @@ def check_unchanged(run: Path, before: Mapping[str, Mapping[str, Any]], data: Sp
     now = {name: data[name].identity for name in before}
     differ = [name for name, was in before.items() if was["hash"] != now[name]["hash"]]
     if differ:
-        shown = "; ".join(f"{name} was {_words(before[name])}, and is {_words(now[name])}" for name in differ)
+        shown = "; ".join(f"{name} was {_in_words(before[name])}, and is {_in_words(now[name])}" for name in differ)
         raise DataError(f"{run}: the data have changed: {shown}. Begin again, or restore the former data")
 
 
-def _words(identity: Mapping[str, Any]) -> str:
+def _in_words(identity: Mapping[str, Any]) -> str:
     return f"{identity['instances']} instances of {identity['file']} ({identity['part']}, hash {identity['hash']})"
 
 
