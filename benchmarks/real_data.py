@@ -83,7 +83,7 @@ SETS = {
     "agnews": Set("agnews", 7001, 5000, 1500, length=32),
     "snli": Set(
         "snli",
-        2413,
+        3913,
         6000,
         4000,
         max_rate=0.6,
