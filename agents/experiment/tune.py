@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote
 
 import yaml
 from sd_gym.agents.experiment.comparison_plan import PlannedRun
@@ -19,6 +22,7 @@ from sd_gym.agents.registry import agent_class, make_settings
 from sd_gym.agents.runs.verdict import CONFIDENCE
 
 from sd_gym import cluster
+from sd_gym.errors import one_line
 from sd_gym.files import as_json, write_text
 from sd_gym.folders import contents, locked, other_content_error
 from sd_gym.registration import config_of, plain_id
@@ -26,13 +30,17 @@ from sd_gym.registration import config_of, plain_id
 if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial
 
 STUDY, BEST = "study.db", "best.yaml"
-FOLDER, FAILED = "folder", "failed"  # attributes of a trial
+FOLDER = "folder"  # of a trial in the study that repeats another: the number of that one, whose folder it has
 
 
 class TrialResult(NamedTuple):
-    """A finished trial: its settings, and its score (lower is better); or, if it failed, ``None`` and the message."""
+    """A finished trial: its settings, and its score (lower is better); or, if it failed, ``None`` and the message.
+
+    ``number`` is that of its folder.
+    """
 
     number: int
     settings: dict[str, Any]
@@ -58,14 +66,14 @@ def tune(
     """Search an agent's settings on an env with Optuna: ``sd-gym tune``.
 
     The first trial has the defaults. Trials are scored on the validation split (``score``), never on the test split.
-    Each trial's runs are in a folder of their own. An interrupted search is resumed, with its interrupted trial; a
-    finished one can go on with more trials.
+    Each trial's runs are in a folder of their own. An interrupted search is resumed, and a finished one can go on
+    with more trials; trials that were interrupted or failed are repeated.
 
     Args:
         env_id: A registered id.
         algo: An agent whose ``Settings`` have a ``space``.
         output: Folder of the study (``study.db``), its runs and the best settings (``best.yaml``).
-        trials: Trials in all, including those in the folder.
+        trials: Trials in all, including those in the folder that succeeded.
         seeds: Runs of each trial; their scores are averaged.
         steps: Decisions that each run learns from.
         confidence: Confidence of selection.
@@ -80,7 +88,7 @@ def tune(
 
     Raises:
         ValueError: If Optuna is not installed, a name or setting is unknown, there is nothing to search, no trial
-            succeeded, or the folder holds another study.
+            succeeded, the folder holds another study, or ``study.db`` is damaged.
         FileExistsError: If the folder holds anything else.
     """
     if find_spec("optuna") is None:
@@ -93,19 +101,20 @@ def tune(
         raise ValueError(f"{algo} has nothing to search; expected an agent whose Settings have a space")
     folder = Path(output)
 
-    with locked(folder):
+    with locked(folder), _naming(folder / STUDY):
         if contents(folder) and not (folder / STUDY).exists():
             raise other_content_error(folder, "folder of a study")
         what = {"env": env_id, "algo": algo, "seeds": seeds, "steps": steps, "confidence": confidence}
         study = _study(folder, {**what, "settings": settings})
         _enqueue(study, {key: defaults[key] for key in space})
         at_once = -(-(jobs if ray is None else cluster.cores(cluster.connect(ray))) // seeds)
+        failed = 0
         while True:
-            finished = sum(trial.state.name == "COMPLETE" or FAILED in trial.user_attrs for trial in study.trials)
-            asked = [study.ask(_distributions(space)) for _ in range(min(trials - finished, at_once))]
+            left = trials - failed - len(_complete(study))
+            asked = [study.ask(_distributions(space)) for _ in range(min(left, at_once))]
             if not asked:
                 break
-            places = [folder / f"trial-{trial.user_attrs.get(FOLDER, trial.number)}" for trial in asked]
+            places = [folder / f"trial-{_number(trial)}" for trial in asked]
             runs = [
                 PlannedRun(env_id, algo, place / str(seed), steps, seed, {**settings, **trial.params}, confidence)
                 for place, trial in zip(places, asked, strict=True)
@@ -113,7 +122,9 @@ def tune(
             ]
             statuses = train_many(runs, jobs=jobs, ray=ray, imports=imports)
             for number, trial in enumerate(asked):
-                on_trial(_record(study, trial, statuses[number * seeds : (number + 1) * seeds]))
+                result = _record(study, trial, statuses[number * seeds : (number + 1) * seeds])
+                failed += result.score is None
+                on_trial(result)
         return _write_best(study, folder / BEST, defaults, what)
 
 
@@ -127,12 +138,25 @@ def score(validated: dict[str, Any]) -> float:
     return 2.0 + max(0.0, -validated["quality_difference"])
 
 
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Turn errors of a study's file into one that names it."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (SQLAlchemyError, StorageInternalError) as error:
+        problem = f"{file} cannot be read or written ({one_line(error.__cause__ or error)})"
+        raise ValueError(f"{problem}; free the disk if it is full, else choose another --output") from error
+
+
 def _study(folder: Path, what: dict[str, Any]) -> Study:
     """The study in a folder, new or to resume; raises ``ValueError`` if it is another one."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    storage = f"sqlite:///{folder.resolve() / STUDY}"
+    storage = f"sqlite:///{quote(str(folder.resolve() / STUDY))}"
     study = optuna.create_study(study_name="sd_gym", storage=storage, load_if_exists=True)
     study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))  # a resumed study draws other numbers
     now, was = as_json(what), study.user_attrs.get("what")
@@ -143,15 +167,24 @@ def _study(folder: Path, what: dict[str, Any]) -> Study:
 
 
 def _enqueue(study: Study, defaults: dict[str, Any]) -> None:
-    """Enqueue the defaults first, and interrupted trials again, in their folders."""
+    """Enqueue the defaults first, and again what was interrupted or failed, in its folder."""
     from optuna.trial import TrialState
 
     if not study.trials:
         study.enqueue_trial(defaults)
-    for trial in study.get_trials(states=[TrialState.RUNNING]):
-        study.tell(trial.number, state=TrialState.FAIL)
-        if trial.params:
-            study.enqueue_trial(trial.params, {FOLDER: trial.user_attrs.get(FOLDER, trial.number)})
+    for number, trial in {_number(trial): trial for trial in study.trials}.items():  # the last one of each folder
+        if trial.state == TrialState.RUNNING:
+            study.tell(trial.number, state=TrialState.FAIL)
+        if trial.state in (TrialState.RUNNING, TrialState.FAIL) and trial.params:
+            study.enqueue_trial(trial.params, {FOLDER: number})
+
+
+def _number(trial: Trial | FrozenTrial) -> int:
+    return trial.user_attrs.get(FOLDER, trial.number)
+
+
+def _complete(study: Study) -> list[FrozenTrial]:
+    return sorted((trial for trial in study.trials if trial.state.name == "COMPLETE"), key=_number)
 
 
 def _distributions(space: dict[str, list[Any] | tuple[float, float]]) -> dict[str, BaseDistribution]:
@@ -167,27 +200,26 @@ def _record(study: Study, trial: Trial, statuses: list[RunStatus]) -> TrialResul
     from optuna.trial import TrialState
 
     if messages := [status.message for status in statuses if status.message]:
-        trial.set_user_attr(FAILED, messages[0])  # an interrupted trial has none, and does not count
         study.tell(trial, state=TrialState.FAIL)
-        return TrialResult(trial.number, trial.params, None, messages[0])
+        return TrialResult(_number(trial), trial.params, None, messages[0])
     confidence = statuses[0].run.confidence
     policies = (load_run(status.run.folder)[1:] for status in statuses)
     mean = fmean(score(summary(core, policy, "validation", confidence)) for core, policy in policies)
     study.tell(trial, mean)
-    return TrialResult(trial.number, trial.params, mean)
+    return TrialResult(_number(trial), trial.params, mean)
 
 
 def _write_best(study: Study, file: Path, defaults: dict[str, Any], what: dict[str, Any]) -> Path:
-    complete = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+    complete = _complete(study)
     if not complete:
-        raise ValueError(f"all trials of {file.parent} failed; see their messages")
-    best = study.best_trial
+        raise ValueError(f"all trials of {file.parent} failed; see their messages, then repeat the command")
+    first, best = complete[0], study.best_trial
     settings = {key: value for key, value in best.params.items() if value != defaults[key]}
     lines = [
-        f"# Found by: {shlex.join(sys.argv)}",
+        f"# Found by: {json.dumps(shlex.join(sys.argv))}",
         f"# {len(complete)} trials of {what['steps']} decisions, seeds {what['seeds']}. Score on validation of the "
-        f"best (trial {best.number}): {best.value:.4f},",
-        f"# of trial {complete[0].number}: {complete[0].value:.4f}. FLOPs ratio, or 2 and more if quality is not kept.",
+        f"best (trial {_number(best)}): {best.value:.4f},",
+        f"# of trial {_number(first)}: {first.value:.4f}. FLOPs ratio, or 2 and more if quality is not kept.",
     ]
     write_text(file, "\n".join([*lines, yaml.safe_dump(settings, sort_keys=False)]))
     return file

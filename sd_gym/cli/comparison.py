@@ -150,13 +150,13 @@ def tune(
     """Search an agent's settings with Optuna: quality kept on validation first, then fewer FLOPs.
 
     It prints the best settings as options of sd-gym train. Settings given by --set are not searched. Repeating the
-    command resumes the search, also with more trials.
+    command resumes the search, also with more trials, and retries failed trials. The exit code is 1 if a trial failed.
 
     Example: `sd-gym tune SD/Classification-Mini-v0 --algo a2c --trials 30 --seeds 2`
     """
     imported = terminal.import_all(imports)
     with terminal.errors_as_lines(), terminal.progress_bar() as progress:
-        bar = progress.add_task("trials", total=trials, figures="")
+        bar, failed = progress.add_task("trials", total=trials, figures=""), list[str]()
         from sd_gym.agents.experiment.comparison_plan import PlannedRun
         from sd_gym.agents.experiment.run import default_folder
         from sd_gym.agents.experiment.tune import TrialResult
@@ -166,6 +166,7 @@ def tune(
         def on_trial(trial: TrialResult) -> None:
             progress.update(bar, completed=min(trial.number + 1, trials))
             score = trial.message if trial.score is None else f"{trial.score:.4f}"
+            failed.extend([str(trial.number)] * (trial.score is None))
             settings = ", ".join(f"{key} {value}" for key, value in trial.settings.items())
             terminal.say(f"trial {trial.number}: {settings}: {score}")
 
@@ -188,3 +189,6 @@ def tune(
     terminal.print_line(file.read_text(encoding="utf-8"))
     best = PlannedRun(env, algo, folder / "best", steps, 0, settings | read_yaml(file), confidence)
     terminal.print_line(f"Settings: {file}; {best.command(imported)}")
+    if failed:
+        terminal.say(f"failed trials: {', '.join(failed)}; again: this command", "red")
+        raise typer.Exit(1)

@@ -1,9 +1,14 @@
 """Tuning: settings are searched quality first, and the best are written down."""
 
+import errno
+import re
+import sys
+
 import pytest
 import yaml
 from sd_gym.agents.a2c.agent import A2CAgent, A2CSettings
-from sd_gym.agents.experiment.tune import BEST, score, tune
+from sd_gym.agents.experiment.comparison_plan import PlannedRun
+from sd_gym.agents.experiment.tune import BEST, STUDY, _study, score, tune
 from sd_gym.agents.ppo.agent import PPOAgent
 from sd_gym.agents.registry import AGENTS
 from typer.testing import CliRunner
@@ -12,7 +17,7 @@ import sd_gym
 from sd_gym.cli import app
 from tests.agents.experiment.conftest import Killed
 
-CUSTOM = "SD/Classification-Custom-v0"
+CUSTOM, TREC = "SD/Classification-Custom-v0", "SD/Classification-TREC-Table-v1"
 DEFAULT = A2CSettings().learning_rate
 
 
@@ -65,7 +70,7 @@ def test_a_search_that_was_killed_goes_on_and_its_best_settings_can_be_set(revie
 def test_trials_are_scored_with_the_confidence_that_they_are_selected_with(tmp_path):
     pytest.importorskip("optuna")
     tried, arguments = [], {"steps": 600, "trials": 1, "confidence": 0.5}
-    tune("SD/Classification-TREC-Table-v1", "a2c", tmp_path / "study", on_trial=tried.append, **arguments)
+    tune(TREC, "a2c", tmp_path / "study", on_trial=tried.append, **arguments)
     assert tried[0].score < 1  # with 95% it would not be kept
 
 
@@ -73,10 +78,10 @@ def test_trials_are_scored_with_the_confidence_that_they_are_selected_with(tmp_p
 def test_with_a_start_the_defaults_are_those_of_refining(algo, agent, tmp_path):
     """``best.yaml`` leaves out what ``sd_gym.train`` does by itself."""
     pytest.importorskip("optuna")
-    env_id, start, tried = "SD/Classification-TREC-Table-v1", tmp_path / "start", []
-    sd_gym.train(env_id, "imitation", start, steps=64, epochs=1)
+    start, tried = tmp_path / "start", []
+    sd_gym.train(TREC, "imitation", start, steps=64, epochs=1)
     arguments = {"steps": 64, "trials": 1, "start": str(start)}
-    file = tune(f"sd_gym:{env_id}", algo, tmp_path / "study", on_trial=tried.append, **arguments)
+    file = tune(f"sd_gym:{TREC}", algo, tmp_path / "study", on_trial=tried.append, **arguments)
     assert tried[0].settings["learning_rate"] == agent.refining_rate
     low, high = agent.Settings.space["learning_rate"]
     assert low <= agent.refining_rate <= high
@@ -99,6 +104,48 @@ def test_a_trial_that_was_cut_off_goes_on_in_its_folder(reviews, tiny_backbone, 
     tune(CUSTOM, "a2c", tmp_path / "study", steps=32, trials=1, on_trial=tried.append, **settings)
     assert [one.settings["learning_rate"] for one in tried] == [DEFAULT]
     assert sorted(file.name for file in (tmp_path / "study").glob("trial-*")) == ["trial-0"]
+
+
+def test_trials_that_failed_are_tried_again_in_their_folders(tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    train, folder = PlannedRun.train, tmp_path / "study"
+    command = ["tune", TREC, "--algo", "a2c", "--steps", "64", "--trials", "2", "--output", str(folder)]
+    monkeypatch.setattr(sys, "argv", ["sd-gym", "--import", "a\nb: {"])
+    for works, code, says in [
+        ((), 2, r"all trials of .* failed"),
+        ((0,), 1, "failed trials: 1; again: this command"),
+        ((0, 1), 0, ""),
+        ((), 0, ""),  # all is done
+    ]:
+
+        def fails(run, *arguments, works=works):
+            if run.folder.parent.name not in [f"trial-{number}" for number in works]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return train(run, *arguments)
+
+        monkeypatch.setattr(PlannedRun, "train", fails)
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == code, done.output
+        assert re.search(says, done.stderr)
+    assert sorted(file.name for file in folder.glob("trial-*")) == ["trial-0", "trial-1"]
+    best = yaml.safe_load((folder / BEST).read_text())
+    assert best.keys() <= A2CSettings.space.keys()
+    assert "2 trials of 64 decisions" in (folder / BEST).read_text()
+
+
+def test_a_study_is_in_its_folder_whatever_the_name(tmp_path):
+    pytest.importorskip("optuna")
+    folder = tmp_path / "a%20b @h:80 #{x} ü?x=1"
+    folder.mkdir()
+    _study(folder, {})
+    assert (folder / STUDY).stat().st_size
+
+
+def test_a_damaged_study_is_named(tmp_path):
+    pytest.importorskip("optuna")
+    (tmp_path / STUDY).write_bytes(b"garbage" * 100)
+    with pytest.raises(ValueError, match=rf"{tmp_path / STUDY} cannot be read or written \(file is not a database\)"):
+        tune(TREC, "a2c", tmp_path, trials=1)
 
 
 def test_what_has_nothing_to_search_says_so(tmp_path):
