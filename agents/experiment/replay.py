@@ -1,6 +1,5 @@
 """Replay of a finished run: its recorded decisions are scored again with the real backbone and data."""
 
-import csv
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from numpy.typing import NDArray
 from sd_gym.agents.experiment.evaluation import decisions_hash, evaluate
 from sd_gym.agents.experiment.run import core_of_run
 from sd_gym.agents.learning.decisions import SplitDecisions, check_fits, decide_on, decision_flops, score_decisions
-from sd_gym.agents.runs.folder import read_description, read_result
+from sd_gym.agents.runs.folder import instance_rows, read_description, read_result
 
 from sd_gym.envs.protocols import Split
 from sd_gym.policy import DecisionPolicy
@@ -109,19 +108,15 @@ def replay(folder: Path) -> Replay:
 def read_instances(file: Path, nvec: NDArray) -> RecordedInstances:
     """The recorded instances of a run, from its ``instances.csv``; ``nvec`` is the core's ``decision_nvec``.
 
-    Raises ``FileNotFoundError`` if there is no file, ``ReplayError`` if it is damaged.
+    Raises ``FileNotFoundError`` if there is no file, ``ValueError`` if it is damaged.
     """
     if not file.exists():
         raise FileNotFoundError(f"no {file.name} in {file.parent}; expected a finished run, whose decisions are there")
-    with file.open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.DictReader(lines))
-    try:
+    with instance_rows(file) as rows:
         decisions = [_decision(row["decision"], nvec) for row in rows]
         scores = {name: np.array([float(row[name]) for row in rows]) for name in (*SCORES, "flops_ratio_with_policy")}
         goes_on = np.array([row["goes_on"] == "True" for row in rows])
         return RecordedInstances([row["id"] for row in rows], np.array(decisions, dtype=np.int64), goes_on, scores)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ReplayError(f"{file}: expected a line per instance with id, decision and scores: {error}") from error
 
 
 def _decision(digits: str, nvec: NDArray) -> list[int]:

@@ -1,6 +1,5 @@
 """Runs for a report, by env and agent, with the figures of its sentences and tables."""
 
-import csv
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.report.charts import ExampleDecision
 from sd_gym.agents.runs.finished_runs import Run, finished_runs, group_by_agent, grouped
-from sd_gym.agents.runs.folder import flops_with_policy
+from sd_gym.agents.runs.folder import flops_with_policy, instance_rows
 from sd_gym.agents.runs.statistics import aggregate, hypervolume
 
 WORST = 5  # loss, in epsilons, at which the area of a run is 0
@@ -144,34 +143,33 @@ def collect(folders: Iterable[str | Path]) -> list[EnvRuns]:
 def example_decisions(run: Run) -> list[ExampleDecision]:
     """Decisions of a run on the first instances of each level, then on others that lost quality.
 
-    Empty if the folder has no ``instances.csv``.
+    Empty if the folder has no ``instances.csv``; ``ValueError`` if that is damaged.
     """
     file, switches = run.folder / "instances.csv", len(run.result["skip_rate"])
     if not file.exists() or not switches:
         return []
-    with file.open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.DictReader(lines))
     allowed, shares = run.result["epsilon"], run.env.tokens.shares
 
     def lost(row: dict[str, str]) -> bool:
         return float(row["quality_ref"]) - float(row["quality"]) > allowed
 
     by_level: dict[int, list[dict[str, str]]] = {}
-    for row in rows:
-        by_level.setdefault(int(row["level"]), []).append(row)
-    chosen = [row for _, of_level in sorted(by_level.items()) for row in of_level[:EXAMPLES_PER_LEVEL]]
-    chosen += [row for row in rows if lost(row) and row not in chosen][: max(0, MOST_EXAMPLES - len(chosen))]
-    return [
-        ExampleDecision(
-            f"{row['id']}, level {row['level']}",
-            np.array([digit == "1" for digit in row["decision"][:switches]]),
-            float(row["flops_ratio"]),
-            lost(row),
-            float(shares[int(row["decision"][switches:] or 0)]),
-            row.get("goes_on") == "True",
-        )
-        for row in chosen
-    ]
+    with instance_rows(file) as rows:
+        for row in rows:
+            by_level.setdefault(int(row["level"]), []).append(row)
+        chosen = [row for _, of_level in sorted(by_level.items()) for row in of_level[:EXAMPLES_PER_LEVEL]]
+        chosen += [row for row in rows if lost(row) and row not in chosen][: max(0, MOST_EXAMPLES - len(chosen))]
+        return [
+            ExampleDecision(
+                f"{row['id']}, level {row['level']}",
+                np.array([digit == "1" for digit in row["decision"][:switches]]),
+                float(row["flops_ratio"]),
+                lost(row),
+                float(shares[int(row["decision"][switches:])]),
+                row.get("goes_on") == "True",
+            )
+            for row in chosen
+        ]
 
 
 def _key(run: Run) -> tuple[str, str, str, str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from sd_gym.config import SPLITS
-from sd_gym.errors import first_problem
+from sd_gym.errors import first_problem, one_line
 from sd_gym.files import hash_of, read_json
 from sd_gym.folders import MARKER
 from sd_gym.version import __version__
@@ -95,6 +97,7 @@ class _Result(_Means):
     quality_ref: Finite
     quality_difference_interval: tuple[float, float]
     epsilon: Finite
+    highest_quality: Finite = 1.0
     verdict: str
     guarantee: str | None
     last_policy: _Means | None
@@ -176,6 +179,17 @@ def flops_with_policy(means: dict[str, Any]) -> float:
 def read_result(folder: Path) -> dict[str, Any]:
     """A run's ``result.json``. Raises: see ``read_description``."""
     return _read(folder, "result.json", _Result)
+
+
+@contextmanager
+def instance_rows(file: Path) -> Iterator[list[dict[str, str]]]:
+    """The lines of an ``instances.csv`` by column; errors in them become a ``ValueError`` that names the file."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:  # spreadsheets write a byte order mark
+            yield list(csv.DictReader(lines))
+    except (KeyError, TypeError, ValueError, IndexError, csv.Error) as error:
+        expected = "expected a line per instance with id, decision and scores"
+        raise ValueError(f"{file} is damaged: {expected} ({one_line(error)}); copy it again") from error
 
 
 def _read(folder: Path, name: str, schema: type[BaseModel]) -> dict[str, Any]:

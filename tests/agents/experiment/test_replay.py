@@ -132,8 +132,14 @@ def test_what_is_no_decision_is_caught(run, decision):
     rows = rows_of(run)
     rows[0]["decision"] = decision
     write_rows(run, rows)
-    with pytest.raises(ReplayError, match="expected a line per instance"):
+    with pytest.raises(ValueError, match=r"instances\.csv is damaged: expected a line per instance"):
         replay(run)
+
+
+def test_a_file_that_a_spreadsheet_saved_is_read(run):
+    rows = rows_of(run)
+    (run / "instances.csv").write_text((run / "instances.csv").read_text(), encoding="utf-8-sig")
+    assert replay(run).instances == len(rows)
 
 
 def test_another_policy_is_caught(run):

@@ -73,6 +73,28 @@ def test_single_instances_are_of_each_level_and_of_what_was_lost(run):
     assert [one.went_on for one in example_decisions(finished_runs([other])[0])] == [True, False]
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "encoding"),
+    [
+        ("id,", "id,", "utf-16"),
+        ("level,", "", "utf-8"),
+        ("11010", "1101", "utf-8"),  # a spreadsheet drops zeros
+        ("11010", "11019", "utf-8"),
+        ("0.4", "40%", "utf-8"),
+        ("test-0,", "t" * 200_000, "utf-8"),
+    ],
+)
+def test_damaged_instances_are_named(run, before, after, encoding):
+    file = (folder := run("ppo")) / "instances.csv"
+    text = file.read_text()
+    file.write_text(text, encoding="utf-8-sig")
+    assert len(example_decisions(finished_runs([folder])[0])) == 2
+    assert before in text
+    file.write_text(text.replace(before, after), encoding=encoding)
+    with pytest.raises(ValueError, match=rf"{file} is damaged: expected a line per instance"):
+        example_decisions(finished_runs([folder])[0])
+
+
 def _fields(values, path=()):
     """The path of each value in nested JSON; of a list, that of its first item."""
     inner = values.items() if isinstance(values, dict) else enumerate(values[:1]) if isinstance(values, list) else ()
@@ -85,6 +107,7 @@ def _fields(values, path=()):
 def test_a_damaged_run_is_an_error_of_a_line_or_is_still_compared(run, name):
     folder = run("ppo", last={"quality_difference": -0.01, "flops_ratio_with_policy": 0.5})
     values = json.loads((folder / name).read_text()) | {"time": {"32": {"time_ratio": 0.5, "dense_by_length": 0.9}}}
+    values["highest_quality"] = 1.0
     for path in _fields(values):
         for broken in (None, "x", []):
             changed = deepcopy(values)
