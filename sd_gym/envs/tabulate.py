@@ -19,7 +19,7 @@ from numpy.typing import NDArray as Array
 
 from sd_gym import cluster
 from sd_gym.config import SPLITS, ConfigError
-from sd_gym.envs.actions import all_decisions, write_masks
+from sd_gym.envs.actions import all_decisions, read_masks, write_masks
 from sd_gym.envs.export import Export
 from sd_gym.envs.protocols import Core, mean_flops
 from sd_gym.envs.staged import StageObservation
@@ -224,9 +224,9 @@ class TableMaker:
         folder, masks = self.folder, self.masks
         file, codebook = folder / "table.json", folder / CODEBOOK
         if not contents(folder):
+            write_json(file, description)
             if masks is not None:
                 write_masks(masks, codebook)
-            write_json(file, description)
             return False
         if not file.is_file():
             raise other_content_error(folder, "table")
@@ -237,8 +237,11 @@ class TableMaker:
             raise FileExistsError(f"{folder} holds {what}; pass --resume, or choose another --output")
         wanted = {key: value for key, value in json.loads(as_json(description)).items() if key != "complete"}
         differ = [key for key in wanted if wanted[key] != existing.get(key)]
-        if masks is not None and not differ and json.loads(codebook.read_text(encoding="utf-8")) != masks.tolist():
-            differ = ["masks"]
+        if masks is not None and not differ:
+            if contents(folder) == [file.name]:  # it was cut off before its masks were written
+                write_masks(masks, codebook)
+            if not np.array_equal(read_masks(codebook, self.core.decision_nvec), masks):
+                differ = ["masks"]
         if differ:
             raise ValueError(f"{folder} holds {what} with another {', '.join(differ)}; choose another --output")
         if complete:

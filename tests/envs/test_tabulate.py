@@ -106,6 +106,25 @@ def test_a_table_that_was_cut_off_goes_on_and_becomes_the_same(tmp_path, monkeyp
     assert contents_of(cut).keys() - contents_of(whole).keys() == {"references.json"}
 
 
+def test_a_table_that_was_cut_off_before_its_masks_goes_on_and_damaged_masks_are_named(
+    tmp_path, monkeypatch, table_source
+):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    asked = {"decisions": "random:4", **table_source[1]}
+    monkeypatch.setattr("sd_gym.envs.tabulate.write_masks", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sd_gym.tabulate(table_source[0], tmp_path, **asked)
+    monkeypatch.undo()
+    sd_gym.tabulate(table_source[0], tmp_path, resume=True, **asked)
+    masks = (tmp_path / "codebook.json").read_text()
+    for text, words in [(masks[:9], "expected a list of masks"), (masks.replace("1", "0"), "another masks")]:
+        (tmp_path / "codebook.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"{tmp_path}.*{words}"):
+            sd_gym.tabulate(table_source[0], tmp_path, resume=True, **asked)
+
+
 def test_another_folder_is_left_alone(tmp_path, table_source):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"it holds mine\.txt"):
