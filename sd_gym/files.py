@@ -74,16 +74,17 @@ def map_arrays(file: Path) -> dict[str, np.ndarray]:
     """
     from safetensors import safe_open
 
-    with _checked(file), safe_open(file, "numpy"):  # compares the header with the file's size
-        pass
-    memory = np.memmap(file, np.uint8, "r")
-    start = 8 + int(memory[:8].view("<u8")[0])
-    header = json.loads(memory[8:start].tobytes())
-    header.pop("__metadata__", None)
-    return {
-        name: np.ndarray(tuple(array["shape"]), _DTYPES[array["dtype"]], memory, start + array["data_offsets"][0])
-        for name, array in header.items()
-    }
+    with _checked(file):
+        with safe_open(file, "numpy"):  # compares the header with the file's size
+            pass
+        memory = np.memmap(file, np.uint8, "r")
+        start = 8 + int(memory[:8].view("<u8")[0])
+        header = json.loads(memory[8:start].tobytes())
+        header.pop("__metadata__", None)
+        return {
+            name: np.ndarray(tuple(array["shape"]), _DTYPES[array["dtype"]], memory, start + array["data_offsets"][0])
+            for name, array in header.items()
+        }
 
 
 @contextmanager
@@ -95,7 +96,7 @@ def _checked(file: Path) -> Iterator[None]:
         raise FileNotFoundError(f"no {file.name} in {file.parent}")
     try:
         yield
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # a type that is not known is a KeyError
         raise ValueError(f"{file} is damaged: expected safetensors ({one_line(error)}); copy it again") from error
 
 
@@ -164,13 +165,25 @@ def write_file(file: Path, write: Callable[[Path], Any]) -> None:
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
-        write(temporary)
+        with naming(file):
+            write(temporary)
         temporary.chmod(mode)  # safetensors makes files that only their owner can read
         os.replace(temporary, file)
     except (SafetensorError, RuntimeError) as error:  # how the libraries report errors of the disk
         raise OSError(f"cannot write {file} ({one_line(error)}); is the disk full?") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Add the file to an error of the system that names none: when a disk is full, writing raises such errors."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(file)
+        raise
 
 
 def _plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ import torch
 
 from sd_gym.files import (
     file_states,
+    map_arrays,
     read_checkpoint,
     read_json,
     read_tensors,
@@ -24,7 +25,7 @@ def test_files_on_a_full_disk(tmp_path, write, value):
     file = tmp_path / "file"
     write(file, value)
     before = file.read_bytes()
-    with small_disk(1000), pytest.raises(OSError, match=r"File too large|cannot write .*file"):
+    with small_disk(1000), pytest.raises(OSError, match=rf"(File too large: '|cannot write ){file}"):
         write(file, value)
     assert file.read_bytes() == before  # what was there is still whole
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
@@ -52,3 +53,11 @@ def test_damaged_files_are_named(tmp_path):
     for read in (read_json, read_tensors, read_checkpoint):
         with pytest.raises(ValueError, match=rf"{file} is damaged"):
             read(file)
+
+
+def test_a_type_of_numbers_that_is_not_known_is_damage(tmp_path):
+    file = tmp_path / "file"
+    write_tensors(file, VALUES)
+    file.write_bytes(file.read_bytes().replace(b'"F32"', b'"U32"'))
+    with pytest.raises(ValueError, match=rf"{file} is damaged"):
+        map_arrays(file)

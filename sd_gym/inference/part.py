@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pydantic import NonNegativeInt, ValidationError
 
-from sd_gym.files import write_text
+from sd_gym.files import naming, write_text
 from sd_gym.folders import LOCK, contents, locked
 from sd_gym.policy.network_files import Strict
 
@@ -41,8 +41,8 @@ class Part:
     """The folder ``OUTPUT.part``: answers, which move to ``output`` when complete, and their state.
 
     Attributes:
-        answered: How many lines a resumed part begins with.
-        malformed: The malformed lines among these.
+        answered: How many lines are answered in a part that is resumed.
+        malformed: Its other lines.
     """
 
     def __init__(self, output: Path, made_by: dict[str, str | dict[str, str]]) -> None:
@@ -82,7 +82,7 @@ class Part:
     def add(self, lines: list[Line], answers: str) -> None:
         """Write the answers to the lines that follow."""
         content = answers.encode()
-        with self._file.open("ab") as file:
+        with naming(self._file), self._file.open("ab") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -123,6 +123,7 @@ class Part:
         if other:
             known_as = " and another ".join(other)
             raise ValueError(f"{self._folder} was begun with another {known_as}; resume with the same, or delete it")
+        self._file.touch()  # a run that was cut off at its beginning has none
         with self._file.open("rb") as file:
             for block in iter(lambda: file.read(min(BLOCK, known.size - file.tell())), b""):
                 self._written.update(block)
@@ -139,9 +140,10 @@ class Part:
         self._state = known
         with self._file.open(encoding="utf-8") as answers:
             for answer in answers:
-                self.answered += 1
                 if '"error": ' in answer and "error" in (values := json.loads(answer)):
                     self.malformed.append(Line(values["line"], None, values["error"]))
+                else:
+                    self.answered += 1
 
     def _count(self, lines: list[Line]) -> None:
         for line in lines:

@@ -68,6 +68,11 @@ def test_an_output_without_answers_is_not_kept(model, tmp_path):
     assert done.exit_code == 1
     assert "no line was answered" in done.output
     assert "Answers:" not in done.output
+    cut_off(model[0], tmp_path / "in.jsonl", tmp_path / "o.jsonl")
+    done = CliRunner().invoke(app, [*command, "--resume"])
+    assert done.exit_code == 1
+    assert "no line was answered" in done.output
+    assert not (tmp_path / "o.jsonl").exists()
     done = CliRunner().invoke(app, [*command, "--column", "text=review"])
     assert done.exit_code == 0, done.output
     assert len(lines_of(tmp_path / "o.jsonl")) == ROWS
@@ -156,7 +161,7 @@ def test_any_input_gives_its_rows_in_order_or_an_error_and_a_cut_changes_nothing
             file.write(stray)
         resumed = run_file(model, source, output, chunk=3, resume=True)
         assert output.read_bytes() == whole.read_bytes()
-        assert resumed.before == 2 * cut
+        assert resumed.before + resumed.rows == bulk.rows
         assert [(one.number, one.error) for one in resumed.malformed] == [
             (one.number, one.error) for one in bulk.malformed
         ]

@@ -1,10 +1,14 @@
 """Answers that are not complete yet: resumed by the run that began them, and by no other."""
 
+from pathlib import Path
+
 import pytest
 
 import sd_gym
 from sd_gym.folders import FolderInUseError
 from sd_gym.inference.bulk import run_file
+from sd_gym.inference.part import Line, Part
+from tests.conftest import small_disk
 from tests.inference.conftest import cut_off, everything, lines_of, write
 
 ROWS = 24
@@ -24,6 +28,31 @@ def test_a_run_that_was_cut_off_goes_on_after_the_last_whole_chunk(model, tmp_pa
     assert not part.exists()
     with pytest.raises(FileExistsError, match="there already"):
         run_file(model, source, output)
+
+
+def test_a_run_that_was_cut_off_at_its_beginning_goes_on(model, tmp_path, monkeypatch):
+    model, texts = model
+    source, output = write(tmp_path / "in.jsonl", [{"text": text} for text in texts]), tmp_path / "o.jsonl"
+    touch = Path.touch
+
+    def killed(file, *arguments, **more):
+        if file.name == "answers.jsonl":
+            raise KeyboardInterrupt
+        touch(file, *arguments, **more)
+
+    monkeypatch.setattr(Path, "touch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_file(model, source, output)
+    monkeypatch.undo()
+    assert everything(tmp_path / "o.jsonl.part").keys() == {".lock", "part.json"}
+    assert run_file(model, source, output, resume=True).rows == ROWS
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    part = Part(tmp_path / "o.jsonl", {})
+    full = pytest.raises(OSError, match=r"too large: '.*answers\.jsonl'")
+    with part.held(iter([]), resume=False), small_disk(1000), full:
+        part.add([Line(1, {})], "x" * 1001)
 
 
 def test_one_run_at_a_time_writes_an_output(model, tmp_path):
