@@ -80,6 +80,8 @@ class Dial:
         described, arrays = read_json(file), map_arrays(Path(folder) / WEIGHTS)
         try:
             config = validated(ServingConfig, described["env"], str(file))
+            if missing := ServingConfig.model_fields.keys() - config.model_fields_set:
+                raise ValueError(f"env: no {', '.join(sorted(missing))}")
             pairs = range(len(arrays) // 2)
             layers = [(np.array(arrays[f"{n}.weight"]), np.array(arrays[f"{n}.bias"])) for n in pairs]
             expected = np.array(described["expected_loss"], dtype=np.float64)

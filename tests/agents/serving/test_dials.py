@@ -170,6 +170,7 @@ def test_whatever_a_server_says_there_is_a_point(config, queue, wait, rate):
     [
         ({"env": 3}, "must be a mapping"),
         ({"env": {}}, "'id': Field required"),
+        ({"env": serving_config(TREC, {}).model_dump(mode="json", exclude={"deadline"})}, "env: no deadline"),
         ({"expected_loss": [1.0]}, "expected layers"),
         ({"expected_loss": ["a"] * 6}, "to float: 'a'"),
         ({"expected_loss": [float("nan")] * 6}, "expected finite"),
