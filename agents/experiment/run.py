@@ -42,7 +42,7 @@ from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import joined
 from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.files import as_json, damaged_checkpoint, read_checkpoint, write_checkpoint, write_json
-from sd_gym.folders import check_empty, contents, locked, other_content_error
+from sd_gym.folders import contents, locked, other_content_error
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.card import FILE
 from sd_gym.registration import SERVING, all_ids, plain_id, serving_env_refused
@@ -266,7 +266,8 @@ def reduce(run: str | Path, codebook: int, output: str | Path, *, backbone: str 
     """
     folder = Path(output)
     with locked(folder):
-        check_empty(folder)
+        if _unfinished_run(folder, resume=True) is not None:
+            raise FileExistsError(f"{folder} holds a run that was cut off; choose another --output, or delete it")
         description, core, policy = load_run(Path(run), backbone)
         if policy.noise != "none":
             raise ValueError(f"{run}: its policy decides at random; expected the run of an agent that learns")

@@ -186,7 +186,10 @@ def test_the_reduced_run_stands_beside_the_one_it_was_made_of(run, tmp_path):
     sd_gym.detach(model.model)
     again = CliRunner().invoke(app, ["reduce", str(run), "--output", str(tmp_path / "few")])
     assert again.exit_code == 2
-    assert "is not empty" in again.output
+    assert "holds a finished run" in again.output
+    (tmp_path / "few" / "result.json").unlink()
+    with pytest.raises(FileExistsError, match="was cut off; choose another --output, or delete it"):
+        sd_gym.reduce(run, 3, tmp_path / "few")
 
 
 def test_where_nothing_may_be_lost_no_number_of_instances_is_enough(tmp_path):
