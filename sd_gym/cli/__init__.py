@@ -1,5 +1,8 @@
 """The command ``sd-gym``: the only package that imports every other one."""
 
+import io
+import sys
+
 import typer
 
 from sd_gym.cli.comparison import compare, report, tune
@@ -13,5 +16,15 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def escape_unprintable() -> None:
+    """Escape what the terminal's encoding lacks, and half surrogate pairs of damaged files."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a test may have replaced it
+            stream.reconfigure(errors="backslashreplace")
+
+
 for command in (envs, train, evaluate, compare, report, run, serve, reduce, export, validate, tune, tabulate, prepare):
     app.command()(command)

@@ -85,13 +85,7 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
 def _print_error(error: BaseException) -> None:
     advice = ADVICE.get(getattr(error, "errno", None) or 0)
     message = " ".join(str(error).split()) + (f"; {advice}" if advice else "")
-    message = _printable(message, errors)
     errors.print(Text.assemble((type(error).__name__, "bold red"), f": {message}"), soft_wrap=True)
-
-
-def _printable(text: str, where: Console) -> str:
-    """The text with what cannot be printed there escaped, such as half a surrogate pair of a damaged file."""
-    return text.encode(where.encoding, errors="backslashreplace").decode(where.encoding)
 
 
 @contextmanager
@@ -221,12 +215,12 @@ def _say_if_busy() -> None:
 
 def say(line: str, style: str | None = None) -> None:
     """Print a line to standard error, apart from the results."""
-    errors.print(_printable(line, errors), style=style, highlight=False, soft_wrap=True)
+    errors.print(line, style=style, highlight=False, soft_wrap=True)
 
 
 def print_line(line: str) -> None:
     """Print a line of the results without wrapping it, so that it can be copied."""
-    console.print(_printable(line, console), highlight=False, soft_wrap=True)
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 def print_result(title: str, result: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from sd_gym.agents.experiment.run import train
 from sd_gym.agents.experiment.tabulation import tabulate
 from sd_gym.agents.experiment.tune import tune
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from sd_gym import evaluate
 from sd_gym.cli import app, terminal
@@ -67,12 +68,14 @@ def test_a_narrow_terminal_cuts_no_figure_of_a_result(monkeypatch):
     assert "25.6% of the answers went on" in shown
 
 
-def test_what_a_terminal_cannot_print_is_escaped(monkeypatch):
-    text = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(terminal, "console", Console(file=text, markup=False))
-    terminal.print_line("Report: rü.html")
-    text.flush()
-    assert text.buffer.getvalue() == b"Report: r\\xfc.html\n"
+def test_what_a_terminal_cannot_print_is_escaped(tmp_path):
+    env = tmp_path / "rü.yaml"
+    env.write_text("id: My/rü-v0\nextends: table.yaml\n", encoding="utf-8")
+    done = CliRunner(charset="ascii").invoke(app, ["envs", "--import", str(env)])
+    assert done.exit_code == 0, done.output
+    assert "My/r\\xfc-v0" in done.output
+    done = CliRunner(charset="ascii").invoke(app, ["envs", "My/rü"])
+    assert "My/r\\xfc" in done.stderr
 
 
 def test_what_a_pair_gives_is_not_read_as_yaml():
