@@ -178,7 +178,7 @@ class Passes:
         self.generated[rows], self.finished[rows] = counted.sum(dim=1).cpu().numpy(), ended.cpu().numpy() | stopped
         if not judges:
             return texts, np.zeros((len(texts), len(self.head.judgement)))
-        return texts, judged_text(backbone.model, output, self._stop_arguments.get("eos_token_id")).cpu().numpy()
+        return texts, judged_text(backbone.model, output, self._stop_arguments.get("eos_token_id")).numpy()
 
     @property
     def _stop_arguments(self) -> dict[str, Any]:
@@ -196,11 +196,11 @@ class Passes:
         With the state ``seen`` at a stage it is one pass, which resumes from there.
         """
         if seen is not None:
-            return value(*self.resumed(seen, rows, decisions)).double().cpu().numpy()
+            return value(*self.resumed(seen, rows, decisions)).cpu().double().numpy()
         order, values = [], []
         for picked, logits, labels in self.logits(rows, decisions):
             order.append(picked)
-            values.append(value(logits, labels).double().cpu().numpy())
+            values.append(value(logits, labels).cpu().double().numpy())
             if self.watch is not None:
                 self.watch(rows[picked], logits)
         return np.concatenate(values)[np.argsort(np.concatenate(order))]
@@ -221,7 +221,7 @@ class Passes:
         inputs, values = self.inputs(rows), dict[int, Array]()  # by index of the mask
 
         def keep_value(number: int, logits: torch.Tensor) -> None:
-            values[number] = value(logits, inputs["labels"]).double().cpu().numpy()
+            values[number] = value(logits, inputs["labels"]).cpu().double().numpy()
 
         for level in np.unique(masks[:, -1]):
             picked = np.flatnonzero(masks[:, -1] == level)
@@ -292,7 +292,7 @@ class Passes:
         """
         exits = decisions.copy()
         exits[:, self.backbone.board.decided_at([seen.stage])[seen.stage].start : -1] = 1
-        return self._confidence(self.resumed(seen, rows, exits)[0]).double().cpu().numpy()
+        return self._confidence(self.resumed(seen, rows, exits)[0]).cpu().double().numpy()
 
     def _confidence(self, logits: torch.Tensor) -> torch.Tensor:
         confidence = self.head.confidence

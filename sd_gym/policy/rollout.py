@@ -106,7 +106,7 @@ class StagedRollout:
             confidence = self._head.confidence
             assert confidence is not None  # every head that judges has it
             with self._board.decide(exits[:, :-1], self.keep, resume_from=state):
-                judged[:, 0] = log_odds(confidence(self._judge()).double().detach().cpu().numpy())
+                judged[:, 0] = log_odds(confidence(self._judge()).detach().cpu().double().numpy())
         self._features = np.concatenate([pooled_features(hidden, mask).cpu().numpy(), judged], axis=1)
         if is_first and (of_tokens := self._policy.of_tokens) is not None:
             self._tokens = token_observations(hidden, mask, *of_tokens, self._policy.longest)

@@ -9,8 +9,10 @@ import torch
 
 from sd_gym.envs.actions import all_decisions
 from sd_gym.execution.mask_tree import MaskTree
+from sd_gym.execution.passes import columns
 from sd_gym.switch import Switchboard
 from tests.conftest import ENCODER, make_inputs, make_model
+from tests.devices import MPS, Devices, place
 from tests.envs.conftest import SMALL
 from tests.switch.conftest import logits
 
@@ -73,3 +75,28 @@ def test_a_tree_of_masks_gives_the_logits_of_each_mask_alone(name):
     MaskTree(backbone, inputs, None, masks, found.__setitem__).run_masks(np.arange(len(masks)))
     for number, mask in enumerate(masks):
         torch.testing.assert_close(found[number], logits(board, mask[None], inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_a_device_without_float64_gives_the_values_of_the_cpu(settings):
+    core = gym.make("SD/Classification-Custom-v0", **settings).unwrapped.core
+    passes, rows = core.split("train").passes, np.arange(4)
+    decisions = np.random.default_rng(0).integers(2, size=(4, len(core.decision_nvec)))
+    decisions[:, -1] = 0
+
+    def values():
+        likelihood = columns(passes.head.likelihood)
+        seen = passes.seen_at("encoder.1", rows, decisions)
+        return [
+            passes.under_all(rows, decisions, likelihood),
+            passes.in_passes(rows, decisions, likelihood),
+            passes.in_passes(rows, decisions, likelihood, seen),
+            passes.confidence_at(seen, rows, decisions),
+        ]
+
+    expected = values()
+    with Devices():
+        place(core.backbone.model, MPS)
+        assert passes.inputs(rows)["input_ids"].device == MPS
+        found = values()
+    for one, wanted in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, wanted)

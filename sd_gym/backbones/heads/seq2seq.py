@@ -104,13 +104,14 @@ class Seq2SeqHead(Head):
 def judged_text(model: Any, output: Any, ends: int | Sequence[int] | None) -> Tensor:
     """The ``judgement`` of the texts of ``generate()``, each up to and including its end, float64 ``[n, values]``.
 
-    ``output`` is made with ``return_dict_in_generate`` and ``output_scores``. ``ends``: tokens that end a text;
-    ``None``: those of the model.
+    It is on the CPU. ``output`` is made with ``return_dict_in_generate`` and ``output_scores``. ``ends``: tokens that
+    end a text; ``None``: those of the model.
     """
     beams = getattr(output, "beam_indices", None)
     log_prob = model.compute_transition_scores(output.sequences, output.scores, beams, normalize_logits=beams is None)
     counted, _ = until_end(output.sequences[:, -log_prob.shape[1] :], model, ends)
-    log_prob = log_prob.double().clamp(min=MOST_UNSURE).masked_fill(~counted, 0.0)
+    log_prob, counted = log_prob.cpu().double(), counted.cpu()  # not every device has float64
+    log_prob = log_prob.clamp(min=MOST_UNSURE).masked_fill(~counted, 0.0)
     length = counted.sum(dim=1).clamp(min=1)
     mean, least = log_prob.sum(dim=1) / length, log_prob.amin(dim=1)
     return torch.stack([log_odds_of(mean), log_odds_of(least), length.log()], dim=1).double()
