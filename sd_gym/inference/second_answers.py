@@ -46,7 +46,7 @@ def final_output(output: Any, judged: Tensor, rollout: StagedRollout, arguments:
     for picked, block in rollout.going_on():
         with block:
             dense = run(**rows_of(arguments, picked, len(judged)))
-        logits = {name: value.index_copy(0, picked, dense[name]) for name, value in logits.items()}
+        logits = {name: value.index_copy(0, picked.to(value.device), dense[name]) for name, value in logits.items()}
     return type(output)(**logits)
 
 
@@ -68,7 +68,7 @@ def final_texts(
         longest = max(longest, again.shape[1])
         length = max(longest, sequences.shape[1])
         sequences, again = (F.pad(ids, (0, length - ids.shape[1]), value=padding or 0) for ids in (sequences, again))
-        sequences = sequences.index_copy(0, picked, again)
+        sequences = sequences.index_copy(0, picked.to(sequences.device), again)
     return sequences, longest or sequences.shape[1]
 
 

@@ -27,6 +27,7 @@ def pooled_features(hidden: Tensor, mask: Tensor | None) -> Tensor:
     hidden = hidden.float()
     if mask is None:
         return torch.cat([pooled(hidden, None), _length_features(hidden.shape[1], len(hidden), hidden.device)], dim=1)
+    mask = mask.to(hidden.device)
     length = mask.sum(dim=1, keepdim=True).float()
     return torch.cat([pooled(hidden, mask), length, length.log()], dim=1)
 

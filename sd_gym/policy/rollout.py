@@ -83,7 +83,7 @@ class StagedRollout:
         """Parts of the rows that go on after skipping, int64 ``[rows]``, each with the context manager for its pass."""
         dense = np.zeros((1, len(self._board)), dtype=np.bool_)
         for rows, state in self.resumable():
-            yield torch.from_numpy(rows).to(self._board.model.device), self._board.decide(dense, resume_from=state)
+            yield torch.from_numpy(rows), self._board.decide(dense, resume_from=state)
 
     def _choose(self, state: PassState) -> tuple[NDArray, Keep]:
         """Decide if the stage is one of the policy's; ``Switchboard.decide_in_pass`` calls it."""

@@ -128,7 +128,7 @@ class PendingDecision:
     def _mask(self, hidden: Tensor, tokens: DroppedTokens | None) -> Tensor:
         """The mask of the input's tokens, with 0 at later positions."""
         batch, length = len(hidden), hidden.shape[1] if tokens is None else tokens.length
-        mask = self.mask
+        mask = None if self.mask is None else self.mask.to(hidden.device)
         if mask is None:
             mask = hidden.new_ones((batch, length), dtype=torch.long)
         elif mask.ndim != 2 or len(mask) != batch or mask.shape[1] > length:

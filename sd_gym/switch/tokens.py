@@ -156,7 +156,7 @@ class DroppedTokens:
         index, valid = self.view(encoded)
         mask = kwargs.get("encoder_attention_mask")
         if mask is not None:
-            mask = mask.gather(1, index) * valid
+            mask = mask.to(index.device).gather(1, index) * valid
         elif self.is_ragged:
             mask = valid.long()
         return {**kwargs, "encoder_attention_mask": mask}

@@ -19,6 +19,7 @@ from sd_gym.inference.attach import attach, detach
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.switch import FlopsModel, Switchboard
 from tests.conftest import DECODER, ENCODER, ENCODER_DECODER, make_inputs, make_model, row_of
+from tests.devices import Devices, spread
 from tests.inference.conftest import make_policy
 
 ALL = [*ENCODER, *DECODER, *ENCODER_DECODER]
@@ -530,3 +531,31 @@ def test_a_prompt_is_read_in_chunks_unless_the_policy_decides_while_it_is_read(n
     else:
         whole = model.generate(ids, **settings)
         assert torch.equal(model.generate(ids, prefill_chunk_size=2, **settings), whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [("bert", ("first", "encoder.1", "answer")), ("llama", ("first",)), ("bart", ("first", "answer"))],
+)
+@torch.inference_mode()
+def test_a_policy_decides_on_two_devices_as_on_one(name, stages):
+    """The weights are on both, in a device without float64, and the inputs on the CPU."""
+    model, inputs = make_model(name), make_inputs(name, side="left" if name == "llama" else "right")
+    inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    policy = make_policy(model, stages=stages)
+
+    def answer():
+        attach(model, policy)
+        output = model.generate(**inputs, max_new_tokens=3) if name == "bart" else model(**inputs).logits
+        skip, went_on = model.decisions.skip, model.decisions.went_on
+        detach(model)
+        return output, skip, went_on
+
+    output, skip, went_on = answer()
+    assert went_on.any() == ("answer" in stages)
+    with Devices():
+        spread(model, [path for path, _ in model.named_modules() if path.endswith(("layer.1", "layers.1"))])
+        found = answer()
+        assert torch.equal(found[0].cpu(), output)
+    np.testing.assert_array_equal(found[1], skip)
+    np.testing.assert_array_equal(found[2], went_on)

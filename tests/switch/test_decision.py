@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from sd_gym.policy.features import pooled_features
 from sd_gym.switch import Switchboard
 from tests.conftest import make_inputs, make_model
+from tests.devices import Devices, spread
 from tests.switch.conftest import logits, mixed, random_decisions
 
 
@@ -158,3 +160,33 @@ def test_offloaded_weights_are_switched_as_others(kind):
     assert model.device.type == "meta"
     for kept, logits_of_kept in zip((None, keep), expected, strict=True):
         assert torch.equal(logits(board, skip, inputs, kept), logits_of_kept)
+
+
+@pytest.mark.parametrize("kind", ["bert", "bart", "llama"])
+@torch.inference_mode()
+def test_a_model_on_two_devices_is_switched_as_on_one(kind):
+    """The inputs are on the CPU, from where the hooks move them; masks follow the hidden states."""
+    model, inputs = make_model(kind), make_inputs(kind)
+    board = Switchboard(model)
+    skip, keep = random_decisions(board, 5, 7, 0)
+    stages = ["first", board.stages[1]]
+    layers = board.path_of_layers(board.architecture.stacks[0])
+
+    def passes():
+        columns, seen = board.decided_at(stages), []
+
+        def choose(state):
+            seen.append(pooled_features(state.hidden, state.mask).cpu())
+            return skip[:, columns[state.stage]], keep if state.stage == "first" else None
+
+        with board.decide_in_pass(choose, stages, inputs["attention_mask"]):
+            return [logits(board, skip, inputs, keep), model(**inputs).logits, *seen]
+
+    expected = passes()
+    board.remove()
+    with Devices():
+        spread(model, [f"{layers}.1"])
+        board = Switchboard(model)
+        found = passes()
+        assert {value.device.type for value in found} == {"cpu"}
+    assert all(map(torch.equal, found, expected))
