@@ -82,7 +82,7 @@ class ImitationAgent(Agent[ImitationSettings]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         space = self.env.core.observation_space
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.network = self.new_policy().eval()
             self.foresight = [observation_layers(space, HIDDEN) for _ in range(NETWORKS)]

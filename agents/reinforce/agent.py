@@ -101,7 +101,7 @@ class ReinforceAgent(Agent[ReinforceSettings]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         settings = self.settings
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.network = self.new_policy().eval()
             for layer in self.network.body.modules() if settings.network is None else ():
