@@ -19,6 +19,7 @@ from sd_gym.tasks import ranking
 from tests.envs.conftest import looking
 from tests.execution.conftest import SMALL, Drawn
 from tests.inference.conftest import make_policy
+from tests.switch.conftest import Synchronisations
 
 
 def noting(module, name, monkeypatch):
@@ -55,6 +56,14 @@ def test_deciding_is_timed_from_the_tokenised_inputs_on(settings, monkeypatch):
     assert ranked == [8] * rounds
     assert looked[0] + looked[1] == [8] * (2 * rounds if settings else rounds)  # tokens are never kept by the split
     assert set(decided) == {8}
+
+
+def test_the_clock_waits_for_the_device_before_and_after_a_run():
+    core = gym.make("SD/Classification-Mini-v0", **SMALL).unwrapped.core
+    during = []
+    with Synchronisations() as waits:
+        evaluation._seconds(lambda: during.append(waits.count), core.backbone)
+    assert (during, waits.count) == ([1], 2)
 
 
 def test_controls_stand_beside_each_time():
