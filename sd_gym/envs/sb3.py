@@ -16,7 +16,7 @@ ROW_PER_ENV = ("action_masks", "render")  # methods of the vector env that retur
 
 
 class SwitchableVecEnv(VecEnv):
-    """A ``SwitchableVectorEnv`` as Stable-Baselines3 expects it: list infos, copied ``terminal_observation``.
+    """A ``SwitchableVectorEnv`` as Stable-Baselines3 expects it: list infos with a ``terminal_observation``.
 
     Gymnasium's vector wrappers may be around it; spaces, observations, rewards and infos are then theirs. Wrappers that
     refuse ``AutoresetMode.SAME_STEP`` need an env of another mode; this class still resets in the same step, as
@@ -67,6 +67,7 @@ class SwitchableVecEnv(VecEnv):
             if dones.any():
                 if not dones.all():  # resetting some would step the others
                     raise ValueError("episodes end at different steps; make the env with autoreset_mode=SAME_STEP")
+                finals = unbatched(copy.deepcopy(observations))  # a wrapper may reuse its arrays
                 if self.env.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP:
                     observations, *_, infos = self.env.step(self._actions)
                 else:
@@ -75,7 +76,7 @@ class SwitchableVecEnv(VecEnv):
         for info, final, done, cut in zip(listed, finals, dones, truncated & ~terminated, strict=True):
             info["TimeLimit.truncated"] = bool(cut)
             if done:
-                info["terminal_observation"] = copy.deepcopy(final)
+                info["terminal_observation"] = final
         self._count(rewards, dones, listed)
         self.reset_infos = reset
         return observations, rewards.astype(np.float32), dones, listed

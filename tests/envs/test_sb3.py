@@ -77,6 +77,8 @@ def test_sb3_sees_tokens_in_every_mode(mode):
     before = env.reset()
     after, _, _, infos = env.step(np.zeros((N, len(env.action_space.nvec)), dtype=np.int64))
     assert not np.array_equal(before["tokens"], after["tokens"])
+    after["tokens"][:] = 7
+    env.step(np.zeros((N, len(env.action_space.nvec)), dtype=np.int64))  # what is over stays as it was
     for row, info in enumerate(infos):
         np.testing.assert_array_equal(info["terminal_observation"]["tokens"], before["tokens"][row])
 
