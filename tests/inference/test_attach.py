@@ -19,7 +19,7 @@ from sd_gym.inference.attach import attach, detach
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.switch import FlopsModel, Switchboard
 from tests.conftest import DECODER, ENCODER, ENCODER_DECODER, make_inputs, make_model, row_of
-from tests.devices import Devices, spread
+from tests.devices import MPS, Devices, place, spread
 from tests.inference.conftest import make_policy
 
 ALL = [*ENCODER, *DECODER, *ENCODER_DECODER]
@@ -537,9 +537,10 @@ def test_a_prompt_is_read_in_chunks_unless_the_policy_decides_while_it_is_read(n
     ("name", "stages"),
     [("bert", ("first", "encoder.1", "answer")), ("llama", ("first",)), ("bart", ("first", "answer"))],
 )
+@pytest.mark.parametrize("devices", [1, 2])
 @torch.inference_mode()
-def test_a_policy_decides_on_two_devices_as_on_one(name, stages):
-    """The weights are on both, in a device without float64, and the inputs on the CPU."""
+def test_a_policy_decides_on_other_devices_as_on_the_cpu(name, stages, devices):
+    """On one without float64, with the inputs; or on two, with the inputs on the CPU."""
     model, inputs = make_model(name), make_inputs(name, side="left" if name == "llama" else "right")
     inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     policy = make_policy(model, stages=stages)
@@ -554,7 +555,11 @@ def test_a_policy_decides_on_two_devices_as_on_one(name, stages):
     output, skip, went_on = answer()
     assert went_on.any() == ("answer" in stages)
     with Devices():
-        spread(model, [path for path, _ in model.named_modules() if path.endswith(("layer.1", "layers.1"))])
+        if devices == 1:
+            place(model, MPS)
+            inputs = {key: value.to(MPS) for key, value in inputs.items()}
+        else:
+            spread(model, [path for path, _ in model.named_modules() if path.endswith(("layer.1", "layers.1"))])
         found = answer()
         assert torch.equal(found[0].cpu(), output)
     np.testing.assert_array_equal(found[1], skip)
