@@ -534,10 +534,14 @@ def test_a_prompt_is_read_in_chunks_unless_the_policy_decides_while_it_is_read(n
 
 
 @pytest.mark.parametrize(
-    ("name", "stages"),
-    [("bert", ("first", "encoder.1", "answer")), ("llama", ("first",)), ("bart", ("first", "answer"))],
+    ("name", "stages", "devices"),
+    [
+        ("bert", ("first", "encoder.1", "answer"), 1),
+        ("bert", ("first", "encoder.1", "answer"), 2),
+        ("llama", ("first",), 2),
+        ("bart", ("first", "answer"), 2),
+    ],
 )
-@pytest.mark.parametrize("devices", [1, 2])
 @torch.inference_mode()
 def test_a_policy_decides_on_other_devices_as_on_the_cpu(name, stages, devices):
     """On one without float64, with the inputs; or on two, with the inputs on the CPU."""
