@@ -323,4 +323,4 @@ def test_damaged_json_of_a_run(content, tmp_path, reviews, tiny_backbone):
     (tmp_path / "run" / "policy.safetensors").write_bytes(whole[:-10])
     assert "policy.safetensors is damaged" in call("evaluate", "run")
     (tmp_path / "run" / "config.json").write_bytes(content)
-    assert "config.json is " in call("evaluate", "run")
+    assert "config.json " in call("evaluate", "run")

@@ -82,7 +82,7 @@ def test_tokens_alone():
         ({"candidates": []}, "only tokens to drop"),
         ({"candidates": ["ffn"]}, "candidates"),
         ({"candidates": ["attention"], "action": "multi_binary"}, "multi_discrete"),
-        ({"candidates": ["attention"], "stages": ["first", "middle"]}, "before the first layer"),
+        ({"candidates": ["attention"], "stages": ["first", "middle"]}, r"stages \[first\]"),
     ],
 )
 def test_what_cannot_be(settings, said):

@@ -107,9 +107,9 @@ def test_a_policy_of_several_stages_is_not_compiled(tmp_path, tiny_tokenizer):
         sd_gym.load(artefact, compile=True)
 
 
+@torch._dynamo.config.patch(recompile_limit=1)  # usually 8, and all masks count together
 def test_each_mask_is_compiled_once_for_single_inputs_and_once_for_batches(tmp_path, tiny_tokenizer, monkeypatch):
     counter = CompileCounter()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # usually 8, and all masks count together
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     core, policy, artefact, texts = trained("classification", None, tmp_path, tiny_tokenizer)
     with pytest.raises(ValueError, match="decides otherwise; sd-gym reduce"):
