@@ -114,29 +114,34 @@ def versions(core: Core, policy: DecisionPolicy | TablePolicy) -> list[Version]:
     that stage, else those for skipping. Where only a part of a pass shows these, margins are fixed.
     """
     margins = list(MARGINS if core.config.table is None else TABLE_MARGINS)
-    if isinstance(policy, DecisionPolicy) and (
-        core.has_answer_stage or (not core.is_staged and policy.codebook is None)
-    ):
-        preferences = _preferences(core, policy)
-        quantiles = np.quantile(preferences[np.isfinite(preferences)], np.linspace(0, 1, POINTS - 1))
-        margins = np.unique([0.0, *quantiles]).tolist()
+    if isinstance(policy, DecisionPolicy):
+        sees_answer = core.has_answer_stage and not policy.blind
+        if sees_answer or (not core.is_staged and policy.codebook is None):
+            preferences = _preferences(core, policy)
+            quantiles = np.quantile(preferences[np.isfinite(preferences)], np.linspace(0, 1, POINTS - 1))
+            margins = np.unique([0.0, *quantiles]).tolist()
     return [Version(policy.with_margin(margin), margin, policy) for margin in margins[::-1]]
 
 
 def _preferences(core: Core, policy: DecisionPolicy) -> NDArray:
     """Those of ``DecisionPolicy.preference`` on policy rows, at the last stage; float32, flat."""
-    seen, split = list[Observations](), core.split("train")
+    split, few = core.split("train"), core.is_staged and core.config.table is None
+    parts = row_batches(core, policy_rows(core, FEW_ROWS if few else POLICY_ROWS))
+    return np.concatenate([policy.preference(_last_observations(core, policy, split, part)).ravel() for part in parts])
+
+
+def _last_observations(core: Core, policy: DecisionPolicy, split: Split, rows: NDArray) -> Observations:
+    """What a policy observes at the last stage."""
+    if not core.is_staged:
+        return core.observe(split, rows)
+    seen = list[Observations]()
 
     def decide(observations: Observations) -> NDArray:
-        seen.append(observations)
+        seen[:] = [observations]
         return policy.decide(observations)
 
-    few = core.is_staged and core.config.table is None
-    found = list[NDArray]()
-    for part in row_batches(core, policy_rows(core, FEW_ROWS if few else POLICY_ROWS)):
-        core.rollout(split, part, decide)
-        found.append(policy.preference(seen[-1]).ravel())
-    return np.concatenate(found)
+    core.rollout(split, rows, decide)
+    return seen[0]
 
 
 def check_fits(policy: PolicyT, core: Core) -> PolicyT:

@@ -250,12 +250,12 @@ class DecisionPolicy(nn.Module):
     @property
     def per_margin(self) -> NDArray:
         """What a margin of 1 adds to each logit, float64 ``[sum(nvec)]``."""
-        if self.graded:
-            return -np.concatenate([np.arange(size, dtype=np.float64) for size in self.nvec])
         added = np.zeros(sum(self.nvec))
         added[np.cumsum([0, *self.nvec[:-1]])] = 1  # the first choice is to run
+        if self.graded:
+            added = -np.concatenate([np.arange(size, dtype=np.float64) for size in self.nvec])
         if self.stages[-1] == ANSWER:  # where the second choice is to go on
-            added *= BEFORE
+            added *= 1 if self.blind else BEFORE  # a blind policy sees no answer
             added[-2:] = 0, 1
         return added
 

@@ -166,6 +166,16 @@ def test_a_margin_raises_the_threshold_of_answers_and_keeps_the_masks(core):
     assert not core.rollout(split, rows, policy.with_margin(DENSE_MARGIN).decide)[0][:, :-1].any()
 
 
+def test_versions_of_a_blind_policy_differ_in_what_they_skip(core):
+    policy = DecisionPolicy(
+        core.observation_space.shape[0], core.nvec.tolist(), core.switch_names, blind=True, stages=core.stages
+    ).eval()
+    torch.nn.init.normal_(policy.head.bias)
+    rows = np.arange(4)
+    found = [core.rollout(core.split("validation"), rows, point.policy.decide)[0] for point in versions(core, policy)]
+    assert len(np.unique([decisions[:, :-1].mean() for decisions in found])) > 2
+
+
 def test_a_policy_that_skips_nothing_goes_on_nowhere(table, tmp_path):
     result = sd_gym.train(TABLE, "imitation", tmp_path / "run", table=table, epsilon=1e-6, epochs=1)
     assert (result["flops_ratio"], result["goes_on"]) == (1, 0)

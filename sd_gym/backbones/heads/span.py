@@ -107,9 +107,10 @@ class SpanHead(Head):
     def judge(self, logits: Tensor) -> Tensor:
         """``judged_choice`` of the start and of the end, and the log-odds of the best span against "no answer"."""
         start, end = logits.log_softmax(dim=-1).unbind(dim=1)
-        place = torch.arange(logits.shape[-1], device=logits.device)[1:]
-        spans = start[:, 1:, None] + end[:, None, 1:]
-        best = spans.masked_fill(place[:, None] > place, 2 * NOWHERE).amax(dim=(1, 2))
+        place = torch.arange(logits.shape[-1], device=logits.device)
+        first, last = place[:, None], place
+        is_span = (first <= last) & ((first > 0) | (last == 0))
+        best = (start[:, :, None] + end[:, None]).masked_fill(~is_span, 2 * NOWHERE).amax(dim=(1, 2))
         answered = (best - start[:, 0] - end[:, 0]).clamp(0.0, -MOST_UNSURE)  # 0 where there is no answer
         return torch.cat([judged_choice(logits[:, 0]), judged_choice(logits[:, 1]), answered[:, None]], dim=1)
 
