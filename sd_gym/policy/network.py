@@ -24,7 +24,7 @@ from sd_gym.policy.token_encoder import TokenEncoder, flops_per_token
 from sd_gym.registry import naming_imports
 
 HIDDEN = 64
-BEFORE = 0.1  # of a margin on the answer, what counts at earlier stages; that of dense (1,000) still skips nothing
+BEFORE = 0.1  # share of an answer's margin that counts at earlier stages; at dense's margin, 1,000, nothing is skipped
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -239,8 +239,8 @@ class DecisionPolicy(nn.Module):
     def with_margin(self, margin: float) -> DecisionPolicy:
         """A copy that skips only where it prefers skipping by more than ``margin`` in log-odds.
 
-        With an answer stage, it is one that accepts an answer only where it prefers that by more than ``margin``. What
-        to skip before hardly changes then (``BEFORE``): the answer tells more of its risk than any earlier observation.
+        With an answer stage, it accepts an answer only where it prefers accepting by more than ``margin``. Its masks
+        hardly change (``BEFORE``), since the answer tells more about the risk. A blind policy skips less instead.
         """
         copy = deepcopy(self)
         with torch.no_grad():
