@@ -20,7 +20,6 @@ from sd_gym.envs.spaces import flat_size
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.features import log_odds
 
-CERTAIN = 10.0  # log-odds of the mask
 SCALE = 0.01  # of the head's judgement in the hidden layers: tanh is nearly linear there
 LEAST = -20.0  # margin at which every answer is accepted; judgements are at least -10
 
@@ -68,9 +67,7 @@ class Cascade(StaticAgent):
         policy.body[0].weight[0, judged] = SCALE
         policy.body[2].weight[0, 0] = 1
         policy.head.weight[-2, 0] = 1 / SCALE  # of accepting
-        first = np.cumsum([0, *core.nvec[:-1]])
-        policy.head.bias[torch.from_numpy(first + mask)[: core.n_skips]] = CERTAIN
-        return policy.eval()
+        return policy.with_mask(mask).eval()
 
 
 def _acceptance(head_log_odds: NDArray) -> NDArray:

@@ -89,6 +89,7 @@ class ImitationAgent(Agent[ImitationSettings]):
         self._standardise_encoders(self.network, *self.foresight)
         self._initialise(self.network)
         self.priced: list[DecisionPolicy] = []  # with several stages, a policy per price of a lost instance
+        self.static: DecisionPolicy | None = None  # with an answer stage, the network with one mask for all inputs
 
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """Search and learn; ``total_steps`` plays no part."""
@@ -141,6 +142,9 @@ class ImitationAgent(Agent[ImitationSettings]):
             self._fit(network, objective, tag, len(rows), logger)
             self.priced.append(network.eval())
         self.network = self.priced[PRICES.tolist().index(1.0)]
+        if self.env.core.has_answer_stage and not self.blind:
+            mask = known.best_mask(self.network, reward.penalty / reward.cost_scale)
+            self.static = self.network.with_mask(mask) if mask.any() else None
 
     @torch.no_grad()
     def _judge_by_answer(self, network: DecisionPolicy) -> None:
@@ -165,14 +169,18 @@ class ImitationAgent(Agent[ImitationSettings]):
         return [self.policy()]
 
     def operating_points(self) -> list[Version]:
-        """Versions of the policy; with several stages the policies of all prices, and cautious versions of the last."""
+        """Versions of the policy; with several stages the policies of all prices, and cautious versions of the last.
+
+        With an answer stage also those of the policy with one mask: where masks are hard to foresee, it saves more.
+        """
         if not self.priced:
             return super().operating_points()
         *bolder, last = self.priced
         # Even the highest price may lose too much; without more cautious points dense would then be selected.
         cautious = [version for version in versions(self.env.core, last) if version.margin >= 0]
         points = cautious + [Version(policy, of=policy) for policy in bolder]
-        return [point._replace(learned=self.network) for point in points]
+        priced = [point._replace(learned=self.network) for point in points]
+        return priced if self.static is None else priced + versions(self.env.core, self.static)
 
     def _outputs(self, network: nn.Module, rows: NDArray) -> Tensor:
         """Outputs ``[n, outputs]`` of a network on ``rows [n]`` of the training split.

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.search import OnRound
+from sd_gym.agents.learning.decisions import BATCH
 from torch import Tensor
 
 from sd_gym.envs.protocols import Core
@@ -106,6 +107,19 @@ class Combinations:
         return self.costs(log_probs, chosen, price).mean() + SPREAD * sum(
             log_prob.square().mean() for log_prob in log_probs
         )
+
+    @torch.no_grad()
+    def best_mask(self, policy: DecisionPolicy, price: float) -> NDArray:
+        """The decision ``[components]`` of least mean cost if all inputs take it and go on where the policy prefers to.
+
+        Each has its own best threshold for that preference, as an operating point may.
+        """
+        parts = torch.arange(len(self.rows)).split(BATCH)
+        preferred = torch.cat([self.log_probs(policy, part)[-1] for part in parts])
+        surest = (preferred[..., 1] - preferred[..., 0]).argsort(dim=0)
+        saved = (self.outcomes.going_on - price * self.outcomes.lost).gather(0, surest).cumsum(dim=0).amax(dim=0)
+        cost = (self.outcomes.flops + self.outcomes.going_on).sum(dim=0) - saved
+        return self.decisions[int(cost.argmin())]
 
     def log_probs(self, policy: DecisionPolicy, chosen: Tensor | slice) -> list[Tensor]:
         """Log-probabilities of the ways of each stage, after each of its earlier decisions, ``[n, earlier, ways]``."""

@@ -154,14 +154,53 @@ def test_each_price_gives_an_operating_point_that_takes_only_combinations_that_w
     agent = make_agent("imitation", env, epochs=3, batch_size=8)
     agent.learn(1, configure(str(tmp_path), []), lambda rollout: None)
     points, path = agent.operating_points(), agent.path
-    bold = [point for point in points if not point.margin]
-    assert len(bold) == len({id(point.policy.head) for point in bold}) == len(PRICES) < len(points)
+    priced = [point for point in points if point.learned is not None]
+    bold = [point for point in priced if not point.margin]
+    assert len(bold) == len({id(point.policy.head) for point in bold}) == len(PRICES) < len(priced)
     ways = ways_of_stages(env.core, path)
     rows = np.arange(len(env.core.split("train")))
     for point in points:
         decisions, _ = env.core.rollout(env.core.split("train"), rows, point.policy.decide)
         for of_stage, components in zip(ways, env.core.steps.components, strict=False):
             assert {tuple(row) for row in decisions[:, components]} <= {tuple(way) for way in of_stage[:, components]}
+
+
+def test_one_mask_for_all_inputs_and_going_on_as_learned_are_operating_points(reviews, tiny_backbone):
+    env = vec_env(reviews, tiny_backbone, **ANSWERED)
+    agent = make_agent("imitation", env, epochs=3, batch_size=8)
+    agent.learn(1, configure(None, []), lambda rollout: None)
+    rows, learned = np.arange(len(env.core.split("train"))), agent.policy()
+    points = [point for point in agent.operating_points() if point.learned is None]
+    decided = [env.core.rollout(env.core.split("train"), rows, point.policy.decide)[0] for point in points]
+    masks = np.unique(np.concatenate(decided)[:, :-1], axis=0)
+    assert len(masks) == 1
+    assert masks.any()
+    shares = [decisions[:, -1].mean() for decisions in decided]
+    assert shares == sorted(shares, reverse=True)  # from cautious to bold
+    assert shares[0] > shares[-1]
+    seen = np.random.default_rng(0).normal(size=(50, env.core.observation_space.shape[0])).astype(np.float32)
+    seen[:, :3] = [0, 0, 1]
+    np.testing.assert_array_equal(points[0].of.decide(seen)[:, -1], learned.decide(seen)[:, -1])
+    assert not points[0].of.with_margin(1000.0).decide(seen)[:, :-1].any()
+
+
+def test_the_best_mask_has_the_least_mean_cost_at_its_best_threshold(reviews, tiny_backbone):
+    core = vec_env(reviews, tiny_backbone, **ANSWERED).core
+    rows, random = np.arange(len(core.split("train"))), np.random.default_rng(0)
+    known = Combinations(core, rows, path_of(core), False, None, lambda scored: None, 0)
+    lost = random.choice([-1.0, 0.0, 1.0], known.outcomes.lost.shape, p=[0.1, 0.6, 0.3])
+    known.outcomes = known.outcomes._replace(lost=torch.from_numpy(lost).float())
+    policy = make_agent("imitation", vec_env(reviews, tiny_backbone, **ANSWERED)).new_policy()
+    with torch.no_grad():
+        preferred = known.log_probs(policy, slice(None))[-1]
+    accepts, costs = (preferred[..., 0] - preferred[..., 1]).numpy(), []
+    _, _, flops, going_on = (values if isinstance(values, list) else values.numpy() for values in known.outcomes)
+    for number in range(len(known.decisions)):
+        of_mask = accepts[:, number]
+        accepted = [of_mask >= threshold for threshold in of_mask]
+        answer = [np.where(taken, PRICE * lost[:, number], going_on[:, number]) for taken in accepted]
+        costs.append(flops[:, number].mean() + np.mean(answer, axis=1).min())
+    np.testing.assert_array_equal(known.best_mask(policy, PRICE), known.decisions[np.argmin(costs)])
 
 
 def test_the_risk_of_a_single_instance_is_its_loss(env):
