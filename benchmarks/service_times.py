@@ -15,7 +15,7 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,7 @@ def main() -> None:
     of_policy.add_argument("--served", help="what sd-gym export wrote of it, if that is what the server runs")
     of_policy.add_argument("--input", type=Path, required=True, help="JSON lines with the task's fields")
     of_policy.add_argument("--allow-loss", type=float, help="as of sd-gym serve")
+    of_policy.add_argument("--points", type=int, default=8, help="most operating points, evenly spaced by FLOPs")
     of_policy.add_argument("--id", default="Mine/Serving-v0", help="of the env")
     of_policy.set_defaults(function=print_policy)
     args = parser.parse_args()
@@ -76,9 +77,17 @@ def print_policy(args: argparse.Namespace) -> None:
         f"# {args.id}: a queue in front of a server of the policy in {args.run.resolve().name}, simulated on a table."
     )
     print(f"id: {args.id}\ntable: {table}\npolicy: {args.run.resolve()}\npoints:")
-    for number, point in reversed([*enumerate(served.points.points)]):
+    for number in evenly_spaced([point.flops_ratio for point in served.points.points], args.points)[::-1]:
+        point = served.points.points[number]
         per_request, per_group = fitted(median_seconds(served.engine, texts, number))
         print(f"  - {{margin: {point.margin!r}, per_request: {per_request:.6f}, per_group: {per_group:.6f}}}")
+
+
+def evenly_spaced(flops: Sequence[float], most: int) -> list[int]:
+    """Indices of at most ``most`` ascending FLOPs ratios, with the first and the last one."""
+    wanted = np.linspace(flops[0], flops[-1], most)
+    nearest = np.abs(np.array(flops) - wanted[:, None]).argmin(axis=1)
+    return np.unique([*nearest, len(flops) - 1]).tolist()
 
 
 @torch.inference_mode()

@@ -44,7 +44,10 @@ class Trained:
 
     Args:
         folder: Run folder.
-        margins: Margins of the operating points that the server allows.
+        margins: Margins of the operating points that the server allows; the dial may choose among some of them.
+
+    Attributes:
+        points: Indices of the server's points that the dial may choose, from bold to dense.
 
     Raises:
         FileNotFoundError: If the folder has no dial.
@@ -52,25 +55,41 @@ class Trained:
     """
 
     def __init__(self, folder: str | Path, margins: Sequence[float]) -> None:
-        self._dial, self._last = dial.Dial.load(folder), len(margins) - 1
+        self._dial = dial.Dial.load(folder)
         config = self._dial.config
         self.window = config.deadline
-        if (trained := len(config.points)) != len(margins):
+        if config.policy is not None:
+            places = _places([point.margin or 0.0 for point in config.points[::-1]], margins)
+            if places is None:
+                raise ValueError(
+                    f"the dial {folder} chooses among operating points of {config.policy} that the server's policy "
+                    "lacks, or does not allow; change --allow-loss or --allow-flops, or train a dial on an env with "
+                    "this policy"
+                )
+            self.points = places
+        elif len(config.points) == len(margins):
+            self.points = list(range(len(margins)))
+        else:
             raise ValueError(
-                f"the dial {folder} chooses among {trained} operating points, but the server allows {len(margins)} of "
-                "its policy; change --allow-loss or --allow-flops, or train a dial on an env with as many 'points'"
-            )
-        of_env = [point.margin or 0.0 for point in config.points[::-1]]
-        if config.policy is not None and not np.allclose(np.diff(of_env), np.diff(margins)):
-            raise ValueError(
-                f"the dial {folder} chooses among the operating points of {config.policy}, but the server's policy has "
-                "others; train a dial on an env with this policy"
+                f"the dial {folder} chooses among {len(config.points)} operating points, but the server allows "
+                f"{len(margins)} of its policy; change --allow-loss or --allow-flops, or train a dial on an env with "
+                "as many 'points'"
             )
 
     def choose(self, queue_length: int, oldest_wait: float, arrival_rate: float) -> int:
-        """The operating point that the dial chooses, in the server's order."""
-        return self._last - self._dial.choose(queue_length, oldest_wait, arrival_rate)
+        """The operating point that the dial chooses, an index of the server's."""
+        return self.points[-1 - self._dial.choose(queue_length, oldest_wait, arrival_rate)]
 
     def answered(self, point: int, rows: int) -> None:
         """Tell the dial, which observes how much its recent answers are expected to lose."""
-        self._dial.answered(self._last - point, rows)
+        self._dial.answered(len(self.points) - 1 - self.points.index(point), rows)
+
+
+def _places(wanted: Sequence[float], margins: Sequence[float]) -> list[int] | None:
+    """Indices of the wanted ones in the server's margins, which are relative to its default point.
+
+    Both end with dense. ``None`` if one is missing.
+    """
+    shifted = np.array(wanted) + (margins[-1] - wanted[-1])
+    places = np.abs(shifted[:, None] - np.array(margins)).argmin(axis=1)
+    return places.tolist() if np.allclose(np.array(margins)[places], shifted, rtol=0, atol=1e-6) else None

@@ -69,7 +69,7 @@ def service(
     if dial is None:
         return Service(engine_of(points, [points.default]), points, limits, settings)
     trained = Trained(dial, [point.margin for point in points.points])
-    return Service(engine_of(points, range(len(points.points))), points, limits, settings, trained)
+    return Service(engine_of(points, trained.points), points, limits, settings, trained)
 
 
 def _session_options(threads: int | None) -> Any:

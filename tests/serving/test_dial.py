@@ -67,9 +67,29 @@ def test_a_dial_of_a_policy_refuses_other_margins(run, tmp_path):
     Dial(config, np.zeros(6), Dial.load(run).network).save(tmp_path)
     shifted = np.array(margins[::-1]) - 1.0  # those of a server whose default is another point
     assert Trained(tmp_path, shifted).choose(1, 0.0, 1.0) == 3
-    shifted[2] += 0.5
-    with pytest.raises(ValueError, match="operating points of runs/policy"):
-        Trained(tmp_path, shifted)
+    with pytest.raises(ValueError, match="operating points of runs/policy that the server's policy lacks"):
+        Trained(tmp_path, np.delete(shifted, 2))
+
+
+def test_a_dial_may_choose_among_some_of_the_operating_points(run, tmp_path):
+    margins = [1000.0, 3.0, 2.0, 1.0, 0.0, -1.0]
+    points = tuple(Point(margin=margin, per_request=1e-3, per_group=0.0) for margin in margins)
+    config = serving_config("SD/Serving-TREC-Table-v0", {})
+    config = config.model_copy(update={"policy": "runs/policy", "points": points})
+    Dial(config, np.arange(6.0), Dial.load(run).network).save(tmp_path)
+    dial = Trained(tmp_path, [-2.0, -1.0, -0.5, 0.0, 1.0, 1.5, 2.0, 3.0, 1000.0])
+    assert dial.points == [1, 3, 4, 6, 7, 8]
+    assert dial.choose(1, 0.0, 1.0) == 6  # its third from dense
+    assert dial.choose(100_000, 0.0, 1.0) == 1
+    dial.answered(6, 10**6)
+    assert dial._dial._recent_loss == pytest.approx(2.0)
+
+
+def test_measured_points_are_evenly_spaced_by_flops():
+    flops = [0.1, 0.11, 0.12, 0.4, 0.41, 0.7, 0.9, 1.0, 1.0]
+    assert service_times.evenly_spaced(flops, 4) == [0, 3, 5, 7, 8]
+    assert service_times.evenly_spaced(flops, 100) == [*range(8), 8]
+    assert service_times.evenly_spaced([1.0], 8) == [0]
 
 
 def test_measured_points_are_of_the_table_that_the_policy_learned_on(tmp_path, monkeypatch, capsys):
@@ -79,7 +99,7 @@ def test_measured_points_are_of_the_table_that_the_policy_learned_on(tmp_path, m
     (tmp_path / "config.json").write_text(json.dumps({"env_config": {"table": "tables/classification-trec"}}))
     (tmp_path / "texts.jsonl").write_text("")
     arguments = Namespace(
-        run=tmp_path, served=None, input=tmp_path / "texts.jsonl", allow_loss=None, id="Mine/Serving-v0"
+        run=tmp_path, served=None, input=tmp_path / "texts.jsonl", allow_loss=None, points=8, id="Mine/Serving-v0"
     )
     service_times.print_policy(arguments)
     printed = capsys.readouterr().out
