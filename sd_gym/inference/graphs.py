@@ -13,6 +13,7 @@ from sd_gym.backbones.heads.base import Head
 from sd_gym.inference.branches import Sides
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.features import pooled_features
+from sd_gym.policy.network import DecisionPolicy
 from sd_gym.policy.table_export import TablePolicy
 from sd_gym.policy.token_encoder import TokenEncoder
 from sd_gym.projection import OBSERVATION_LIMIT, Projection, standardised
@@ -133,7 +134,10 @@ def logits_of(output: Any) -> Tensor:
 
 
 class Decider(Graph):
-    """The score of each choice for each input; if the policy judges answers, also the features for that."""
+    """The score of each choice for each input; if the policy judges answers, also the features for that.
+
+    A policy of one mask for all inputs that judges answers by the head's judgement alone does not read its input.
+    """
 
     def __init__(self, board: Switchboard, policy: SkipPolicy, choices: NDArray) -> None:
         super().__init__()
@@ -146,6 +150,7 @@ class Decider(Graph):
         padded = np.pad(choices, ((0, 0), (0, int(self.answers))), constant_values=-1)
         likelihood = network.log_likelihood(torch.eye(sum(network.nvec)), torch.from_numpy(padded))
         self.register_buffer("chosen", likelihood)
+        self.reads_input = not self.answers or _reads_input(network, self.network.judged)
         self.outputs = ("scores", "seen") if self.answers else ("scores",)
 
     def inputs(self, of_model: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
@@ -154,6 +159,10 @@ class Decider(Graph):
 
     def forward(self, share: Tensor, *inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """The scores ``[n, choices]``, and what the answer stage sees again; ``share [n]``: FLOPs spent."""
+        if not self.reads_input:
+            read = 0 if self.encoder is None else len(self.encoder.mean)
+            nothing = share[:, None] * 0
+            return nothing + self.network.network.head.bias @ self.chosen, nothing + torch.zeros(self.size + read)
         hidden, attention_mask = self.first_input(**dict(zip(INPUTS, inputs, strict=False))), inputs[1]
         pooled, share = pooled_features(hidden, attention_mask), share[:, None]
         read = list[Tensor]()
@@ -190,6 +199,16 @@ class AnswerDecider(Graph):
         observed = [pooled, *_unknown(self.others, share), self.head.judge(logits)]
         scores = self.network(observed, read, share)
         return scores[:, -1] - scores[:, -2]
+
+
+def _reads_input(network: DecisionPolicy, judged: int) -> bool:
+    """Whether masks, or which answers are accepted, depend on more than ``judged`` features and the FLOPs."""
+    if network.network is not None:
+        return True
+    layer = (network.body.of_stage[-1] if network.per_stage else network.body)[0]
+    flat, own = network.observation_size, len(network.stages) + 1
+    unread = torch.cat([layer.weight[:, own : flat - judged], layer.weight[:, flat:]], dim=1)
+    return bool(network.head.weight[:-2].any() or unread.any())
 
 
 def _unknown(features: int, share: Tensor) -> list[Tensor]:

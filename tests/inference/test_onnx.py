@@ -175,6 +175,29 @@ def test_a_cascade_keeps_its_operating_points(tmp_path, tiny_tokenizer):
     assert len({*went_on}) > 1
 
 
+@pytest.mark.parametrize("observation", ["pooled", "tokens"])
+def test_one_mask_for_all_inputs_is_decided_without_reading_them(tmp_path, tiny_tokenizer, observation):
+    *_, policy, texts = trained(
+        "classification", None, tmp_path, tiny_tokenizer, observation, stages=("first", "answer")
+    )
+    judgement = len(sd_gym.load(policy).backbone.head.judgement)
+    for unread in (False, True):
+        network = policy.network.with_mask(np.array([1, 0, 0, 1, 0, 1, 0, 0]))
+        with torch.no_grad():
+            weight = network.body[0].weight
+            weight[:, network.observation_size - judgement : network.observation_size] *= 1000  # so that answers differ
+            if unread:
+                weight[:, 3 : network.observation_size - judgement] = 0
+                weight[:, network.observation_size :] = 0
+        static = with_points(replace(policy, network=network))
+        sd_gym.export(static, folder := tmp_path / f"onnx-{unread}")
+        read = {one.name for one in onnx.runtime().InferenceSession(folder / "decide.onnx").get_inputs()}
+        assert ("input_ids" in read) == (not unread)
+        for limits in LIMITS[:2]:
+            answers = check_same(static, folder, texts + random_texts(50), **limits)
+            assert len({one.went_on for one in answers}) == 2
+
+
 def test_spans_are_judged_in_their_context(tmp_path, tiny_tokenizer):
     policy, texts = judging("extracted", tmp_path, tiny_tokenizer, "tokens", [[0, 0, 1, 1, 0, 1]])
     sd_gym.export(policy, tmp_path / "onnx")
