@@ -275,7 +275,8 @@ class _Writer:
                 expected = [logits_of(model_of_mask(**given)).numpy() for model_of_mask in plain]
             for number in range(len(self._masks)):
                 logits, *hidden = model.run(number, batch)
-                pairs = (logits, expected[number]), (model.run_rest(number, batch, hidden), expected[0])
+                states = hidden[0] if hidden else np.zeros(0)
+                pairs = (logits, expected[number]), (model.run_rest(number, batch, states), expected[0])
                 if not all(np.allclose(*pair, atol=TOLERANCE, rtol=TOLERANCE) for pair in pairs):
                     raise RuntimeError(f"the graphs and the model disagree under mask {number}; nothing was kept")
 

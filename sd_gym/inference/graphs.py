@@ -139,6 +139,8 @@ class Decider(Graph):
     A policy of one mask for all inputs that judges answers by the head's judgement alone does not read its input.
     """
 
+    chosen: Tensor
+
     def __init__(self, board: Switchboard, policy: SkipPolicy, choices: NDArray) -> None:
         super().__init__()
         self.first_input = FirstLayerInput(board)

@@ -164,12 +164,30 @@ class OnnxModel(TextModel):
                 seen = np.zeros((len(rows), shown.shape[1]), np.float32) if seen is None else seen
                 seen[part] = shown
             own = self.own_flops(length)
-        answers = np.empty(len(rows), dtype=object)
-        for mask in sorted({*number.tolist()}):
-            for part in _parts(np.flatnonzero(number == mask), length, batch_size or BATCH):
-                batch = self.batch([rows[row] for row in part])
-                values, went_on[part] = self.run_policy(mask, batch, None if seen is None else seen[part])
+        answers, size = np.empty(len(rows), dtype=object), batch_size or BATCH
+
+        def keep(part: NDArray, values: NDArray) -> None:
+            if len(part):
                 answers[part] = self.in_words([rows[row] for row in part], [texts[row] for row in part], values)
+
+        def finish(mask: int, waiting: list[tuple[int, NDArray]]) -> None:
+            part = np.array([row for row, _ in waiting])
+            batch = self.batch([rows[row] for row in part])
+            keep(part, self.run_rest(mask, batch, _padded([state for _, state in waiting], batch)))
+
+        for mask in sorted({*number.tolist()}):
+            waiting = list[tuple[int, NDArray]]()  # few rows of a pass go on, so they wait for those of other passes
+            for part in _parts(np.flatnonzero(number == mask), length, size):
+                batch = self.batch([rows[row] for row in part])
+                values, goes_on, states = self.run_judged(mask, batch, None if seen is None else seen[part])
+                keep(part[~goes_on], values[~goes_on])
+                went_on[part] = goes_on
+                waiting += zip(part[goes_on].tolist(), states, strict=True)
+                if len(waiting) >= size:
+                    finish(mask, waiting[:size])
+                    del waiting[:size]
+            if waiting:
+                finish(mask, waiting)
         return self.answers_of(rows, answers.tolist(), number, went_on, own)
 
     def answers_of(
@@ -202,21 +220,29 @@ class OnnxModel(TextModel):
     def run_policy(self, number: int, batch: Batch, seen: NDArray | None) -> tuple[NDArray, NDArray]:
         """Logits of a batch that shares a mask, and which rows went on after the answer, bool ``[n]``.
 
+        Arguments are those of ``run_judged``.
+        """
+        values, goes_on, states = self.run_judged(number, batch, seen)
+        if goes_on.any():
+            values[goes_on] = self.run_rest(number, {name: value[goes_on] for name, value in batch.items()}, states)
+        return values, goes_on
+
+    def run_judged(self, number: int, batch: Batch, seen: NDArray | None) -> tuple[NDArray, NDArray, NDArray]:
+        """Logits of a batch that shares a mask, which rows should go on, bool ``[n]``, and the states of these there.
+
         Args:
             number: Index of the mask.
             batch: The model's inputs; where an answer is a span, with ``context_mask``: where it may begin and end.
             seen: The features from ``decide``; ``None``: the answer is not judged.
         """
         values, *hidden = self.run(number, batch)
-        went_on = np.zeros(len(values), dtype=bool)
+        goes_on = np.zeros(len(values), dtype=bool)
         if seen is not None and self.looks_at_answer and number != DENSE:
             share = self.flops_ratio(np.full(len(values), number), batch["attention_mask"].sum(axis=1))
             shown = {"seen": seen, "logits": values, "share": share.astype(np.float32)}
-            went_on = self._run(ANSWER, shown)[0] + self.margin > 0
-            if went_on.any():
-                part = {name: value[went_on] for name, value in batch.items()}
-                values[went_on] = self.run_rest(number, part, [state[went_on] for state in hidden])
-        return values, went_on
+            goes_on = self._run(ANSWER, shown)[0] + self.margin > 0
+        states = hidden[0][goes_on] if hidden else np.zeros((goes_on.sum(), 0, 0), dtype=np.float32)
+        return values, goes_on, states
 
     def run(self, number: int, batch: Batch) -> list[NDArray]:
         """Logits under a mask, ``[n, classes]``, or of starts and ends ``[n, 2, length]``.
@@ -226,12 +252,15 @@ class OnnxModel(TextModel):
         values, *hidden = self._run(MODEL, batch | self._skips[number], self._outputs[number])
         return [self._in_context(values, batch), *hidden]
 
-    def run_rest(self, number: int, batch: Batch, hidden: list[NDArray]) -> NDArray:
-        """Dense logits, continued from the ``hidden`` states of ``run`` under a mask, or from scratch without them."""
-        if not hidden:
+    def run_rest(self, number: int, batch: Batch, states: NDArray) -> NDArray:
+        """Dense logits, continued from the ``states [n, length, width]`` of ``run_judged`` under a mask.
+
+        From scratch if they are empty, as where the mask skips something of the first layer.
+        """
+        if not states.size:
             return self.run(DENSE, batch)[0]
         graph = rest_file(self._resumed_from[number])
-        return self._in_context(self._run(graph, batch | {"hidden": hidden[0]})[0], batch)
+        return self._in_context(self._run(graph, batch | {"hidden": states})[0], batch)
 
     def own_flops(self, length: NDArray) -> NDArray:
         """FLOPs of deciding on rows of so many tokens, ``[n]``."""
@@ -334,6 +363,15 @@ def best_spans(logits: NDArray, max_length: int) -> NDArray:
     scores[:, 0, 1:] = 2 * NOWHERE
     first, further = np.divmod(scores.reshape(len(scores), -1).argmax(axis=1), longest)
     return np.stack([first, first + further], axis=1)
+
+
+def _padded(states: list[NDArray], batch: Batch) -> NDArray:
+    """States of rows, each ``[length, width]``, as those of a batch, ``[n, length, width]``."""
+    rows, length = batch["input_ids"].shape
+    padded = np.zeros((rows, length, states[0].shape[1]), dtype=np.float32)
+    for number, state in enumerate(states):
+        padded[number, : len(state)] = state[:length]
+    return padded
 
 
 def _parts(rows: NDArray, length: NDArray, size: int) -> Iterator[NDArray]:

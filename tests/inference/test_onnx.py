@@ -158,6 +158,23 @@ def test_where_the_answer_is_not_accepted_rows_go_on(exported_judging):
         assert any(one.went_on for one in check_same(policy, folder, texts, **limits))
 
 
+def test_rows_of_several_passes_go_on_together(exported_judging, monkeypatch):
+    _, folder, texts = exported_judging
+    model, sizes = onnx.load(folder), []
+    run_rest = model.run_rest
+    monkeypatch.setattr(
+        model, "run_rest", lambda number, batch, states: sizes.append(len(states)) or run_rest(number, batch, states)
+    )
+    texts = (texts + random_texts(40)) * 2
+    wanted = model.answers(texts)
+    alone = sizes.copy()
+    sizes.clear()
+    assert [one.answer for one in model.answers(texts, batch_size=2)] == [one.answer for one in wanted]
+    assert sum(sizes) == sum(alone) == sum(one.went_on for one in wanted) > 6
+    assert sizes.count(1) <= len(model.masks)  # one may be left over per mask
+    assert max(sizes) == 2
+
+
 def test_a_cascade_keeps_its_operating_points(tmp_path, tiny_tokenizer):
     """It decides on one mask, and looks at the answer alone."""
     *_, policy, texts = trained("classification", None, tmp_path, tiny_tokenizer, stages=("first", "answer"))
