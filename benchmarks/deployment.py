@@ -228,7 +228,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="times that each text or queue is answered")
     parser.add_argument("--texts", type=int, default=2000, help="texts of the file, which is answered twice")
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=shutil.which("c++") is not None)
+    compiles = {"action": argparse.BooleanOptionalAction, "default": shutil.which("c++") is not None}
+    parser.add_argument("--compile", **compiles, help="compile, if the policy has one stage (needs a C++ compiler)")
     arguments = parser.parse_args()
     policy = SkipPolicy.from_pretrained(arguments.run)
     env = policy.card["env"]
@@ -246,7 +247,7 @@ def main() -> None:
         except ValueError as refused:  # an encoder-decoder, for example
             console.print(refused)
             folders = {}
-        ways = in_torch(policy, compiles=arguments.compile)
+        ways = in_torch(policy, compiles=arguments.compile and not policy.is_staged)
         for threads in arguments.threads:
             torch.set_num_threads(threads)
             table = Table(title=f"{arguments.run.name}, {threads} thread(s)")

@@ -38,7 +38,7 @@ from sd_gym.envs.actions import write_masks
 from sd_gym.tasks.backbone_rows import backbone_part
 
 LOOKS = {  # settings and agents of each env: decisions before the first layer alone, and those that see the answer too
-    "one stage": (["stages=[first]"], ["hull", "imitation", "ppo", "reinforce"]),
+    "one stage": (["stages=[first]"], ["static", "hull", "full-information", "imitation", "ppo", "reinforce"]),
     "answer stage": ([], ["cascade", "imitation", "ppo", "reinforce"]),
 }
 CLASSIFICATION = "SD/Classification-Custom-v0"

@@ -270,7 +270,10 @@ class SkipPolicy:
                     f"the run {name} has a dial, no policy; pass the run of its policy: sd-gym serve RUN --dial {name}"
                 )
             if (folder / "result.json").exists():
-                reason = "its policy needs its env: a control, tokens ranked at random, or a staged table in one stage"
+                reason = (
+                    "its policy needs its env: a control, an own observation or token ranking, random tokens, or a "
+                    "staged table in one stage"
+                )
                 raise FileNotFoundError(f"the run {name} has no {FILE} ({reason}); sd-gym evaluate takes it")
             raise FileNotFoundError(
                 f"no {FILE} in {name}; expected the folder of a training run, or one that save_pretrained wrote"
