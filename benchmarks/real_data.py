@@ -105,14 +105,14 @@ SETS = {
 SETS |= {
     f"{name}-smollm2": replace(
         SETS[name],
-        steps=450,
+        steps=steps,
         max_rate=0.6,
         learning_rate=1e-4,
         backbone="smollm2",
         stages="[decoder.5, decoder.15, answer]",
         kept=5,  # they matter most, and the policy sees more after them
     )
-    for name in ("sst2", "agnews")
+    for name, steps in {"sst2": 1200, "agnews": 450}.items()
 }
 SETS["debian-smollm2"] = Set(
     "debian_desc",  # sorted by name
