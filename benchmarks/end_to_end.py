@@ -69,10 +69,10 @@ def middle(ratios: Sequence[Times], average: Callable[[Sequence[float]], float])
     return Times(*(average(clock) for clock in zip(*ratios, strict=True)))
 
 
-def shown(flops: float, clock: Times, agree: float) -> list[str]:
-    """The cells of a row."""
+def shown(flops: float, clock: Times, agree: float, tokens: Sequence[float] | None = None) -> list[str]:
+    """The cells of a row; ``tokens``: those generated per second, with the policy and densely."""
     kept = [cell for time in clock for cell in (f"{time:.1%}", f"{flops / time:.2f}")]
-    return [f"{flops:.1%}", *kept, f"{agree:.0%}"]
+    return [f"{flops:.1%}", *kept, f"{agree:.0%}", "" if tokens is None else f"{tokens[0]:.0f} ({tokens[1]:.0f})"]
 
 
 class Dense:
@@ -93,6 +93,7 @@ def batches(
     """The row of a batch size, of one pass or of ``generate()``."""
     split, random, head = core.split("test"), np.random.default_rng(0), core.backbone.head
     flops, times, agree, own = [], [], [], model.own_flops(split)
+    seconds, written = np.zeros(2), 0  # with the policy and densely; tokens
 
     def call(one: torch.nn.Module, batch: dict) -> object:
         if not generates:
@@ -104,17 +105,19 @@ def batches(
     for number in range(pairs + WARM_UP):
         rows = random.integers(len(split), size=size)
         batch = split.passes.inputs(rows)
-        of_dense = timed(call, dense, batch)
-        ratio = timed(call, model.model, batch).over(of_dense)
+        of_dense, switched = timed(call, dense, batch), timed(call, model.model, batch)
         if number < WARM_UP:
             continue
-        times.append(ratio)
+        times.append(switched.over(of_dense))
+        seconds += switched.wall, of_dense.wall
+        written += batch["labels"].numel()
         deciding = own[rows] / split.costs.dense_flops(rows)
         flops.append(float((model.model.decisions.flops_ratio + deciding).mean()))
         _, same = np.unique(model.model.decisions.skip, axis=0, return_counts=True)
         agree.append(same.max() / size)
     clock = middle(times, statistics.fmean if size == 1 else statistics.median)
-    return shown(statistics.fmean(flops), clock, statistics.fmean(agree))
+    tokens = (written / seconds).tolist() if generates else None
+    return shown(statistics.fmean(flops), clock, statistics.fmean(agree), tokens)
 
 
 class Switched(NamedTuple):
@@ -196,7 +199,18 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     table = Table(title=f"End to end, over dense, {arguments.threads} thread(s)")
-    for column in ("run", "what", "rows", "FLOPs", "time", "kept", "processor time", "kept", "agree"):
+    for column in (
+        "run",
+        "what",
+        "rows",
+        "FLOPs",
+        "time",
+        "kept",
+        "processor time",
+        "kept",
+        "agree",
+        "tokens/s (dense)",
+    ):
         table.add_column(column, justify="left" if column in ("run", "what") else "right")
     for run in arguments.runs:
         add_rows(table, run, arguments)
