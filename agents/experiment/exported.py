@@ -89,7 +89,7 @@ class ExportedPolicy:
             for mask in np.unique(number) if model.looks_at_answer else ():
                 own = number == mask
                 chosen = {name: values[own] for name, values in batch.items()}
-                went_on[part[own]] = model.run_policy(mask, chosen, seen[own])[1]
+                went_on[part[own]] = model.run_judged(mask, chosen, seen[own])[1]
         decisions = np.pad(masks, ((0, 0), (0, int(model.looks_at_answer))))
         if model.looks_at_answer:
             decisions[:, -1] = went_on

@@ -24,16 +24,14 @@ def choices_of(policy: SkipPolicy) -> NDArray | None:
     """What a policy chooses among before the first layer, int64 ``[choices, components]``; ``None``: anything."""
     network = policy.learned
     size = len(network.nvec) - policy.sees_answer
+    if not network.head.weight[: sum(network.nvec[:size])].any():  # one for all inputs, as a cascade's
+        margins = {0.0, *(point.margin for point in policy.operating_points)}
+        biases = [network.with_margin(margin).head.bias.detach() for margin in margins]
+        return np.unique(network.choose(torch.stack(biases)).numpy()[:, :size], axis=0)
     if network.codebook is not None:
         of_all = network.codebook.numpy()[:, :size]
         return of_all[of_all[:, 0] >= 0]  # the others are of later stages
-    if size == 1:
-        return np.arange(network.nvec[0])[:, None]
-    if network.head.weight[: sum(network.nvec[:size])].any():  # a cascade decides only at the answer
-        return None
-    margins = {0.0, *(point.margin for point in policy.operating_points)}  # one decision for all inputs at each
-    biases = [network.with_margin(margin).head.bias.detach() for margin in margins]
-    return np.unique(network.choose(torch.stack(biases)).numpy()[:, :size], axis=0)
+    return np.arange(network.nvec[0])[:, None] if size == 1 else None
 
 
 def masks_of(policy: SkipPolicy, choices: NDArray) -> NDArray:

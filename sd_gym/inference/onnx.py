@@ -28,6 +28,7 @@ DECIDE, MODEL, ANSWER = "decide.onnx", "model.onnx", "answer.onnx"  # before the
 DENSE = 0  # index of the mask that skips nothing
 DECIDED = 256  # inputs per run of the graph that decides
 BATCH = 32  # default number of inputs of one mask that run together
+WAITING = 2**15  # tokens whose states are kept, at most about so many
 PASS = 16  # tokens of padding that take as long as the fixed part of a pass
 NOWHERE = np.float32(-1e9)  # logit of a position where no answer may begin or end
 Batch = dict[str, NDArray]
@@ -170,24 +171,23 @@ class OnnxModel(TextModel):
             if len(part):
                 answers[part] = self.in_words([rows[row] for row in part], [texts[row] for row in part], values)
 
-        def finish(mask: int, waiting: list[tuple[int, NDArray]]) -> None:
-            part = np.array([row for row, _ in waiting])
-            batch = self.batch([rows[row] for row in part])
-            keep(part, self.run_rest(mask, batch, _padded([state for _, state in waiting], batch)))
+        def finish(mask: int, waiting: dict[int, NDArray]) -> None:
+            for part in _parts(np.array([*waiting], dtype=np.int64), length, size):
+                batch = self.batch([rows[row] for row in part])
+                keep(part, self.run_rest(mask, batch, _padded([waiting[row] for row in part.tolist()], batch)))
 
         for mask in sorted({*number.tolist()}):
-            waiting = list[tuple[int, NDArray]]()  # few rows of a pass go on, so they wait for those of other passes
+            waiting = dict[int, NDArray]()  # few rows of a pass go on, so they wait for those of other passes
             for part in _parts(np.flatnonzero(number == mask), length, size):
                 batch = self.batch([rows[row] for row in part])
                 values, goes_on, states = self.run_judged(mask, batch, None if seen is None else seen[part])
                 keep(part[~goes_on], values[~goes_on])
                 went_on[part] = goes_on
-                waiting += zip(part[goes_on].tolist(), states, strict=True)
-                if len(waiting) >= size:
-                    finish(mask, waiting[:size])
-                    del waiting[:size]
-            if waiting:
-                finish(mask, waiting)
+                waiting |= zip(part[goes_on].tolist(), states, strict=True)
+                if sum(map(len, waiting.values())) > WAITING:
+                    finish(mask, waiting)
+                    waiting = {}
+            finish(mask, waiting)
         return self.answers_of(rows, answers.tolist(), number, went_on, own)
 
     def answers_of(
@@ -255,7 +255,7 @@ class OnnxModel(TextModel):
     def run_rest(self, number: int, batch: Batch, states: NDArray) -> NDArray:
         """Dense logits, continued from the ``states [n, length, width]`` of ``run_judged`` under a mask.
 
-        From scratch if they are empty, as where the mask skips something of the first layer.
+        From scratch if they are empty: where the mask is dense, or skips something of the first layer.
         """
         if not states.size:
             return self.run(DENSE, batch)[0]
