@@ -24,7 +24,7 @@ from sd_gym.policy.token_encoder import TokenEncoder, flops_per_token
 from sd_gym.registry import naming_imports
 
 HIDDEN = 64
-CERTAIN = 10.0  # log-odds of the choices of a static mask
+CERTAIN = 6.0  # log-odds of the choices of a static mask, so that learning can still change them in a warm start
 BEFORE = 0.1  # share of an answer's margin that counts at earlier stages; at dense's margin, 1,000, nothing is skipped
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -249,14 +249,15 @@ class DecisionPolicy(nn.Module):
         return copy
 
     def with_mask(self, mask: NDArray) -> DecisionPolicy:
-        """A copy that skips by one ``mask [components]`` for all inputs; it accepts the same answers as before."""
-        copy = deepcopy(self)
-        first = np.cumsum([0, *self.nvec[:-1]])[: len(self.nvec) - (self.stages[-1] == ANSWER)]
-        end = first[-1] + self.nvec[len(first) - 1]
+        """A copy that skips by one ``mask [components]`` for all inputs; for a policy with an answer stage.
+
+        It accepts the same answers as before.
+        """
+        copy, first = deepcopy(self), np.cumsum([0, *self.nvec[:-1]])
         with torch.no_grad():
             for values in copy.head.weight, copy.head.bias:
-                values[:end] = 0
-            copy.head.bias[torch.from_numpy(first + mask[: len(first)])] = CERTAIN
+                values[:-2] = 0
+            copy.head.bias[torch.from_numpy(first + mask)[:-1]] = CERTAIN
         return copy
 
     @property

@@ -180,7 +180,7 @@ def test_one_mask_for_all_inputs_and_going_on_as_learned_are_operating_points(re
     assert shares[0] > shares[-1]
     seen = np.random.default_rng(0).normal(size=(50, env.core.observation_space.shape[0])).astype(np.float32)
     seen[:, :3] = [0, 0, 1]
-    np.testing.assert_array_equal(points[0].of.decide(seen)[:, -1], learned.decide(seen)[:, -1])
+    np.testing.assert_array_equal(points[0].of.preference(seen), learned.preference(seen))
     assert not points[0].of.with_margin(1000.0).decide(seen)[:, :-1].any()
 
 
