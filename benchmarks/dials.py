@@ -36,11 +36,11 @@ from sd_gym.serving.server import run, service
 
 
 def serve(policy: str, dial: str, allow_loss: float | None, connection: Any) -> None:
-    """The process of one dial; it tells the names of the labels, then its address."""
+    """The process of one dial; it tells the names of the labels, the points of its dial, then its address."""
     config = Dial.load(dial).config
     limits = Limits(rows=config.max_batch, queued_rows=100_000, queued_tokens=10**8)
     served = service(policy, limits, Settings(timeout=config.deadline), allow_loss=allow_loss, threads=1, dial=dial)
-    connection.send(served.engine.model.names)
+    connection.send((served.engine.model.names, served.dial.points))
     run(served, "127.0.0.1", 0, connection.send)
 
 
@@ -110,16 +110,15 @@ def main() -> None:
     with arguments.input.open() as lines:
         rows = [json.loads(line) for line in itertools.islice(lines, arguments.texts)]
     texts = [row["text"] for row in rows]
-    arms, names = dict[str, Arm](), {}
+    arms, names, points = dict[str, Arm](), {}, list[int]()
     for folder in arguments.dials:
         server = started(serve, arguments.served or arguments.run, folder, arguments.allow_loss)
-        names, dial = server.recv(), Dial.load(folder)
+        (names, points), dial = server.recv(), Dial.load(folder)
         arms[folder] = Arm(Client(server.recv()), dial.config, dial.network)
     first, *_ = arms.values()
-    last = len(first.config.points) - 1
-    for point in arguments.points:  # the server counts from the other end
+    for point in arguments.points:  # the server has more points, and counts from the other end
         only = fixed(first.config)[point * (1 + len(MIXTURES))]
-        arms[f"point {point}"] = Arm(first.client, first.config, only, {"point": last - point})
+        arms[f"point {point}"] = Arm(first.client, first.config, only, {"point": points[-1 - point]})
     dense = asyncio.run(measure(arms, texts, arguments.episodes))
     right = [names.get(row["label"], row["label"]) for row in rows]  # data may have numbers or names
     table = Table("dial", "goodput, server", "of each episode", "goodput, env", "points lost")

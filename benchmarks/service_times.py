@@ -85,7 +85,7 @@ def print_policy(args: argparse.Namespace) -> None:
 
 def evenly_spaced(flops: Sequence[float], most: int) -> list[int]:
     """Indices of at most ``most`` ascending FLOPs ratios, with the first and the last one."""
-    wanted = np.linspace(flops[0], flops[-1], most)
+    wanted = np.linspace(flops[0], flops[-1], most)[:-1]
     nearest = np.abs(np.array(flops) - wanted[:, None]).argmin(axis=1)
     return np.unique([*nearest, len(flops) - 1]).tolist()
 

@@ -237,7 +237,9 @@ def serve(
     max_wait: Annotated[
         float, Option(min=0, help="Seconds for which larger groups may overtake a row; then deadlines count.")
     ] = 0.05,
-    timeout: Annotated[float, Option(min=0.001, help="Seconds after which a request gets 504.")] = 30.0,
+    timeout: Annotated[
+        float | None, Option(min=0.001, help="Seconds after which a request gets 504 [default: 30, or the dial's].")
+    ] = None,
     max_body: Annotated[int, Option(min=1, help="Most bytes of a request; longer ones get 413.")] = 2**20,
     max_inputs: Annotated[int, Option(min=1, help="Most inputs of a request; longer ones get 413.")] = 64,
     max_characters: Annotated[int, Option(min=1, help="Most characters of an input; longer ones get 413.")] = 50_000,
@@ -255,11 +257,14 @@ def serve(
         if lacking := [name for name in FOR_SERVING if find_spec(name) is None]:
             raise ValueError(f"sd-gym serve needs {', '.join(lacking)}: pip install 'sd-gym[serve]'")
         with terminal.status("loading"):
+            from sd_gym.envs.serving.dial import Dial
             from sd_gym.serving.app import Settings
             from sd_gym.serving.batcher import Limits
             from sd_gym.serving.server import run as run_server
             from sd_gym.serving.server import service
 
+            if timeout is None:
+                timeout = Settings.timeout if dial is None else Dial.load(dial).config.deadline
             served = service(
                 policy,
                 Limits(batch_size, batch_tokens, queue, queue_tokens, max_wait),

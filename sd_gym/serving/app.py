@@ -59,6 +59,7 @@ class Service:
     ``dial`` chooses the operating point of each group; ``None``: always the default point.
 
     Attributes:
+        dial: Chooses the operating point of each group.
         batcher: Groups the requests; ``None`` until the model is warm.
         starts_warm: Whether the app starts only when the model is warm, and fails to start if it cannot be.
         failure: The error after which the model cannot answer; ``None`` while it can.
@@ -74,7 +75,8 @@ class Service:
         dial: ServerDial | None = None,
     ) -> None:
         self.engine, self.points, self.settings, self._limits = engine, points, settings, limits
-        self._thread, self._dial, self._served = InThread(engine), dial or Fixed(points.default), engine.served
+        self._thread, self._served = InThread(engine), engine.served
+        self.dial = dial or Fixed(points.default)
         self.metrics = Metrics(lambda: self.batcher.queued if self.batcher else 0)
         self.batcher: Batcher | None = None
         self.starts_warm = False
@@ -124,7 +126,7 @@ class Service:
         except Exception as error:
             self._fail(error)
             return
-        self.batcher = Batcher(self._thread, self._limits, cost, self._dial, self.metrics.group)
+        self.batcher = Batcher(self._thread, self._limits, cost, self.dial, self.metrics.group)
         self._work = asyncio.create_task(self.batcher.work())
         self._work.add_done_callback(self._watch)
 

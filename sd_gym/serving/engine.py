@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,21 +76,31 @@ class OperatingPoints:
         allow_loss: float | None = None,
         allow_flops: float = 1.0,
     ) -> None:
-        def allowed(point: OperatingPoint) -> bool:
-            keeps = point.passed if allow_loss is None else point.highest_loss <= allow_loss
-            return point.margin == usual or (keeps and point.flops_ratio <= allow_flops)
-
-        self.points = [point for point in points if allowed(point)]
+        if allow_loss is None:
+            kept = [point for point in points if point.passed]
+        else:  # as ``margin_for``: up to the first one, from dense to bold, that may lose more
+            kept = [*takewhile(lambda point: point.highest_loss <= allow_loss, points[::-1])][::-1]
+        self._tested = points[points.index(kept[0]) :] if kept else []
+        self.points = [
+            point for point in points if point.margin == usual or (point in kept and point.flops_ratio <= allow_flops)
+        ]
         if all(point.margin != usual for point in self.points):  # it was never tested
             self.points.append(OperatingPoint(usual, math.nan, math.nan, math.nan, passed=False))
         self.default = self._at(usual)
 
     def index(self, max_loss: float | None, max_flops: float | None) -> int | None:
-        """The point within a request's limits; ``None`` without limits. Raises as ``margin_for``."""
+        """The point within a request's limits, as ``margin_for`` chooses it; ``None`` without limits.
+
+        Raises:
+            ValueError: As ``margin_for``, or if the point is not allowed.
+        """
         if max_loss is None and max_flops is None:
             return None
-        tested = [point for point in self.points if not math.isnan(point.loss)]
-        return self._at(margin_for(tested, max_loss=max_loss, max_flops=max_flops))
+        margin = margin_for(self._tested, max_loss=max_loss, max_flops=max_flops)
+        if all(point.margin != margin for point in self.points):
+            shares = ", ".join(f"{point.flops_ratio:.0%}" for point in self.points)
+            raise ValueError(f"this server does not allow the operating point of these limits; it allows {shares}")
+        return self._at(margin)
 
     def _at(self, margin: float) -> int:
         return next(number for number, point in enumerate(self.points) if point.margin == margin)

@@ -69,6 +69,11 @@ def service(
     if dial is None:
         return Service(engine_of(points, [points.default]), points, limits, settings)
     trained = Trained(dial, [point.margin for point in points.points])
+    if settings.timeout != trained.window:
+        raise ValueError(
+            f"the dial {dial} was trained for answers within {trained.window:g} s, but this server has "
+            f"{settings.timeout:g} s for a request; expected the same: --timeout {trained.window:g}"
+        )
     return Service(engine_of(points, trained.points), points, limits, settings, trained)
 
 
@@ -90,7 +95,7 @@ def run(served: Service, host: str, port: int, on_address: Callable[[str], None]
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), backlog=2048, family=family) as listening:
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or a response's body waits for an ACK
-        on_address(f"http://{host}:{listening.getsockname()[1]}")
+        on_address(f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}")
         config = uvicorn.Config(
             served.app(),
             log_level="warning",

@@ -3,10 +3,13 @@
 import socket
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from sd_gym.cli import app
+from sd_gym.envs.serving.config import serving_config
+from sd_gym.envs.serving.dial import Dial, Network
 from sd_gym.serving.server import run
 
 runner = CliRunner()
@@ -43,9 +46,13 @@ def test_connections_send_at_once(monkeypatch):
     assert delays == [False]
 
 
-def test_a_dial_reaches_the_service(monkeypatch):
-    def service(*args, dial, **options):
-        raise ValueError(f"the dial is {dial}")
+def test_a_dial_reaches_the_service_with_its_deadline(monkeypatch, tmp_path):
+    def service(policy, limits, settings, *, dial, **options):
+        raise ValueError(f"{dial.name}: {settings.timeout:g} s")
 
     monkeypatch.setattr("sd_gym.serving.server.service", service)
-    assert "the dial is runs/dial" in runner.invoke(app, ["serve", "policy", "--dial", "runs/dial"]).output
+    config = serving_config("SD/Serving-TREC-Table-v0", {"deadline": 2.0})
+    Dial(config, np.zeros(6), Network([(np.zeros((4, 6)), np.zeros(6))])).save(tmp_path / "dial")
+    arguments = ["serve", "policy", "--dial", str(tmp_path / "dial")]
+    assert "dial: 2 s" in runner.invoke(app, arguments).output
+    assert "dial: 3 s" in runner.invoke(app, [*arguments, "--timeout", "3"]).output

@@ -47,12 +47,14 @@ def test_a_server_follows_its_dial(run, tmp_path, tiny_tokenizer):
     _, _, artefact, texts = trained("classification", None, tmp_path, tiny_tokenizer)
     points = tuple(OperatingPoint(1000.0 * n, 0.0, 0.0, (n + 1) / 6, True) for n in range(6))
     policy = replace(artefact, operating_points=points)
-    with client_of(service(policy, Limits(), Settings(), dial=run)) as client:
+    with client_of(service(policy, Limits(), Settings(timeout=2.0), dial=run)) as client:
         answer = client.post("/predict", json={"inputs": texts[0], "details": True})
         assert not any(answer.json()["skip"])  # the margin of this point skips nothing
         assert "sd_gym_operating_point 3.0" in client.get("/metrics").text
     with pytest.raises(ValueError, match="chooses among 6 operating points, but the server allows 5"):
-        service(replace(policy, operating_points=points[:5]), Limits(), Settings(), dial=run)
+        service(replace(policy, operating_points=points[:5]), Limits(), Settings(timeout=2.0), dial=run)
+    with pytest.raises(ValueError, match=r"within 2 s, but this server has 30 s for a request; .*: --timeout 2$"):
+        service(policy, Limits(), Settings(), dial=run)
     with pytest.raises(FileNotFoundError, match="no dial"):
         service(policy, Limits(), Settings(), dial=tmp_path / "backbone")
     with pytest.raises(FileNotFoundError, match="sd-gym serve RUN --dial"):
@@ -87,8 +89,8 @@ def test_a_dial_may_choose_among_some_of_the_operating_points(run, tmp_path):
 
 def test_measured_points_are_evenly_spaced_by_flops():
     flops = [0.1, 0.11, 0.12, 0.4, 0.41, 0.7, 0.9, 1.0, 1.0]
-    assert service_times.evenly_spaced(flops, 4) == [0, 3, 5, 7, 8]
-    assert service_times.evenly_spaced(flops, 100) == [*range(8), 8]
+    assert service_times.evenly_spaced(flops, 4) == [0, 3, 5, 8]
+    assert service_times.evenly_spaced(flops, 100) == [*range(9)]
     assert service_times.evenly_spaced([1.0], 8) == [0]
 
 

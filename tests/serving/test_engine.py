@@ -81,6 +81,8 @@ def test_groups_are_of_one_mask_and_operating_points_decide_at_once(tmp_path, ti
     assert [point.flops_ratio for point in OperatingPoints(POINTS, allow_flops=0.5).points] == [0.4]
     with pytest.raises(ValueError, match="none that were validated"):
         OperatingPoints(()).index(0.1, None)
+    with pytest.raises(ValueError, match="does not allow the operating point of these limits; it allows 40%"):
+        OperatingPoints(POINTS, allow_flops=0.5).index(0.0, None)
     engine = TextEngine(model, points, range(2))
     usual, dialled, asked = (engine.prepare([Asked([text], point) for text in texts]) for point in (0, None, 1))
     assert len({row.masks[0] for row in usual}) > 1
