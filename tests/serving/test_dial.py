@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+import sd_gym
 from benchmarks import service_times
 from sd_gym.envs.serving.config import Point, serving_config
 from sd_gym.envs.serving.dial import Dial, Network
@@ -85,6 +86,24 @@ def test_a_dial_may_choose_among_some_of_the_operating_points(run, tmp_path):
     assert dial.choose(100_000, 0.0, 1.0) == 1
     dial.answered(6, 10**6)
     assert dial._dial._recent_loss == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("chosen", [1, 2])
+def test_a_server_decides_at_the_points_of_its_dial(tmp_path, tiny_tokenizer, chosen):
+    _, _, artefact, texts = trained("classification", None, tmp_path, tiny_tokenizer)
+    margins = [-2.0, 0.0, 1.0, 3.0, 1000.0]
+    points = tuple(OperatingPoint(margin, 0.0, 0.0, n / 4, True) for n, margin in enumerate(margins))
+    policy = replace(artefact, operating_points=points)
+    of_env = tuple(Point(margin=margin, per_request=1e-3, per_group=0.0) for margin in (1000.0, 3.0, -2.0))
+    config = serving_config("SD/Serving-TREC-Table-v0", {}).model_copy(update={"policy": "it", "points": of_env})
+    network = Network([(np.zeros((4, 3)), np.eye(3)[chosen])])
+    Dial(config, np.zeros(3), network).save(tmp_path / "dial")
+    wanted = sd_gym.load(policy.with_margin(of_env[chosen].margin))(texts)
+    settings = Settings(timeout=config.deadline)
+    with client_of(service(policy, Limits(), settings, dial=tmp_path / "dial")) as client:
+        came = [client.post("/predict", json={"inputs": text, "details": True}).json() for text in texts]
+    np.testing.assert_array_equal([one["skip"] for one in came], [one.skip for one in wanted])
+    assert any(one.skip.any() for one in wanted)
 
 
 def test_measured_points_are_evenly_spaced_by_flops():
