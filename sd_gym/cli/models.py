@@ -257,18 +257,15 @@ def serve(
         if lacking := [name for name in FOR_SERVING if find_spec(name) is None]:
             raise ValueError(f"sd-gym serve needs {', '.join(lacking)}: pip install 'sd-gym[serve]'")
         with terminal.status("loading"):
-            from sd_gym.envs.serving.dial import Dial
             from sd_gym.serving.app import Settings
             from sd_gym.serving.batcher import Limits
             from sd_gym.serving.server import run as run_server
-            from sd_gym.serving.server import service
+            from sd_gym.serving.server import service, timeout_of
 
-            if timeout is None:
-                timeout = Settings.timeout if dial is None else Dial.load(dial).config.deadline
             served = service(
                 policy,
                 Limits(batch_size, batch_tokens, queue, queue_tokens, max_wait),
-                Settings(timeout, max_body, max_inputs, max_characters),
+                Settings(timeout_of(timeout, dial), max_body, max_inputs, max_characters),
                 backbone=backbone,
                 device=device,
                 max_loss=max_loss,

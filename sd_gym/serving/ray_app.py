@@ -2,8 +2,14 @@
 
     serve run sd_gym.serving.ray_app:app policy=/models/reviews-8 threads=4
 
-Each replica has a batcher of its own. Ray Serve's options (``num_replicas``, ``autoscaling_config``) go into its YAML
-file, where the arguments are ``args``.
+Each replica has a batcher of its own. Ray Serve's options go into its YAML file, for ``serve run FILE``:
+
+    applications:
+      - import_path: sd_gym.serving.ray_app:app
+        args: {policy: /models/reviews-8, threads: 4}
+        deployments:
+          - name: sd_gym
+            autoscaling_config: {min_replicas: 1, max_replicas: 4}
 """
 
 from typing import Any
@@ -12,25 +18,31 @@ from pydantic import BaseModel, ConfigDict
 
 from sd_gym.serving.app import Settings
 from sd_gym.serving.batcher import Limits
-from sd_gym.serving.server import service
+from sd_gym.serving.server import service, timeout_of
 
 
 class Arguments(BaseModel):
     """What ``serve run`` takes, as ``key=value``; see ``sd_gym.serving.server.service`` and ``sd-gym serve``.
 
-    All machines of the cluster must see ``policy`` and ``backbone``. Ray reserves ``threads`` cores for a replica.
+    All machines of the cluster must see ``policy``, ``backbone`` and ``dial``. Ray reserves ``threads`` cores for a
+    replica.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     policy: str
     backbone: str | None = None
+    device: str = "cpu"
     max_loss: float | None = None
     max_flops: float | None = None
+    allow_loss: float | None = None
+    allow_flops: float = 1.0
+    dial: str | None = None
     threads: int = 1
     batch_size: int = 32
     queue: int = 1024
-    timeout: float = 30.0
+    max_wait: float = 0.05
+    timeout: float | None = None
 
 
 def app(arguments: Arguments) -> Any:
@@ -42,14 +54,15 @@ def app(arguments: Arguments) -> Any:
     from ray import serve  # pyright: ignore[reportMissingImports]  (an extra)
 
     def build() -> Any:
-        chosen = arguments.model_dump(include={"backbone", "max_loss", "max_flops", "threads"})
-        limits = Limits(rows=arguments.batch_size, queued_rows=arguments.queue)
-        served = service(arguments.policy, limits, Settings(timeout=arguments.timeout), **chosen)
+        chosen = arguments.model_dump(exclude={"policy", "batch_size", "queue", "max_wait", "timeout"})
+        limits = Limits(rows=arguments.batch_size, queued_rows=arguments.queue, max_wait=arguments.max_wait)
+        settings = Settings(timeout_of(arguments.timeout, arguments.dial))
+        served = service(arguments.policy, limits, settings, **chosen)
         served.starts_warm = True  # Ray sends no requests before, and replaces a replica that fails
         return served.app()
 
     options = {"num_cpus": arguments.threads}
-    deployment = serve.deployment(ray_actor_options=options, max_ongoing_requests=arguments.queue)
+    deployment = serve.deployment(name="sd_gym", ray_actor_options=options, max_ongoing_requests=arguments.queue)
     return deployment(serve.ingress(build)(_Replica)).bind()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import uvicorn
 
+from sd_gym.envs.serving.dial import Dial
 from sd_gym.inference.onnx import MANIFEST, OnnxModel, runtime
 from sd_gym.inference.texts import load
 from sd_gym.operating_points import OperatingPoint, margin_for
@@ -75,6 +76,13 @@ def service(
             f"{settings.timeout:g} s for a request; expected the same: --timeout {trained.window:g}"
         )
     return Service(engine_of(points, trained.points), points, limits, settings, trained)
+
+
+def timeout_of(given: float | None, dial: str | Path | None) -> float:
+    """Seconds for a request: those given, or else those of the dial's env, or of ``Settings``."""
+    if given is not None:
+        return given
+    return Settings.timeout if dial is None else Dial.load(dial).config.deadline
 
 
 def _session_options(threads: int | None) -> Any:
