@@ -1,10 +1,18 @@
 """Ray: a cluster trains runs, fills tables and answers files; a machine that dies costs nothing."""
 
+import contextlib
 import json
+import socket
+import subprocess
+import sys
+import time
 from functools import partial
+from pathlib import Path
 
+import httpx
 import pytest
 import torch
+import yaml
 from sd_gym.agents.experiment.tune import tune
 from typer.testing import CliRunner
 
@@ -110,6 +118,41 @@ def test_a_run_over_a_file_survives_a_dead_machine(two_machines, tmp_path):
     assert outcome.rows == 640
     assert (tmp_path / "there.jsonl").read_bytes() == (tmp_path / "here.jsonl").read_bytes()
     assert chunks == list(range(64, 641, 64))
+
+
+@pytest.mark.slow
+def test_replicas_answer_although_a_machine_dies(two_machines, tmp_path):
+    address, kill = two_machines
+    sd_gym.train(ID, "ppo", tmp_path / "run", steps=256, **SMALL)
+    texts = [f"the food was good {number}" for number in range(40)]
+    wanted = [one.answer for one in sd_gym.load(tmp_path / "run")(texts)]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    served = {"import_path": "sd_gym.serving.ray_app:app", "args": {"policy": str(tmp_path / "run")}}
+    served["deployments"] = [{"name": "sd_gym", "num_replicas": 2}]
+    config = {"proxy_location": "HeadOnly", "http_options": {"port": port}, "applications": [served]}
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
+    command = [str(Path(sys.executable).with_name("serve")), "run", str(tmp_path / "serve.yaml"), "--address", address]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def answer(text):
+        for _ in range(120):  # also what was there when it died is asked again
+            with contextlib.suppress(httpx.HTTPError):
+                asked = {"inputs": text, "details": True}
+                came = httpx.post(f"http://127.0.0.1:{port}/predict", json=asked, timeout=30)
+                if came.status_code == 200:
+                    return came.json()["answer"]
+            time.sleep(0.5)
+        raise AssertionError("no answer in a minute")
+
+    try:
+        came = [answer(text) for text in texts[:10]]
+        kill()
+        came += [answer(text) for text in texts[10:]]
+    finally:
+        process.terminate()
+        process.wait()
+    assert came == wanted
 
 
 @pytest.mark.slow
