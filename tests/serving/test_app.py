@@ -1,5 +1,6 @@
 """Over HTTP: shapes, status codes, limits; whatever comes, the next request is answered."""
 
+import asyncio
 import json
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -10,11 +11,13 @@ import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.requests import Request
 
 from sd_gym.serving import server
 from sd_gym.serving.app import Service, Settings, _cut
 from sd_gym.serving.batcher import Limits
 from sd_gym.serving.ray_app import _Replica
+from sd_gym.serving.requests import Predict, RefusedError, body_of
 from tests.serving.conftest import StubPoints, client_of
 
 JSON = st.recursive(
@@ -39,6 +42,20 @@ ALLOWED = {200, 400, 413, 422}
 
 def predict(client, inputs, **more):
     return client.post("/predict", json={"inputs": inputs, **more})
+
+
+def test_a_body_that_does_not_arrive_is_refused():
+    async def main():
+        sent = [{"type": "http.request", "body": b'{"inputs": "a', "more_body": True}]
+
+        async def receive():
+            return sent.pop() if sent else await asyncio.sleep(60)
+
+        with pytest.raises(RefusedError, match=r"the body did not arrive within 0\.05 s") as refused:
+            await body_of(Request({"type": "http", "headers": []}, receive), Predict, 1000, 0.05)
+        assert refused.value.status == 408
+
+    asyncio.run(main())
 
 
 def test_shapes_are_those_of_the_servers_that_people_have(stub):

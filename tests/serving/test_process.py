@@ -111,7 +111,7 @@ async def last_requests(process, address, texts, wanted):
         outcomes = await asyncio.gather(*under_way, return_exceptions=True)
     answered = [outcome for outcome in outcomes if isinstance(outcome, tuple) and outcome[0] == 200]
     refused = [outcome for outcome in outcomes if isinstance(outcome, tuple) and outcome[0] == 503]
-    assert len(answered) >= CLIENTS / 4
+    assert len(answered) >= count / len(picked)  # these were accepted
     for _, answers in answered:
         assert_right(answers, picked, wanted)
     for outcome in outcomes:
