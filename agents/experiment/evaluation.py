@@ -39,6 +39,7 @@ from sd_gym.registry import UnknownNameError
 from sd_gym.tasks.difficulty import means_by
 
 WARM_UP, LEAST_TIMED = 2, 3  # batches before timing; fewest timed batches
+QUEUE = 64  # rows from which batches of several rows are taken
 TIMED_SECONDS = 30.0  # after which no further batch is timed: three batches of a large backbone take minutes
 
 
@@ -136,14 +137,15 @@ def time_ratio(
 ) -> dict[str, float | None]:
     """Time of deciding and the switched backbone over that of the dense one, end to end.
 
-    Random batches run from tokenised texts to logits. The dense backbone runs a batch in one pass, padded to its
-    longest row. With the policy, a batch is observed, decided on, its tokens are ranked if some are dropped, and it
-    runs in the passes of the env: by decision, and by length where that pays. Passes by length and shorter inputs save
-    time without any decision, so both are timed as controls. After a warm-up each batch times all of them; large
-    backbones get fewer than ``batches``.
+    Single rows (``batch_size=1``), or queues of ``QUEUE`` random rows, run from tokenised texts to logits, in passes of
+    at most ``batch_size`` rows. The dense backbone takes rows as they come, padded to the longest of a pass. With the
+    policy, a queue is observed, decided on, its tokens are ranked if some are dropped, and it runs in the passes of the
+    env: by decision, and by length where that pays. Passes by length and shorter inputs save time without any decision,
+    so both are timed as controls. After a warm-up each queue times all of them. There are as many as give ``batches``
+    passes, and fewer on large backbones.
 
     Returns:
-        Medians over batches of times over the dense one: ``time_ratio``; ``dense_by_length``, the dense backbone in
+        Medians over queues of times over the dense one: ``time_ratio``; ``dense_by_length``, the dense backbone in
         passes by length alone; ``dense_shortened``, the dense backbone on inputs that are all cut to the share of
         tokens that the policy keeps (``None`` if the env drops none).
     """
@@ -154,12 +156,13 @@ def time_ratio(
     if core.has_answer_stage and isinstance(policy, DecisionPolicy):
         artefact = export(core, policy, (), {})
     random, times = np.random.default_rng(0), list[list[float]]()
-    started = time.perf_counter()
-    for number in range(batches + WARM_UP):
+    count = min(QUEUE if batch_size > 1 else 1, len(split))
+    started, queues = time.perf_counter(), max(LEAST_TIMED, batches * batch_size // count)
+    for number in range(queues + WARM_UP):
         if len(times) >= LEAST_TIMED and time.perf_counter() - started > TIMED_SECONDS:
             break
-        rows = random.integers(len(split), size=min(batch_size, len(split)))
-        runs = _timed_runs(core, policy, artefact, split, rows)
+        rows = random.integers(len(split), size=count)
+        runs = _timed_runs(core, policy, artefact, split, rows, batch_size)
         dense, *others = [_seconds(run, core.backbone) for run in runs]
         if number >= WARM_UP:
             times.append([seconds / dense for seconds in others])
@@ -168,7 +171,7 @@ def time_ratio(
 
 
 def _timed_runs(
-    core: BackboneCore, policy: PolicyLike, artefact: SkipPolicy | None, split: BackboneSplit, rows: NDArray
+    core: BackboneCore, policy: PolicyLike, artefact: SkipPolicy | None, split: BackboneSplit, rows: NDArray, size: int
 ) -> list[Callable[[], object]]:
     """The timed functions: dense, with the policy, dense by length and, if tokens are dropped, dense on shorter inputs.
 
@@ -176,12 +179,15 @@ def _timed_runs(
     """
     backbone, everything = core.backbone, np.arange(len(rows))
     unseen, again = split.uncached(rows), split.uncached(rows)
+    unseen.passes.most = again.passes.most = size
+    parts = np.split(rows, range(size, len(rows), size))
     skip_none = np.zeros((len(rows), len(core.decision_nvec)), dtype=np.int64)
     generates = core.has_answer_stage and not backbone.head.judges_passes
 
     def dense() -> None:
-        inputs = split.passes.inputs(rows)
-        split.passes.generated_batch(rows, skip_none, inputs, judges=False) if generates else backbone.logits(inputs)
+        for part in parts:
+            inputs, none = split.passes.inputs(part), skip_none[: len(part)]
+            split.passes.generated_batch(part, none, inputs, judges=False) if generates else backbone.logits(inputs)
 
     def by_length(passes: Passes) -> None:
         passes.answers(everything, skip_none) if generates else list(passes.logits(everything, skip_none))
@@ -193,10 +199,10 @@ def _timed_runs(
             by_length(StagedPasses(unseen, artefact))
 
     def shortened() -> None:
-        inputs = split.passes.inputs(rows)
-        length = max(1, round(share * inputs["input_ids"].shape[1]))
-        columns = slice(-length, None) if backbone.head.padding_side == "left" else slice(length)
-        backbone.logits({name: value if name == "labels" else value[:, columns] for name, value in inputs.items()})
+        for inputs in map(split.passes.inputs, parts):
+            length = max(1, round(share * inputs["input_ids"].shape[1]))
+            columns = slice(-length, None) if backbone.head.padding_side == "left" else slice(length)
+            backbone.logits({name: value if name == "labels" else value[:, columns] for name, value in inputs.items()})
 
     runs: list[Callable[[], object]] = [dense, decided, lambda: by_length(again.passes)]
     if len(core.config.tokens.shares) == 1:

@@ -31,8 +31,9 @@ def result_tables(title: str, result: dict[str, Any]) -> Iterator[RenderableType
     cut = any(timed.get("dense_shortened") for timed in result["time"].values())
     if result["time"]:
         yield _dim(
-            "time B: at batch size B, deciding included, over dense; dense by length: dense, texts of similar length "
-            "together" + ("; dense, cut: on texts cut to what the policy keeps." if cut else ".")
+            "time B: at most B texts of a queue run together, deciding included, over dense; dense by length: dense, "
+            "texts of similar length together"
+            + ("; dense, cut: on texts cut to what the policy keeps." if cut else ".")
         )
     low, high = result["quality_difference_interval"]
     yield Text(

@@ -52,10 +52,10 @@ def test_deciding_is_timed_from_the_tokenised_inputs_on(settings, monkeypatch):
             return super().decide(observations)
 
     time_ratio(core, Policy(core), "test", 8, batches=3)
-    rounds = 5
-    assert ranked == [8] * rounds
-    assert looked[0] + looked[1] == [8] * (2 * rounds if settings else rounds)  # tokens are never kept by the split
-    assert set(decided) == {8}
+    rounds, queue = 5, min(evaluation.QUEUE, len(split))
+    assert sum(ranked) == queue * rounds
+    assert sum(looked[0] + looked[1]) == queue * (2 * rounds if settings else rounds)  # the split never keeps tokens
+    assert set(decided) == {queue}
 
 
 def test_the_clock_waits_for_the_device_before_and_after_a_run():
@@ -131,7 +131,7 @@ def test_a_policy_that_looks_at_answers_is_timed_going_on(settings):
         executed = split.costs.executed_flops(rows, decisions, parts) + len(rows) * policy.flops
         model = core.backbone.model
         artefact = export(core, policy, (), {})
-        run = evaluation._timed_runs(core, policy, artefact, split, rows)[1]
+        run = evaluation._timed_runs(core, policy, artefact, split, rows, len(rows))[1]
         model.set_attn_implementation("eager")
         try:
             with torch.inference_mode(), FlopCounterMode(display=False) as counter:
