@@ -66,6 +66,21 @@ def test_the_clock_waits_for_the_device_before_and_after_a_run():
     assert (during, waits.count) == ([1], 2)
 
 
+def test_a_queue_runs_in_passes_of_at_most_the_batch_size(monkeypatch):
+    core = gym.make("SD/Classification-Mini-v0", **SMALL).unwrapped.core
+    logits, sizes = type(core.backbone).logits, []
+
+    def noted(backbone, inputs):
+        sizes.append(len(inputs["input_ids"]))
+        return logits(backbone, inputs)
+
+    monkeypatch.setattr(type(core.backbone), "logits", noted)
+    time_ratio(core, Drawn(core), "test", 8, batches=3)
+    queue, queues = min(evaluation.QUEUE, len(core.split("test"))), evaluation.WARM_UP + evaluation.LEAST_TIMED
+    assert max(sizes) == 8 < queue
+    assert sum(sizes) == 4 * queue * queues  # dense, with the policy, dense by length and on shorter texts
+
+
 def test_controls_stand_beside_each_time():
     core = gym.make("SD/Summarization-Mini-v0", **SMALL).unwrapped.core
     timed = time_ratio(core, Drawn(core), "test", 8, batches=3)
