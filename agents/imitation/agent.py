@@ -171,7 +171,7 @@ class ImitationAgent(Agent[ImitationSettings]):
     def operating_points(self) -> list[Version]:
         """Versions of the policy; with several stages the policies of all prices, and cautious versions of the last.
 
-        With an answer stage also those of the policy with one mask: where masks are hard to foresee, it saves more.
+        With an answer stage also those of the policy with one mask, which saves more where masks are hard to foresee.
         """
         if not self.priced:
             return super().operating_points()

@@ -110,9 +110,10 @@ class Combinations:
 
     @torch.no_grad()
     def best_mask(self, policy: DecisionPolicy, price: float) -> NDArray:
-        """The decision ``[components]`` of least mean cost if all inputs take it and go on where the policy prefers to.
+        """The decision ``[components]`` that costs least on average if it is made for all inputs.
 
-        Each has its own best threshold for that preference, as an operating point may.
+        The policy's preference says which inputs go on; each decision has the threshold that is best for it. Costs are
+        FLOPs plus ``price`` per lost instance.
         """
         parts = torch.arange(len(self.rows)).split(BATCH)
         preferred = torch.cat([self.log_probs(policy, part)[-1] for part in parts])

@@ -163,8 +163,8 @@ class Decider(Graph):
         """The scores ``[n, choices]``, and what the answer stage sees again; ``share [n]``: FLOPs spent."""
         if not self.reads_input:
             read = 0 if self.encoder is None else len(self.encoder.mean)
-            nothing = share[:, None] * 0
-            return nothing + self.network.network.head.bias @ self.chosen, nothing + torch.zeros(self.size + read)
+            [nothing] = _unknown(self.size + read, share[:, None])
+            return nothing[:, :1] + self.network.network.head.bias @ self.chosen, nothing
         hidden, attention_mask = self.first_input(**dict(zip(INPUTS, inputs, strict=False))), inputs[1]
         pooled, share = pooled_features(hidden, attention_mask), share[:, None]
         read = list[Tensor]()
