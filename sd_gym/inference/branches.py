@@ -1,7 +1,13 @@
-"""One ONNX graph for all masks: sublayers that are skipped together are a branch of an ``If``, chosen by an input."""
+"""One ONNX graph for all masks: sublayers that are skipped together are a branch of an ``If``, chosen by an input.
+
+Rows go on in the same graph: what has run is skipped, and the states there are given. Branches are not nested, as ONNX
+Runtime packs weights for its matrix products only down to the first level.
+"""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
+
+STATES = "states"  # input: the hidden states from which rows go on
 
 
 class Sides(NamedTuple):
@@ -22,13 +28,19 @@ def hidden_output(switch: int) -> str:
     return f"hidden.{switch}"
 
 
+def resume_input(switch: int) -> str:
+    """Name of the input, a bool, that the hidden states before the layer of a switch are the given ones."""
+    return f"resume.{switch}"
+
+
 def branched(model: Any, sides: dict[int, Sides], hidden: dict[int, str]) -> Any:
     """A traced model in which branches run, or are skipped, as the inputs ``skip_input`` say.
 
     Args:
         model: An ``onnx.ModelProto`` of which the first output is kept. It is changed.
         sides: By index of the first switch, in execution order.
-        hidden: By index of a switch, the value that becomes the output ``hidden_output``.
+        hidden: By index of a switch, the value that becomes the output ``hidden_output``; where ``resume_input`` says
+            so, it is the input ``STATES``.
     """
     from onnx import TensorProto, helper
 
@@ -37,45 +49,65 @@ def branched(model: Any, sides: dict[int, Sides], hidden: dict[int, str]) -> Any
     nodes, replaced = _deduplicated(graph.node, outside), dict[int, Any]()
     for switch, ends in sides.items():
         inside = _inside(nodes, ends, outside)
-        runs = [nodes[at] for at in inside]
-        own, skipped = f"{ends.leaves}.run", f"{ends.leaves}.skip"
-        runs[-1].output[:] = [own if name == ends.leaves else name for name in runs[-1].output]
-        skips = helper.make_node("Constant", [], [skipped], value_float=0.0)
-        if ends.adds_residual:
-            skips = helper.make_node("Identity", [ends.enters], [skipped])
-        returns = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in (skipped, own)]
-        parts: dict[str, Any] = {
-            "then_branch": helper.make_graph([skips], skipped, [], returns[:1]),
-            "else_branch": helper.make_graph(runs, own, [], returns[1:]),
-        }
+        skipped = ("Identity", [ends.enters]) if ends.adds_residual else ("Constant", list[str]())
         replaced |= dict.fromkeys(inside)
-        replaced[inside[-1]] = helper.make_node("If", [skip_input(switch)], [ends.leaves], **parts)
-        graph.input.append(helper.make_tensor_value_info(skip_input(switch), TensorProto.BOOL, []))
-    kept = [replaced.get(at, node) for at, node in enumerate(nodes)]
-    kept += [helper.make_node("Identity", [value], [hidden_output(switch)]) for switch, value in hidden.items()]
+        replaced[inside[-1]] = _either(skip_input(switch), skipped, [nodes[at] for at in inside], ends.leaves)
+    nodes = [node for node in (replaced.get(at, node) for at, node in enumerate(nodes)) if node is not None]
+    for switch, value in hidden.items():
+        at = next(at for at, node in enumerate(nodes) if value in node.output)
+        ran = f"{value}.ran"
+        nodes[at].output[:] = [ran if name == value else name for name in nodes[at].output]
+        keeps = [helper.make_node("Identity", [ran], [value])]
+        nodes.insert(at + 1, _either(resume_input(switch), ("Identity", [STATES]), keeps, value))
+        nodes.append(helper.make_node("Identity", [value], [hidden_output(switch)]))
     del graph.node[:], graph.output[1:], graph.value_info[:]
-    graph.node.extend(node for node in kept if node is not None)
-    names = [hidden_output(switch) for switch in hidden]
+    graph.node.extend(nodes)
+    flags = [*map(skip_input, sides), *map(resume_input, hidden)]
+    graph.input.extend(helper.make_tensor_value_info(flag, TensorProto.BOOL, []) for flag in flags)
+    if hidden:
+        graph.input.append(helper.make_tensor_value_info(STATES, TensorProto.FLOAT, ["resumed", "tokens", "width"]))
+    names = map(hidden_output, hidden)
     graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
     return model
 
 
+def _either(flag: str, otherwise: tuple[str, list[str]], runs: list[Any], leaves: str) -> Any:
+    """An ``If`` that gives the value ``leaves``: one operator on its inputs where ``flag`` is true, else ``runs``."""
+    from onnx import TensorProto, helper
+
+    operator, values = otherwise
+    own, other = f"{flag}.false", f"{flag}.true"
+    runs[-1].output[:] = [own if name == leaves else name for name in runs[-1].output]
+    zero: dict[str, Any] = {} if values else {"value_float": 0.0}
+    replaces = helper.make_node(operator, values, [other], **zero)
+    returns = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in (other, own)]
+    parts: dict[str, Any] = {
+        "then_branch": helper.make_graph([replaces], other, [], returns[:1]),
+        "else_branch": helper.make_graph(runs, own, [], returns[1:]),
+    }
+    return helper.make_node("If", [flag], [leaves], **parts)
+
+
 def _deduplicated(nodes: Iterable[Any], outside: set[str]) -> list[Any]:
-    """Nodes without those that compute the same as another one: ONNX Runtime does not merge them within branches."""
+    """Nodes without those that compute the same as another one, or nothing.
+
+    ONNX Runtime does not merge them within branches.
+    """
     kept, first, same = list[Any](), dict[Any, Any](), dict[str, str]()
     for node in nodes:
         node.input[:] = [same.get(name, name) for name in node.input]
         attributes = sorted(attribute.SerializeToString() for attribute in node.attribute)
         original = first.setdefault((node.op_type, tuple(node.input), tuple(attributes)), node)
-        if original is not node and outside.isdisjoint(node.output):
-            same |= zip(node.output, original.output, strict=True)
+        equal = [*(node.input if node.op_type == "Identity" else original.output)]
+        if equal != [*node.output] and outside.isdisjoint(node.output):
+            same |= zip(node.output, equal, strict=True)
         else:
             kept.append(node)
     return kept
 
 
 def _inside(nodes: list[Any], ends: Sides, outside: set[str]) -> list[int]:
-    """Positions of the nodes between the ends of a branch whose values nothing else reads.
+    """Positions of the nodes between the ends of a branch whose values nothing else reads, ascending.
 
     What does not depend on what enters, such as a mask of attention, stays outside: it is computed once for all layers.
     """

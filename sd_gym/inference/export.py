@@ -22,7 +22,7 @@ from sd_gym.folders import check_empty, locked
 from sd_gym.going_on import resumed_from
 from sd_gym.inference.branches import branched
 from sd_gym.inference.choices import choices_of, decided_masks, few_masks, masks_of
-from sd_gym.inference.graphs import INPUTS, AnswerDecider, Decider, Graph, Rest, Switched, logits_of
+from sd_gym.inference.graphs import INPUTS, AnswerDecider, Decider, Graph, Switched, logits_of
 from sd_gym.inference.onnx import (
     ANSWER,
     DECIDE,
@@ -33,7 +33,6 @@ from sd_gym.inference.onnx import (
     WEIGHTS,
     OnnxModel,
     own_hash,
-    rest_file,
 )
 from sd_gym.inference.texts import SkippingModel
 from sd_gym.policy.artefact import SkipPolicy
@@ -161,11 +160,10 @@ class _Writer:
         graphs: dict[str, Any] = {DECIDE: Decider(board, policy, self._choices), MODEL: switched}
         if policy.sees_answer:
             graphs[ANSWER] = AnswerDecider(policy, self._head, graphs[DECIDE].size, switched.logits)
-        graphs |= {rest_file(first): Rest(board, first) for first in resumed}
         with (self._folder / WEIGHTS).open("wb") as file:
             weights = _Weights(file)
             for name, module in graphs.items():
-                in_int8 = self._int8 and isinstance(module, Switched | Rest)
+                in_int8 = self._int8 and isinstance(module, Switched)
                 weights.write(self._traced(module, in_int8), self._folder / name)
         backend: Any = self._model.tokenizer
         tokenizer = deepcopy(backend.backend_tokenizer)
@@ -183,13 +181,17 @@ class _Writer:
         return manifest
 
     def _branches(self, resumed: list[int]) -> list[list[int]]:
-        """Indices of skipped switches, grouped where all masks agree, since each branch takes time."""
-        branches = list[list[int]]()
-        for number in np.flatnonzero(self._masks.any(axis=0)).tolist():
+        """Indices of skipped switches, grouped where all masks agree, since each branch takes time.
+
+        Rows that go on from a switch of ``resumed`` skip all before it.
+        """
+        branches, numbers = list[list[int]](), np.arange(len(self._board))
+        masks = np.concatenate([self._masks, numbers < np.array(resumed, dtype=np.int64)[:, None]])
+        for number in np.flatnonzero(masks.any(axis=0)).tolist():
             pair = self._board.switches[number - 1 : number + 1]
             follows = branches and branches[-1][-1] == number - 1 and number not in resumed
             passes_through = follows and all(switch.sublayer.adds_residual for switch in pair)
-            if passes_through and (self._masks[:, number - 1] == self._masks[:, number]).all():
+            if passes_through and (masks[:, number - 1] == masks[:, number]).all():
                 branches[-1].append(number)
             else:
                 branches.append([number])

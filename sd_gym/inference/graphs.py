@@ -1,4 +1,4 @@
-"""The modules of an export that become ONNX graphs: the policy, the model, and what goes on densely."""
+"""The modules of an export that become ONNX graphs: the policy and the model."""
 
 from copy import deepcopy
 from functools import partial
@@ -23,7 +23,6 @@ from sd_gym.switch.cache import hidden_states
 from sd_gym.switch.first_layer import FirstLayerInput
 from sd_gym.switch.twin import twin_at, twin_of
 
-EMBEDDINGS = "embeddings", "embeddings_project"  # modules of an encoder before its layers
 INPUTS = "input_ids", "attention_mask", "token_type_ids"  # of an encoder, in the order of a graph's inputs
 
 
@@ -97,30 +96,6 @@ class Switched(Graph):
 def _module(layers: nn.Module, switch: Switch, at: int) -> nn.Module:
     """A module of a switch in the layers of a twin: the first (0) or the last one (-1) that it skips."""
     return twin_at(layers, f"{switch.index}.{switch.sublayer.modules[at]}")
-
-
-class Rest(Graph):
-    """The dense logits, from the hidden states before the layer with switch ``first``."""
-
-    outputs = ("logits",)
-
-    def __init__(self, board: Switchboard, first: int) -> None:
-        super().__init__()
-        self.model, self.before = twin_of(board.model), _GivenHidden()
-        parts = twin_at(self.model, self.model.base_model_prefix)._modules
-        parts.update({name: self.before for name in EMBEDDINGS if name in parts})
-        layers = _layers(board, self.model)
-        layers._modules = dict(list(layers._modules.items())[board.switches[first].index :])
-
-    def inputs(self, of_model: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-        """See ``Graph``."""
-        mask = of_model["attention_mask"]
-        return [("hidden", torch.zeros(*mask.shape, self.model.config.hidden_size)), ("attention_mask", mask)]
-
-    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """The dense logits, from the states ``[n, tokens, width]`` before the layer."""
-        self.before.given = hidden
-        return logits_of(self.model(inputs_embeds=hidden, attention_mask=_added_to_scores(attention_mask)))
 
 
 def _added_to_scores(attention_mask: Tensor) -> Tensor:
@@ -248,15 +223,6 @@ class _Network(nn.Module):
         if self.stage is not None:
             observed = [*observed, *read]
         return self.network(torch.cat(observed, dim=1))
-
-
-class _GivenHidden(nn.Module):
-    """Replaces embeddings by hidden states that are ``given``."""
-
-    given: Tensor
-
-    def forward(self, *_: Any, **__: Any) -> Tensor:
-        return self.given
 
 
 def _layers(board: Switchboard, twin: nn.Module) -> nn.Module:

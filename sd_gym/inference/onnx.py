@@ -16,14 +16,14 @@ from sd_gym.errors import DataError, MissingExtraError
 from sd_gym.files import hash_of, read_json, sha256
 from sd_gym.going_on import going_on_flops
 from sd_gym.inference.answer import Answer, TextModel
-from sd_gym.inference.branches import hidden_output, skip_input
+from sd_gym.inference.branches import STATES, hidden_output, resume_input, skip_input
 from sd_gym.operating_points import OperatingPoint, margin_for
 
 if TYPE_CHECKING:
     import onnxruntime
 
 MANIFEST, TOKENIZER, WEIGHTS = "sd_gym_onnx.json", "tokenizer.json", "weights.bin"
-FORMAT = 4  # which files and graphs a folder has
+FORMAT = 5  # which files and graphs a folder has
 DECIDE, MODEL, ANSWER = "decide.onnx", "model.onnx", "answer.onnx"  # before the first layer, the model, on the answer
 DENSE = 0  # index of the mask that skips nothing
 DECIDED = 256  # inputs per run of the graph that decides
@@ -72,11 +72,6 @@ def runtime() -> Any:
     except ModuleNotFoundError as error:
         raise MissingExtraError("ONNX Runtime is not installed: pip install 'sd-gym[onnx]'") from error
     return onnxruntime
-
-
-def rest_file(first: int) -> str:
-    """File name of the graph that goes on densely from the layer with switch ``first``."""
-    return f"rest-{first}.onnx"
 
 
 def own_hash(manifest: dict[str, Any]) -> str:
@@ -133,13 +128,18 @@ class OnnxModel(TextModel):
         self.masks, choices = np.array(manifest["masks"], dtype=bool), manifest["choices"]
         self._mask_of_choice, self._cautious = np.array(choices["mask"]), np.array(choices["cautious"], np.float32)
         self._resumed_from, switches = np.array(manifest["resumed_from"]), len(manifest["switches"])
-        named = [(skip_input(switch), switch) for switch in manifest["branches"]]
-        self._skips = [{name: np.array(mask[switch]) for name, switch in named} for mask in self.masks]
         self._count_flops(np.arange(manifest["cut"]["length"] + 1))
         self.looks_at_answer: bool = manifest["looks_at_answer"]
         resumable = {first for first in self._resumed_from if self.looks_at_answer and 0 < first < switches}
         hidden = [[hidden_output(first)] if first in resumable else [] for first in self._resumed_from]
         self._outputs = [["logits", *names] for names in hidden]
+
+        def flags(skipped: NDArray, resumed: int) -> Batch:
+            skips = {skip_input(first): np.array(skipped[first]) for first in manifest["branches"]}
+            return skips | {resume_input(first): np.array(first == resumed) for first in resumable}
+
+        self._skips = [flags(mask, 0) | {STATES: np.zeros((0, 0, 0), np.float32)} for mask in self.masks]
+        self._resumes = [flags(np.arange(switches) < first, first) for first in self._resumed_from]
         self.task, self.metric, self.reference = (manifest[key] for key in ("task", "metric", "reference"))
         self.fields, self.names = tuple(manifest["fields"]), dict(enumerate(manifest["names"]))
         self.optional, hashes = manifest["optional"], manifest["files"]
@@ -259,8 +259,8 @@ class OnnxModel(TextModel):
         """
         if not states.size:
             return self.run(DENSE, batch)[0]
-        graph = rest_file(self._resumed_from[number])
-        return self._in_context(self._run(graph, batch | {"hidden": states})[0], batch)
+        resumed = batch | self._resumes[number] | {STATES: states}
+        return self._in_context(self._run(MODEL, resumed, ["logits"])[0], batch)
 
     def own_flops(self, length: NDArray) -> NDArray:
         """FLOPs of deciding on rows of so many tokens, ``[n]``."""

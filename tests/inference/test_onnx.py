@@ -153,9 +153,26 @@ def exported_judging(tmp_path_factory, tiny_tokenizer):
 
 def test_where_the_answer_is_not_accepted_rows_go_on(exported_judging):
     policy, folder, texts = exported_judging
-    assert [file.name for file in folder.glob("rest-*")] == ["rest-2.onnx"]  # two masks skip nothing of the first layer
+    assert sum(first > 0 for first in onnx.load(folder).manifest["resumed_from"]) == 3  # dense, and of three masks two
     for limits in LIMITS[:2]:
         assert any(one.went_on for one in check_same(policy, folder, texts, **limits))
+
+
+@pytest.mark.parametrize("name", ENCODER)
+def test_rows_go_on_from_their_states_alone(name, tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setitem(MODELS, "classification", (lambda: make_model(name), MODELS["classification"][1]))
+    masks = [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 0]]
+    policy, texts = judging("classification", tmp_path, tiny_tokenizer, "pooled", masks)
+    sd_gym.export(policy, tmp_path / "onnx")
+    model = onnx.load(tmp_path / "onnx")
+    batch = model.batch(model.encoded([[text] for text in texts[:7]]))
+    [dense] = model.run(onnx.DENSE, batch)
+    for number in range(1, 4):
+        answers, states = model.run(number, batch)
+        assert not np.allclose(answers, dense, atol=1e-4)
+        other = batch | {"input_ids": batch["input_ids"][::-1]}
+        np.testing.assert_allclose(model.run_rest(number, other, states), dense, atol=1e-5)
+    assert [file.stem for file in sorted((tmp_path / "onnx").glob("*.onnx"))] == ["answer", "decide", "model"]
 
 
 def test_rows_of_several_passes_go_on_together(exported_judging, monkeypatch):
@@ -278,10 +295,10 @@ def test_a_flipped_byte_is_an_error_that_names_the_file(name, exported, tmp_path
 def test_a_folder_of_another_version_is_an_error(exported, tmp_path):
     shutil.copytree(exported[1], tmp_path / "onnx")
     file = tmp_path / "onnx" / onnx.MANIFEST
-    manifest = json.loads(file.read_text()) | {"format": 3}
+    manifest = json.loads(file.read_text()) | {"format": 4}
     manifest["files"][onnx.MANIFEST] = onnx.own_hash(manifest)
     file.write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="expected format 4, got 3; export anew"):
+    with pytest.raises(ValueError, match="expected format 5, got 4; export anew"):
         onnx.load(tmp_path / "onnx")
 
 
