@@ -17,10 +17,11 @@ from sd_gym.switch.context import Block
 
 
 class StagedPasses(Passes):
-    """Passes of a split in which a policy decides stage by stage; rows are grouped by length alone.
+    """Passes of a split in which a policy decides stage by stage, or on its answers alone.
 
-    Few rows of a pass go on, and a pass of few rows takes nearly the time of one of many. So they wait for rows of
-    other passes that go on from the same switch.
+    Rows are grouped by length, and by their masks as far as these are known before the first layer. Few rows of a pass
+    go on, and a pass of few rows takes nearly the time of one of many. So they wait for rows of other passes that go on
+    from the same switch.
     """
 
     def __init__(self, split: BackboneSplit, policy: SkipPolicy, first_input: nn.Module | None = None) -> None:
@@ -34,11 +35,14 @@ class StagedPasses(Passes):
         self.first_generated = self.generated.copy()  # tokens of the texts before rows went on
 
     def logits(self, rows: NDArray, decisions: NDArray) -> Iterator[tuple[NDArray, Tensor, Tensor]]:
-        """Positions in ``rows``, final logits and labels, in parts; ``decisions`` are zeros."""
+        """Positions in ``rows``, final logits and labels, in parts.
+
+        ``decisions``: those of ``decide_first``; zeros if the policy decides in the pass.
+        """
         waiting = _Waiting()
         for picked, inputs in self.planned(rows, decisions):
             given = dict(inputs)  # dropping tokens changes it
-            rollout = self._rollout(rows[picked], given, partial(self.head.kept, given))
+            rollout = self._rollout(rows[picked], given, partial(self.head.kept, given), decisions[picked])
             with rollout.deciding(inputs["attention_mask"]):
                 logits = self.backbone.logits(given)
             if self._policy.sees_answer:
@@ -66,7 +70,7 @@ class StagedPasses(Passes):
         texts, judged = np.empty(len(rows), dtype=object), np.empty((len(rows), len(self.head.judgement)))
         waiting = _Waiting()
         for picked, inputs in self.planned(rows, decisions, self.longest):
-            rollout = self._rollout(rows[picked], inputs, lambda keep: keep)
+            rollout = self._rollout(rows[picked], inputs, lambda keep: keep, decisions[picked])
             deciding = rollout.deciding(inputs["attention_mask"])
             texts[picked], judged[picked] = self._generated(
                 rows[picked], inputs, deciding, judges=self._policy.sees_answer
@@ -97,8 +101,21 @@ class StagedPasses(Passes):
                 state = _joined(states, part, inputs["input_ids"].shape[1], self.head.padding_side) if states else None
                 yield positions[part], inputs, board.decide(dense, resume_from=state)
 
-    def _rollout(self, rows: NDArray, inputs: dict[str, Tensor], in_pass: Callable[[NDArray], Keep]) -> StagedRollout:
-        """Decides in a pass on these rows; ``in_pass`` maps the input's tokens that stay to those of the pass."""
+    def decide_first(self, rows: NDArray, hidden: Tensor, mask: Tensor) -> NDArray:
+        """Decisions before the first layer, int64 ``[n, switches + 1]``, from its input ``[n, length, width]``."""
+        return self._rollout(rows, {}, lambda keep: keep).decide_first(hidden, mask)
+
+    def _rollout(
+        self,
+        rows: NDArray,
+        inputs: dict[str, Tensor],
+        in_pass: Callable[[NDArray], Keep],
+        decisions: NDArray | None = None,
+    ) -> StagedRollout:
+        """Decides in a pass on these rows; ``in_pass`` maps the input's tokens that stay to those of the pass.
+
+        ``decisions``: those known before the pass.
+        """
         board, length = self.backbone.board, self.encoded.source_length[rows]
 
         def keeps(level: NDArray) -> tuple[Keep, NDArray]:
@@ -110,7 +127,8 @@ class StagedPasses(Passes):
             shown = self.encoded.inputs(rows, self.backbone.model.device)
             first = self._first_input(**shown), shown["attention_mask"]
         model, judge = (board, self.head, self.backbone.flops), partial(self.backbone.logits, inputs)
-        return StagedRollout(self._policy, *model, length, keeps, judge, first)
+        decided = decisions if self._policy.decides_first else None
+        return StagedRollout(self._policy, *model, length, keeps, judge, first, decided)
 
     def _record(self, rows: NDArray, rollout: StagedRollout) -> None:
         self.masks[rows], self.went_on[rows] = rollout.decisions, rollout.went_on

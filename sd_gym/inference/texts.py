@@ -27,7 +27,6 @@ from sd_gym.inference.attach import attach
 from sd_gym.inference.choices import decided_masks
 from sd_gym.inference.staged_passes import StagedPasses
 from sd_gym.policy.artefact import SkipPolicy
-from sd_gym.policy.observations import Observations
 from sd_gym.switch import first_layer_input
 from sd_gym.switch.first_layer import FirstLayerInput
 from sd_gym.tasks.data import Instances
@@ -116,8 +115,14 @@ class SkippingModel(TextModel):
         """
         decisions = np.zeros((len(policies), len(split), len(self.board) + 1), dtype=np.int64)
         by_length = np.argsort(split.encoded.source_length, kind="stable")  # for little padding
-        for part in [] if self.policy.is_staged else np.split(by_length, range(BATCH, len(split), BATCH)):
-            observed = self._observed(split.encoded.inputs(part, self.model.device))
+        for part in np.split(by_length, range(BATCH, len(split), BATCH)) if self.policy.decides_first else ():
+            inputs = split.encoded.inputs(part, self.model.device)
+            hidden, mask = self._first_input(inputs), inputs["attention_mask"]
+            if self.policy.is_staged:
+                for own, policy in zip(decisions, policies, strict=True):
+                    own[part] = StagedPasses(split, policy).decide_first(part, hidden, mask)
+                continue
+            observed = self.policy.observed(hidden, mask)
             for own, policy in zip(decisions, policies, strict=True):
                 own[part] = policy.network.decide(observed)
         return decisions
@@ -146,10 +151,10 @@ class SkippingModel(TextModel):
         ]
 
     @torch.inference_mode()
-    def _observed(self, inputs: dict[str, Tensor]) -> Observations | Tensor:
+    def _first_input(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The input of the first layer, ``[n, length, width]``, in float32 if the backbone computes in less."""
         own = self._float32_input
-        hidden = first_layer_input(self.board, inputs) if own is None else own(**inputs)
-        return self.policy.observed(hidden, inputs["attention_mask"])
+        return first_layer_input(self.board, inputs) if own is None else own(**inputs)
 
     def costs(self, split: BackboneSplit, generated: NDArray | None = None) -> Costs:
         """A split's costs if its texts have ``generated`` tokens ``[n]``; ``None``: as many as those generated last."""

@@ -102,6 +102,11 @@ class SkipPolicy:
         """Names of the stages of the pass at which it decides."""
         return stages_of_pass(self.network.stages)
 
+    @property
+    def decides_first(self) -> bool:
+        """Whether all its masks are known before the first layer."""
+        return self.stages_of_pass == ["first"]
+
     def decide(self, board: Switchboard, inputs: dict[str, Tensor]) -> NDArray:
         """Decisions, int64 ``[n, switches + 1]``, on the model's inputs ``[n, length]``, padded at the right."""
         return self.decide_on(first_layer_input(board, inputs), inputs["attention_mask"])

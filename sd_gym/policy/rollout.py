@@ -31,6 +31,7 @@ class StagedRollout:
         keeps: From token levels ``[n]`` to the tokens that the pass keeps, and their number for each input.
         judge: Runs the pass again for its logits ``[n, classes]``, where the head judges the output of a layer.
         first: Hidden states and mask that are observed before the first layer, if not those of the pass itself.
+        decided: The masks of a policy that ``decides_first``, int ``[n, switches + 1]``; ``None``: it decides here.
     """
 
     def __init__(
@@ -43,9 +44,10 @@ class StagedRollout:
         keeps: Callable[[NDArray], tuple[Keep, NDArray]],
         judge: Callable[[], Tensor],
         first: tuple[Tensor, Tensor] | None = None,
+        decided: NDArray | None = None,
     ) -> None:
         self._policy, self._board, self._head, self._flops = policy, board, head, flops
-        self._length, self._keeps, self._judge, self._first = length, keeps, judge, first
+        self._length, self._keeps, self._judge, self._first, self._decided_before = length, keeps, judge, first, decided
         self._judges, self._answer_size = head.can_exit(board), len(head.judgement) * policy.sees_answer
         self._columns = board.decided_at(policy.stages_of_pass)
         self._passing = self._columns  # the switches of each stage at which the pass stops
@@ -64,6 +66,11 @@ class StagedRollout:
     def deciding(self, mask: Tensor) -> Block:
         """The context manager for the pass; ``mask`` of the input's tokens, ``[n, length]``."""
         return self._board.decide_in_pass(self._choose, list(self._passing), mask)
+
+    def decide_first(self, hidden: Tensor, mask: Tensor) -> NDArray:
+        """The masks of a policy that ``decides_first``, ``[n, switches + 1]``, from the first layer's input."""
+        self._decide(PassState("first", hidden, mask))
+        return self.decisions
 
     def answered(self, judged: Tensor | NDArray) -> None:
         """Decide, by the head's judgement ``[n, values]``, which rows go on."""
@@ -110,7 +117,8 @@ class StagedRollout:
         self._features = np.concatenate([pooled_features(hidden, mask).cpu().numpy(), judged], axis=1)
         if is_first and (of_tokens := self._policy.of_tokens) is not None:
             self._tokens = token_observations(hidden, mask, *of_tokens, self._policy.longest)
-        decided = self._decided(state.stage, exits)
+        before = self._decided_before
+        decided = self._decided(state.stage, exits) if before is None else before
         self.decisions[:, columns] = decided[:, columns]
         if is_first:
             self.decisions[:, -1] = decided[:, len(self._board)]

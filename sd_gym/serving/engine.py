@@ -164,7 +164,7 @@ class TextEngine(BlockingEngine):
         policy = model.policy
         self._staged = policy.is_staged
         self._policies = [policy.with_margin(point.margin) for point in points.points]
-        masks = None if self._staged else decided_masks(policy)
+        masks = decided_masks(policy) if policy.decides_first else None
         self._masks = masks if masks is not None and len(masks) <= MODELS else None
         self.groups_masks, config = self._masks is not None, model.model.config
         completes = model.gives == "text" and len(model.fields) == 1 and not config.is_encoder_decoder

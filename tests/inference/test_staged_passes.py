@@ -13,8 +13,10 @@ import sd_gym
 from sd_gym.going_on import answer_masks
 from sd_gym.inference import staged_passes
 from sd_gym.inference.staged_passes import StagedPasses
+from sd_gym.policy.rollout import StagedRollout
 from sd_gym.switch import PassState
 from tests.envs.conftest import trained
+from tests.serving.test_engine import few_masks
 
 STAGES = {
     "classification": ["first", "encoder.1", "answer"],
@@ -60,6 +62,24 @@ def test_rows_that_go_on_from_a_layer_run_in_as_few_passes_as_they_may(tmp_path,
     rows = Counter(f"encoder.{one}" if one else None for one in layer[again])
     assert sum(rows.values()) > 6
     assert resumed == {stage: ceil(count / 3) for stage, count in rows.items()}
+
+
+@pytest.mark.parametrize("task", ["classification", "prompted"])
+def test_rows_of_a_mask_run_together_if_it_is_known_before_the_first_layer(task, tmp_path, tiny_tokenizer, monkeypatch):
+    *_, artefact, texts = trained(task, None, tmp_path, tiny_tokenizer, stages=("first", "answer"))
+    model, ran = sd_gym.load(few_masks(artefact)), []
+    choose = StagedRollout._choose
+
+    def chosen(rollout, state):
+        skip, keep = choose(rollout, state)
+        ran.append({one.tobytes() for one in rollout.decisions})
+        return skip, keep
+
+    monkeypatch.setattr(StagedRollout, "_choose", chosen)
+    masks = {one.skip.tobytes() for one in model(texts * 4, batch_size=4)}
+    assert len(masks) > 1
+    assert sum(len(of_pass) > 1 for of_pass in ran) < len(masks)  # only where one mask ends and the next one begins
+    assert len(ran) >= len(texts)
 
 
 @given(st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=4), min_size=1, max_size=4), st.booleans(), st.data())

@@ -25,7 +25,10 @@ POINTS = tuple(
 
 def few_masks(policy):
     """The same policy with three masks to choose among."""
-    policy.network.codebook = torch.tensor([[0, 0, 0, 0, 0, 0, 0], [1, 0, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 0, 0]])
+    book = [[0, 0, 0, 0, 0, 0, 0], [1, 0, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 0, 0]]
+    if policy.sees_answer:
+        book = [[*mask, -1] for mask in book] + [[-1] * 7 + [choice] for choice in (0, 1)]
+    policy.network.codebook = torch.tensor(book)
     return policy
 
 
@@ -40,7 +43,8 @@ def served(client, path, given):
     [
         ("classification", None, ["first"], True),
         ("classification", "idf", ["first"], False),
-        ("classification", None, ["first", "answer"], False),
+        ("classification", None, ["first", "answer"], True),
+        ("classification", None, ["first", "encoder.1", "answer"], False),
         ("pairs", None, ["first"], True),
         ("scores", None, ["first"], True),
         ("extracted", None, ["first"], True),
