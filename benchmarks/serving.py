@@ -6,7 +6,7 @@
 Each arm is a server process on loopback. An open-loop client sends single inputs at a known rate, come answers or
 not; latency counts from when a request was due. All arms take turns, so a busy moment hurts all of them. The
 limit of p99 is five times dense's latency of one request alone. One core runs a model, another one the rest.
-With five arms it takes about six minutes.
+``--dial RUN`` adds an arm with a dial. With six arms it takes about seven minutes.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ from rich.table import Table
 from sd_gym.serving.app import Service, Settings
 from sd_gym.serving.batcher import Limits, PassCost, Row
 from sd_gym.serving.engine import Asked, BlockingEngine, GraphEngine, Served, TextEngine
-from sd_gym.serving.server import run, service
+from sd_gym.serving.server import run, service, timeout_of
 
 ARMS = ("dense", "dense, by length", "one mask", "policy, ungrouped", "policy, grouped")
+DIAL = "policy, with the dial"
 PATTERNS = ("poisson", "constant", "bursts")
 TIMES_DENSE = 5.0  # of dense's latency of one request: the limit of p99
 OVERLOADED = 503, 504  # a full queue, or a timeout in it
@@ -73,12 +74,16 @@ class AsTheyCome:
         return PassCost(1e6)  # more tokens than any group has
 
 
-def serve_arm(arm: str, policy: str, backbone: str | None, threads: int, texts: list[Any], connection: Any) -> None:
+def serve_arm(
+    arm: str, policy: str, backbone: str | None, threads: int, texts: list[Any], dial: str | None, connection: Any
+) -> None:
     """The process of one arm; it tells its address."""
-    served = service(policy, Limits(), Settings(), backbone=backbone, threads=threads)
-    limits = Limits(queued_rows=10_000, queued_tokens=10**7)
-    own = Service(engine_of(arm, served, texts), served.points, limits, Settings())
-    run(own, "127.0.0.1", 0, connection.send)
+    dial = dial if arm == DIAL else None
+    limits, settings = Limits(queued_rows=10_000, queued_tokens=10**7), Settings(timeout_of(None, dial))
+    served = service(policy, limits, settings, backbone=backbone, threads=threads, dial=dial)
+    if dial is None:
+        served = Service(engine_of(arm, served, texts), served.points, limits, settings)
+    run(served, "127.0.0.1", 0, connection.send)
 
 
 def engine_of(arm: str, served: Service, texts: list[Any]) -> BlockingEngine:
@@ -324,6 +329,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("serving"), help="folder of picture and figures")
     parser.add_argument("--backbone", help="where the backbone is, if not where it was")
     parser.add_argument("--threads", type=int, default=1, help="of each model")
+    parser.add_argument("--dial", help="a run on a serving env with this policy")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--texts", type=int, default=1000)
     parser.add_argument("--probes", type=int, default=6, help="rates that are tried on each arm")
@@ -333,8 +339,8 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     with arguments.input.open() as lines:
         rows = [json.loads(line) for line in itertools.islice(lines, arguments.texts)]
-    arms, options = [], (arguments.run, arguments.backbone, arguments.threads, rows[:256])
-    for name in dict.fromkeys(["dense", *arguments.arms]):
+    arms, options = [], (arguments.run, arguments.backbone, arguments.threads, rows[:256], arguments.dial)
+    for name in dict.fromkeys(["dense", *arguments.arms, *([DIAL] if arguments.dial else [])]):
         arms.append(Arm(name, Client(started(serve_arm, name, *options).recv())))
     bodies = [json.dumps({"inputs": row}).encode() for row in rows]
     limit = asyncio.run(ready_and_measured(arms, bodies, arguments.probes, arguments.seconds))

@@ -36,10 +36,12 @@ from sd_gym.objectives import Objective
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.registry import UnknownNameError
+from sd_gym.switch import first_layer_input
 from sd_gym.tasks.difficulty import means_by
 
 WARM_UP, LEAST_TIMED = 2, 3  # batches before timing; fewest timed batches
 QUEUE = 64  # rows from which batches of several rows are taken
+BULK = 256  # rows that run in bulk, if no text is generated
 TIMED_SECONDS = 30.0  # after which no further batch is timed: three batches of a large backbone take minutes
 
 
@@ -133,16 +135,19 @@ def by_difficulty(scored: dict[str, NDArray], levels: NDArray) -> list[dict[str,
 
 @torch.inference_mode()
 def time_ratio(
-    core: BackboneCore, policy: PolicyLike, split_name: str, batch_size: int, batches: int = 12
+    core: BackboneCore, policy: PolicyLike, split_name: str, batch_size: int | None, batches: int = 12
 ) -> dict[str, float | None]:
     """Time of deciding and the switched backbone over that of the dense one, end to end.
 
     Single rows (``batch_size=1``), or queues of ``QUEUE`` random rows, run from tokenised texts to logits, in passes of
     at most ``batch_size`` rows. The dense backbone takes rows as they come, padded to the longest of a pass. With the
     policy, a queue is observed, decided on, its tokens are ranked if some are dropped, and it runs in the passes of the
-    env: by decision, and by length where that pays. Passes by length and shorter inputs save time without any decision,
-    so both are timed as controls. After a warm-up each queue times all of them. There are as many as give ``batches``
-    passes, and fewer on large backbones.
+    env: by decision, and by length where that pays. In bulk (``batch_size=None``) ``BULK`` rows run in passes of any
+    size, and the dense backbone takes them by length.
+
+    Passes by length and shorter inputs save time without any decision, so both are timed as controls, except in bulk.
+    After a warm-up each queue times all of them. There are as many as give ``batches`` passes, and fewer on large
+    backbones.
 
     Returns:
         Medians over queues of times over the dense one: ``time_ratio``; ``dense_by_length``, the dense backbone in
@@ -156,8 +161,10 @@ def time_ratio(
     if core.has_answer_stage and isinstance(policy, DecisionPolicy):
         artefact = export(core, policy, (), {})
     random, times = np.random.default_rng(0), list[list[float]]()
-    count = min(QUEUE if batch_size > 1 else 1, len(split))
-    started, queues = time.perf_counter(), max(LEAST_TIMED, batches * batch_size // count)
+    of_texts = core.has_answer_stage and not core.backbone.head.judges_passes
+    count = 1 if batch_size == 1 else BULK if batch_size is None and not of_texts else QUEUE
+    count = min(count, len(split))
+    started, queues = time.perf_counter(), max(LEAST_TIMED, batches * (batch_size or 0) // count)
     for number in range(queues + WARM_UP):
         if len(times) >= LEAST_TIMED and time.perf_counter() - started > TIMED_SECONDS:
             break
@@ -171,16 +178,22 @@ def time_ratio(
 
 
 def _timed_runs(
-    core: BackboneCore, policy: PolicyLike, artefact: SkipPolicy | None, split: BackboneSplit, rows: NDArray, size: int
+    core: BackboneCore,
+    policy: PolicyLike,
+    artefact: SkipPolicy | None,
+    split: BackboneSplit,
+    rows: NDArray,
+    size: int | None,
 ) -> list[Callable[[], object]]:
     """The timed functions: dense, with the policy, dense by length and, if tokens are dropped, dense on shorter inputs.
 
-    If the policy judges generated texts, all but the last function generate them.
+    In bulk they are dense by length, and with the policy. If the policy judges generated texts, all but the last
+    function generate them.
     """
     backbone, everything = core.backbone, np.arange(len(rows))
     unseen, again = split.uncached(rows), split.uncached(rows)
     unseen.passes.most = again.passes.most = size
-    parts = np.split(rows, range(size, len(rows), size))
+    parts = np.split(rows, range(size or len(rows), len(rows), size or len(rows)))
     skip_none = np.zeros((len(rows), len(core.decision_nvec)), dtype=np.int64)
     generates = core.has_answer_stage and not backbone.head.judges_passes
 
@@ -195,8 +208,13 @@ def _timed_runs(
     def decided() -> None:
         if artefact is None:
             list(core.decided_logits(unseen, everything, policy.decide))
-        else:
-            by_length(StagedPasses(unseen, artefact))
+            return
+        known = None
+        if artefact.decides_first:
+            inputs = unseen.encoded.inputs(everything, backbone.model.device)
+            observed = first_layer_input(backbone.board, inputs), inputs["attention_mask"]
+            known = StagedPasses(unseen, artefact).decide_first(everything, *observed)
+        by_length(StagedPasses(unseen, artefact, decided=known))
 
     def shortened() -> None:
         for inputs in map(split.passes.inputs, parts):
@@ -204,6 +222,8 @@ def _timed_runs(
             columns = slice(-length, None) if backbone.head.padding_side == "left" else slice(length)
             backbone.logits({name: value if name == "labels" else value[:, columns] for name, value in inputs.items()})
 
+    if size is None:
+        return [lambda: by_length(again.passes), decided]
     runs: list[Callable[[], object]] = [dense, decided, lambda: by_length(again.passes)]
     if len(core.config.tokens.shares) == 1:
         return runs

@@ -51,7 +51,7 @@ from sd_gym.tasks.ranking import STATISTICS_SIZE
 from sd_gym.tasks.splits import check_unchanged
 
 VALIDATIONS = 8  # during training
-TIMED_BATCH_SIZES = (1, 8, 32)
+TIMED_BATCH_SIZES = {"1": 1, "8": 8, "32": 32, "in bulk": None}
 
 
 def split_settings(algo: str, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -354,7 +354,7 @@ def measure(
         )
     result |= {"time": {}, "history": selection.history, "last_policy": last, **selection.report()}
     if isinstance(core, BackboneCore) and not isinstance(policy, SplitPolicy):
-        result["time"] = {str(size): time_ratio(core, policy, split, size) for size in TIMED_BATCH_SIZES}
+        result["time"] = {name: time_ratio(core, policy, split, size) for name, size in TIMED_BATCH_SIZES.items()}
     if selection.selected is not None:
         result["guarantee"] += f"; {measured_loss(result)}"
     return result | {"data": {name: core.split(name).provenance for name in splits}}

@@ -32,7 +32,7 @@ def result_tables(title: str, result: dict[str, Any]) -> Iterator[RenderableType
     if result["time"]:
         yield _dim(
             "time B: at most B texts of a queue run together, deciding included, over dense; dense by length: dense, "
-            "texts of similar length together"
+            "texts of similar length together; in bulk: over that"
             + ("; dense, cut: on texts cut to what the policy keeps." if cut else ".")
         )
     low, high = result["quality_difference_interval"]
@@ -115,7 +115,8 @@ def _quality_and_cost(title: str, result: dict[str, Any]) -> Table:
     for key, name in DENSE_TIMES.items():
         controls = [timed.get(key) for timed in times.values()]
         if any(controls):
-            table.add_row(f"  {name}", "", "", *blank, *(f"{time:.0%}" for time in controls), style="dim")
+            shown = ("" if time is None else f"{time:.0%}" for time in controls)
+            table.add_row(f"  {name}", "", "", *blank, *shown, style="dim")
     levels = result["by_difficulty"]
     for level in levels if len(levels) > 1 else ():
         cells = f"  level {level['difficulty']}", f"{level['quality']:.1%}", f"{flops_with_policy(level):.1%}"

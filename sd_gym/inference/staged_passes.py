@@ -19,30 +19,33 @@ from sd_gym.switch.context import Block
 class StagedPasses(Passes):
     """Passes of a split in which a policy decides stage by stage, or on its answers alone.
 
-    Rows are grouped by length, and by their masks as far as these are known before the first layer. Few rows of a pass
-    go on, and a pass of few rows takes nearly the time of one of many. So they wait for rows of other passes that go on
-    from the same switch.
+    Rows are grouped by length, and by their masks as far as these are known before the first layer: ``decided``, int
+    ``[n, switches + 1]`` for all rows of the split. Few rows of a pass go on, and a pass of few rows takes nearly the
+    time of one of many. So they wait for rows of other passes that go on from the same switch.
     """
 
-    def __init__(self, split: BackboneSplit, policy: SkipPolicy, first_input: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        split: BackboneSplit,
+        policy: SkipPolicy,
+        first_input: nn.Module | None = None,
+        decided: NDArray | None = None,
+    ) -> None:
         passes = split.passes  # without its bank: these run on the switchboard, so calls cost what they cost there
         super().__init__(split.backbone, split.instances, split.encoded, split.tokens, split.reading)
         self.most, self.longest, self.watch = passes.most, passes.longest, passes.watch
         self.generated, self.finished = passes.generated, passes.finished  # shared, as the split's costs count them
-        self._policy, self._first_input = policy, first_input
+        self._policy, self._first_input, self._decided = policy, first_input, decided
         self.masks = np.zeros((len(split), len(self.backbone.board) + 1), dtype=np.int64)  # the policy's decisions
         self.went_on = np.zeros(len(split), dtype=np.bool_)  # which rows went on after their answer
         self.first_generated = self.generated.copy()  # tokens of the texts before rows went on
 
     def logits(self, rows: NDArray, decisions: NDArray) -> Iterator[tuple[NDArray, Tensor, Tensor]]:
-        """Positions in ``rows``, final logits and labels, in parts.
-
-        ``decisions``: those of ``decide_first``; zeros if the policy decides in the pass.
-        """
+        """Positions in ``rows``, final logits and labels, in parts; ``decisions`` are zeros."""
         waiting = _Waiting()
-        for picked, inputs in self.planned(rows, decisions):
+        for picked, inputs in self.planned(rows, decisions if self._decided is None else self._decided[rows]):
             given = dict(inputs)  # dropping tokens changes it
-            rollout = self._rollout(rows[picked], given, partial(self.head.kept, given), decisions[picked])
+            rollout = self._rollout(rows[picked], given, partial(self.head.kept, given))
             with rollout.deciding(inputs["attention_mask"]):
                 logits = self.backbone.logits(given)
             if self._policy.sees_answer:
@@ -69,8 +72,9 @@ class StagedPasses(Passes):
         """The final texts, and the judgement of the first ones, if the policy sees that."""
         texts, judged = np.empty(len(rows), dtype=object), np.empty((len(rows), len(self.head.judgement)))
         waiting = _Waiting()
-        for picked, inputs in self.planned(rows, decisions, self.longest):
-            rollout = self._rollout(rows[picked], inputs, lambda keep: keep, decisions[picked])
+        known = decisions if self._decided is None else self._decided[rows]
+        for picked, inputs in self.planned(rows, known, self.longest):
+            rollout = self._rollout(rows[picked], inputs, lambda keep: keep)
             deciding = rollout.deciding(inputs["attention_mask"])
             texts[picked], judged[picked] = self._generated(
                 rows[picked], inputs, deciding, judges=self._policy.sees_answer
@@ -105,17 +109,8 @@ class StagedPasses(Passes):
         """Decisions before the first layer, int64 ``[n, switches + 1]``, from its input ``[n, length, width]``."""
         return self._rollout(rows, {}, lambda keep: keep).decide_first(hidden, mask)
 
-    def _rollout(
-        self,
-        rows: NDArray,
-        inputs: dict[str, Tensor],
-        in_pass: Callable[[NDArray], Keep],
-        decisions: NDArray | None = None,
-    ) -> StagedRollout:
-        """Decides in a pass on these rows; ``in_pass`` maps the input's tokens that stay to those of the pass.
-
-        ``decisions``: those known before the pass.
-        """
+    def _rollout(self, rows: NDArray, inputs: dict[str, Tensor], in_pass: Callable[[NDArray], Keep]) -> StagedRollout:
+        """Decides in a pass on these rows; ``in_pass`` maps the input's tokens that stay to those of the pass."""
         board, length = self.backbone.board, self.encoded.source_length[rows]
 
         def keeps(level: NDArray) -> tuple[Keep, NDArray]:
@@ -127,7 +122,7 @@ class StagedPasses(Passes):
             shown = self.encoded.inputs(rows, self.backbone.model.device)
             first = self._first_input(**shown), shown["attention_mask"]
         model, judge = (board, self.head, self.backbone.flops), partial(self.backbone.logits, inputs)
-        decided = decisions if self._policy.decides_first else None
+        decided = None if self._decided is None else self._decided[rows]
         return StagedRollout(self._policy, *model, length, keeps, judge, first, decided)
 
     def _record(self, rows: NDArray, rollout: StagedRollout) -> None:

@@ -133,7 +133,8 @@ class SkippingModel(TextModel):
         decisions = np.zeros((len(split), len(self.board) + 1), np.int64) if decided is None else decided
         went_on = np.zeros(len(split), dtype=np.bool_)
         if self.policy.is_staged and decided is not None:
-            passes = StagedPasses(split, self.policy, self._float32_input)
+            known = decided if self.policy.decides_first else None
+            passes = StagedPasses(split, self.policy, self._float32_input, known)
             answers = passes.answers(rows, decisions)
             decisions, went_on = passes.masks, passes.went_on
             costs, first_costs = self.costs(split), self.costs(split, passes.first_generated)

@@ -156,5 +156,7 @@ def test_a_policy_that_looks_at_answers_is_timed_going_on(settings):
         assert counter.get_total_flops() == pytest.approx(
             executed, rel=0.3 * (keys is small)
         )  # texts have lengths of their own
-    timed = time_ratio(core, policy, "test", 2, batches=1)
-    assert timed["time_ratio"] > 0
+    for size in (2, None):
+        timed = time_ratio(core, policy, "test", size, batches=1)
+        assert timed["time_ratio"] > 0
+    assert timed["dense_by_length"] is None  # in bulk, dense is by length anyway
