@@ -109,7 +109,12 @@ def in_torch(policy: SkipPolicy, *, compiles: bool) -> list[Way]:
     ways = [*attached(policy), both("bank", sd_gym.load(policy))[1]._replace(dense="dense, eager")]
     if has_bf16(torch.device("cpu")):
         ways += both("bfloat16", sd_gym.load(policy, dtype="bfloat16"))
-    return ways + both("compiled", sd_gym.load(policy, compile=True)) if compiles else ways
+    if compiles:
+        try:
+            ways += both("compiled", sd_gym.load(policy, compile=True))
+        except ValueError as refused:  # several stages, or generated texts
+            print(refused)
+    return ways
 
 
 def in_onnx(folders: dict[str, Path], texts: Texts, threads: int) -> list[Way]:
@@ -229,7 +234,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=2000, help="texts of the file, which is answered twice")
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
     compiles = {"action": argparse.BooleanOptionalAction, "default": shutil.which("c++") is not None}
-    parser.add_argument("--compile", **compiles, help="compile, if the policy has one stage (needs a C++ compiler)")
+    parser.add_argument("--compile", **compiles, help="compile where that is possible (needs a C++ compiler)")
     arguments = parser.parse_args()
     policy = SkipPolicy.from_pretrained(arguments.run)
     env = policy.card["env"]
@@ -247,7 +252,7 @@ def main() -> None:
         except ValueError as refused:  # an encoder-decoder, for example
             console.print(refused)
             folders = {}
-        ways = in_torch(policy, compiles=arguments.compile and not policy.is_staged)
+        ways = in_torch(policy, compiles=arguments.compile)
         for threads in arguments.threads:
             torch.set_num_threads(threads)
             table = Table(title=f"{arguments.run.name}, {threads} thread(s)")
