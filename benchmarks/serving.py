@@ -223,7 +223,7 @@ async def load(arm: Arm, bodies: list[bytes], times: np.ndarray, seed: int) -> P
         arm.shares.append(float(headers["x-flops-ratio"]))
         said = json.loads(content)
         said = said[0]["label"] if isinstance(said, list) else said["answer"]
-        if arm.answers.setdefault(row, said) != said:
+        if arm.answers.setdefault(row, said) != said and arm.name != DIAL:  # which answers at several points
             raise RuntimeError(f"{arm.name}: two answers to one text: {said!r} and {arm.answers[row]!r}")
 
     rows, overloaded = random.integers(len(bodies), size=len(times)), False

@@ -39,10 +39,10 @@ from sd_gym.registry import UnknownNameError
 from sd_gym.switch import first_layer_input
 from sd_gym.tasks.difficulty import means_by
 
-WARM_UP, LEAST_TIMED = 2, 3  # batches before timing; fewest timed batches
+WARM_UP, LEAST_TIMED = 2, 3  # queues before timing; fewest timed queues
 QUEUE = 64  # rows from which batches of several rows are taken
-BULK = 256  # rows that run in bulk, if no text is generated
-TIMED_SECONDS = 30.0  # after which no further batch is timed: three batches of a large backbone take minutes
+BULK = 256  # rows that run in bulk, where no text is generated
+TIMED_SECONDS = 30.0  # after which no further queue is timed: three queues of a large backbone take minutes
 
 
 def evaluate(
@@ -146,8 +146,8 @@ def time_ratio(
     size, and the dense backbone takes them by length.
 
     Passes by length and shorter inputs save time without any decision, so both are timed as controls, except in bulk.
-    After a warm-up each queue times all of them. There are as many as give ``batches`` passes, and fewer on large
-    backbones.
+    After a warm-up each queue times all of them. There are as many as give ``batches`` passes, in bulk three, and fewer
+    on large backbones.
 
     Returns:
         Medians over queues of times over the dense one: ``time_ratio``; ``dense_by_length``, the dense backbone in
@@ -161,17 +161,17 @@ def time_ratio(
     if core.has_answer_stage and isinstance(policy, DecisionPolicy):
         artefact = export(core, policy, (), {})
     random, times = np.random.default_rng(0), list[list[float]]()
-    of_texts = core.has_answer_stage and not core.backbone.head.judges_passes
-    count = 1 if batch_size == 1 else BULK if batch_size is None and not of_texts else QUEUE
-    count = min(count, len(split))
+    warm_up, least = (WARM_UP, LEAST_TIMED) if batch_size else (1, 1)
+    rows_of = 1 if batch_size == 1 else BULK if batch_size is None and not _generates(core) else QUEUE
+    count = min(rows_of, len(split))
     started, queues = time.perf_counter(), max(LEAST_TIMED, batches * (batch_size or 0) // count)
-    for number in range(queues + WARM_UP):
-        if len(times) >= LEAST_TIMED and time.perf_counter() - started > TIMED_SECONDS:
+    for number in range(queues + warm_up):
+        if len(times) >= least and time.perf_counter() - started > TIMED_SECONDS:
             break
         rows = random.integers(len(split), size=count)
         runs = _timed_runs(core, policy, artefact, split, rows, batch_size)
         dense, *others = [_seconds(run, core.backbone) for run in runs]
-        if number >= WARM_UP:
+        if number >= warm_up:
             times.append([seconds / dense for seconds in others])
     medians = [statistics.median(ratios) for ratios in zip(*times, strict=True)]
     return dict(zip_longest(("time_ratio", "dense_by_length", "dense_shortened"), medians))
@@ -195,26 +195,26 @@ def _timed_runs(
     unseen.passes.most = again.passes.most = size
     parts = np.split(rows, range(size or len(rows), len(rows), size or len(rows)))
     skip_none = np.zeros((len(rows), len(core.decision_nvec)), dtype=np.int64)
-    generates = core.has_answer_stage and not backbone.head.judges_passes
+    generates = _generates(core)
 
     def dense() -> None:
         for part in parts:
             inputs, none = split.passes.inputs(part), skip_none[: len(part)]
             split.passes.generated_batch(part, none, inputs, judges=False) if generates else backbone.logits(inputs)
 
-    def by_length(passes: Passes) -> None:
-        passes.answers(everything, skip_none) if generates else list(passes.logits(everything, skip_none))
+    def grouped(passes: Passes, decisions: NDArray = skip_none) -> None:
+        passes.answers(everything, decisions) if generates else list(passes.logits(everything, decisions))
 
     def decided() -> None:
         if artefact is None:
             list(core.decided_logits(unseen, everything, policy.decide))
             return
-        known = None
+        passes, decisions = StagedPasses(unseen, artefact, known=artefact.decides_first), skip_none
         if artefact.decides_first:
             inputs = unseen.encoded.inputs(everything, backbone.model.device)
-            observed = first_layer_input(backbone.board, inputs), inputs["attention_mask"]
-            known = StagedPasses(unseen, artefact).decide_first(everything, *observed)
-        by_length(StagedPasses(unseen, artefact, decided=known))
+            first = first_layer_input(backbone.board, inputs), inputs["attention_mask"]
+            decisions = artefact.network.decide(passes.observe_first(everything, *first))[:, : skip_none.shape[1]]
+        grouped(passes, decisions)
 
     def shortened() -> None:
         for inputs in map(split.passes.inputs, parts):
@@ -223,13 +223,18 @@ def _timed_runs(
             backbone.logits({name: value if name == "labels" else value[:, columns] for name, value in inputs.items()})
 
     if size is None:
-        return [lambda: by_length(again.passes), decided]
-    runs: list[Callable[[], object]] = [dense, decided, lambda: by_length(again.passes)]
+        return [lambda: grouped(again.passes), decided]
+    runs: list[Callable[[], object]] = [dense, decided, lambda: grouped(again.passes)]
     if len(core.config.tokens.shares) == 1:
         return runs
     level = core.to_masks(core.rollout(split, rows, policy.decide)[0])[:, -1]
     share = split.tokens.kept_length(rows, level).sum() / split.encoded.source_length[rows].sum()
     return [*runs, shortened]
+
+
+def _generates(core: BackboneCore) -> bool:
+    """Whether texts are generated to be timed: the policy judges them."""
+    return core.has_answer_stage and not core.backbone.head.judges_passes
 
 
 def _seconds(run: Callable[[], object], backbone: Backbone) -> float:

@@ -59,7 +59,7 @@ def export(
         policy: A policy, the folder of a run or of ``save_pretrained``, or an id of the Hugging Face hub. All its
             operating points are written.
         folder: A new folder: a graph that decides, one that answers, their weights, the tokenizer, a manifest, a card.
-            If the policy judges the answer, also a graph for that, and one per layer from which rows go on.
+            If the policy judges the answer, also a graph for that.
         masks: Largest number of masks that the policy may decide among, since only rows of the same mask run together;
             ``sd-gym reduce`` reduces a policy of more.
         int8: Whether the masks' matrix products use 8-bit integers. Decisions stay in float32.
@@ -189,7 +189,7 @@ class _Writer:
         masks = np.concatenate([self._masks, numbers < np.array(resumed, dtype=np.int64)[:, None]])
         for number in np.flatnonzero(masks.any(axis=0)).tolist():
             pair = self._board.switches[number - 1 : number + 1]
-            follows = branches and branches[-1][-1] == number - 1 and number not in resumed
+            follows = branches and branches[-1][-1] == number - 1
             passes_through = follows and all(switch.sublayer.adds_residual for switch in pair)
             if passes_through and (masks[:, number - 1] == masks[:, number]).all():
                 branches[-1].append(number)

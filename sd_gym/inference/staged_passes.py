@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sd_gym.execution.passes import PASS_TOKENS, Passes
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.policy.artefact import SkipPolicy
+from sd_gym.policy.observations import Observations
 from sd_gym.policy.rollout import Keep, StagedRollout
 from sd_gym.switch import PassState, Switchboard
 from sd_gym.switch.context import Block
@@ -19,33 +20,29 @@ from sd_gym.switch.context import Block
 class StagedPasses(Passes):
     """Passes of a split in which a policy decides stage by stage, or on its answers alone.
 
-    Rows are grouped by length, and by their masks as far as these are known before the first layer: ``decided``, int
-    ``[n, switches + 1]`` for all rows of the split. Few rows of a pass go on, and a pass of few rows takes nearly the
-    time of one of many. So they wait for rows of other passes that go on from the same switch.
+    Rows are grouped by length, and by their decisions if these are ``known`` before the passes. Few rows of a pass go
+    on, and a pass of few rows takes nearly the time of one of many. So they wait for rows of other passes that go on
+    from the same switch.
     """
 
     def __init__(
-        self,
-        split: BackboneSplit,
-        policy: SkipPolicy,
-        first_input: nn.Module | None = None,
-        decided: NDArray | None = None,
+        self, split: BackboneSplit, policy: SkipPolicy, first_input: nn.Module | None = None, *, known: bool = False
     ) -> None:
         passes = split.passes  # without its bank: these run on the switchboard, so calls cost what they cost there
         super().__init__(split.backbone, split.instances, split.encoded, split.tokens, split.reading)
         self.most, self.longest, self.watch = passes.most, passes.longest, passes.watch
         self.generated, self.finished = passes.generated, passes.finished  # shared, as the split's costs count them
-        self._policy, self._first_input, self._decided = policy, first_input, decided
+        self._policy, self._first_input, self._known = policy, first_input, known
         self.masks = np.zeros((len(split), len(self.backbone.board) + 1), dtype=np.int64)  # the policy's decisions
         self.went_on = np.zeros(len(split), dtype=np.bool_)  # which rows went on after their answer
         self.first_generated = self.generated.copy()  # tokens of the texts before rows went on
 
     def logits(self, rows: NDArray, decisions: NDArray) -> Iterator[tuple[NDArray, Tensor, Tensor]]:
-        """Positions in ``rows``, final logits and labels, in parts; ``decisions`` are zeros."""
+        """Positions in ``rows``, final logits and labels, in parts; ``decisions``: zeros if they are not known."""
         waiting = _Waiting()
-        for picked, inputs in self.planned(rows, decisions if self._decided is None else self._decided[rows]):
+        for picked, inputs in self.planned(rows, decisions):
             given = dict(inputs)  # dropping tokens changes it
-            rollout = self._rollout(rows[picked], given, partial(self.head.kept, given))
+            rollout = self._rollout(rows[picked], given, partial(self.head.kept, given), decisions[picked])
             with rollout.deciding(inputs["attention_mask"]):
                 logits = self.backbone.logits(given)
             if self._policy.sees_answer:
@@ -72,9 +69,8 @@ class StagedPasses(Passes):
         """The final texts, and the judgement of the first ones, if the policy sees that."""
         texts, judged = np.empty(len(rows), dtype=object), np.empty((len(rows), len(self.head.judgement)))
         waiting = _Waiting()
-        known = decisions if self._decided is None else self._decided[rows]
-        for picked, inputs in self.planned(rows, known, self.longest):
-            rollout = self._rollout(rows[picked], inputs, lambda keep: keep)
+        for picked, inputs in self.planned(rows, decisions, self.longest):
+            rollout = self._rollout(rows[picked], inputs, lambda keep: keep, decisions[picked])
             deciding = rollout.deciding(inputs["attention_mask"])
             texts[picked], judged[picked] = self._generated(
                 rows[picked], inputs, deciding, judges=self._policy.sees_answer
@@ -105,11 +101,13 @@ class StagedPasses(Passes):
                 state = _joined(states, part, inputs["input_ids"].shape[1], self.head.padding_side) if states else None
                 yield positions[part], inputs, board.decide(dense, resume_from=state)
 
-    def decide_first(self, rows: NDArray, hidden: Tensor, mask: Tensor) -> NDArray:
-        """Decisions before the first layer, int64 ``[n, switches + 1]``, from its input ``[n, length, width]``."""
-        return self._rollout(rows, {}, lambda keep: keep).decide_first(hidden, mask)
+    def observe_first(self, rows: NDArray, hidden: Tensor, mask: Tensor) -> Observations:
+        """What the policy observes of rows before the first layer, whose input ``hidden`` is ``[n, length, width]``."""
+        return self._rollout(rows, {}, lambda keep: keep, None).observe_first(hidden, mask)
 
-    def _rollout(self, rows: NDArray, inputs: dict[str, Tensor], in_pass: Callable[[NDArray], Keep]) -> StagedRollout:
+    def _rollout(
+        self, rows: NDArray, inputs: dict[str, Tensor], in_pass: Callable[[NDArray], Keep], decisions: NDArray | None
+    ) -> StagedRollout:
         """Decides in a pass on these rows; ``in_pass`` maps the input's tokens that stay to those of the pass."""
         board, length = self.backbone.board, self.encoded.source_length[rows]
 
@@ -122,8 +120,8 @@ class StagedPasses(Passes):
             shown = self.encoded.inputs(rows, self.backbone.model.device)
             first = self._first_input(**shown), shown["attention_mask"]
         model, judge = (board, self.head, self.backbone.flops), partial(self.backbone.logits, inputs)
-        decided = None if self._decided is None else self._decided[rows]
-        return StagedRollout(self._policy, *model, length, keeps, judge, first, decided)
+        known = decisions if self._known else None
+        return StagedRollout(self._policy, *model, length, keeps, judge, first, known)
 
     def _record(self, rows: NDArray, rollout: StagedRollout) -> None:
         self.masks[rows], self.went_on[rows] = rollout.decisions, rollout.went_on

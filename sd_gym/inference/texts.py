@@ -96,7 +96,15 @@ class SkippingModel(TextModel):
     def _answers(self, texts: list[list[str]], dense: bool, batch_size: int | None) -> list[Answer]:
         split = self.split(texts)
         split.passes.most = batch_size
-        return self.answered(split, None if dense else self.decided_at([self.policy], split)[0])
+        if dense:
+            return self.answered(split, None)
+        if self.policy.is_staged and len(texts) == 1:  # it decides in the pass, as there is nothing to group
+            return self.answered(split, self._no_skips(split), known=False)
+        return self.answered(split, self.decided_at([self.policy], split)[0])
+
+    def _no_skips(self, split: BackboneSplit) -> NDArray:
+        """Dense decisions, int64 ``[n, switches + 1]``."""
+        return np.zeros((len(split), len(self.board) + 1), dtype=np.int64)
 
     def split(self, texts: list[list[str]]) -> BackboneSplit:
         """At least one input that is ``checked``, tokenised; DataError if one cannot be."""
@@ -113,28 +121,30 @@ class SkippingModel(TextModel):
 
         They are zeros if it decides in the pass.
         """
-        decisions = np.zeros((len(policies), len(split), len(self.board) + 1), dtype=np.int64)
+        decisions = np.stack([self._no_skips(split) for _ in policies])
         by_length = np.argsort(split.encoded.source_length, kind="stable")  # for little padding
         for part in np.split(by_length, range(BATCH, len(split), BATCH)) if self.policy.decides_first else ():
             inputs = split.encoded.inputs(part, self.model.device)
-            hidden, mask = self._first_input(inputs), inputs["attention_mask"]
+            first = self._first_input(inputs), inputs["attention_mask"]
             if self.policy.is_staged:
-                for own, policy in zip(decisions, policies, strict=True):
-                    own[part] = StagedPasses(split, policy).decide_first(part, hidden, mask)
-                continue
-            observed = self.policy.observed(hidden, mask)
+                observed = StagedPasses(split, self.policy).observe_first(part, *first)
+            else:
+                observed = self.policy.observed(*first)
             for own, policy in zip(decisions, policies, strict=True):
-                own[part] = policy.network.decide(observed)
+                own[part] = policy.network.decide(observed)[:, : own.shape[1]]
         return decisions
 
-    def answered(self, split: BackboneSplit, decided: NDArray | None) -> list[Answer]:
-        """The answers to a split's inputs under decisions ``[n, switches + 1]``; ``None``: everything runs."""
+    def answered(self, split: BackboneSplit, decided: NDArray | None, *, known: bool = True) -> list[Answer]:
+        """The answers to a split's inputs under decisions ``[n, switches + 1]``; ``None``: everything runs.
+
+        Where the policy decides in the pass, or they are not ``known``, decisions are zeros.
+        """
         rows = np.arange(len(split))
-        decisions = np.zeros((len(split), len(self.board) + 1), np.int64) if decided is None else decided
+        decisions = self._no_skips(split) if decided is None else decided
         went_on = np.zeros(len(split), dtype=np.bool_)
         if self.policy.is_staged and decided is not None:
-            known = decided if self.policy.decides_first else None
-            passes = StagedPasses(split, self.policy, self._float32_input, known)
+            known = known and self.policy.decides_first
+            passes = StagedPasses(split, self.policy, self._float32_input, known=known)
             answers = passes.answers(rows, decisions)
             decisions, went_on = passes.masks, passes.went_on
             costs, first_costs = self.costs(split), self.costs(split, passes.first_generated)

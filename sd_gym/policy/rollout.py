@@ -11,6 +11,7 @@ from sd_gym.backbones.heads import Head, reading_ratio
 from sd_gym.going_on import ANSWER
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.features import log_odds, pooled_features, stage_observation, token_observations
+from sd_gym.policy.observations import Observations
 from sd_gym.policy.resumption import Resumption
 from sd_gym.switch import FlopsModel, PassState, Switchboard
 from sd_gym.switch.context import Block
@@ -31,7 +32,7 @@ class StagedRollout:
         keeps: From token levels ``[n]`` to the tokens that the pass keeps, and their number for each input.
         judge: Runs the pass again for its logits ``[n, classes]``, where the head judges the output of a layer.
         first: Hidden states and mask that are observed before the first layer, if not those of the pass itself.
-        decided: The masks of a policy that ``decides_first``, int ``[n, switches + 1]``; ``None``: it decides here.
+        known: The masks of a policy that ``decides_first``, int ``[n, switches + 1]``; ``None``: it decides here.
     """
 
     def __init__(
@@ -44,10 +45,10 @@ class StagedRollout:
         keeps: Callable[[NDArray], tuple[Keep, NDArray]],
         judge: Callable[[], Tensor],
         first: tuple[Tensor, Tensor] | None = None,
-        decided: NDArray | None = None,
+        known: NDArray | None = None,
     ) -> None:
         self._policy, self._board, self._head, self._flops = policy, board, head, flops
-        self._length, self._keeps, self._judge, self._first, self._decided_before = length, keeps, judge, first, decided
+        self._length, self._keeps, self._judge, self._first, self._known = length, keeps, judge, first, known
         self._judges, self._answer_size = head.can_exit(board), len(head.judgement) * policy.sees_answer
         self._columns = board.decided_at(policy.stages_of_pass)
         self._passing = self._columns  # the switches of each stage at which the pass stops
@@ -67,16 +68,15 @@ class StagedRollout:
         """The context manager for the pass; ``mask`` of the input's tokens, ``[n, length]``."""
         return self._board.decide_in_pass(self._choose, list(self._passing), mask)
 
-    def decide_first(self, hidden: Tensor, mask: Tensor) -> NDArray:
-        """The masks of a policy that ``decides_first``, ``[n, switches + 1]``, from the first layer's input."""
-        self._decide(PassState("first", hidden, mask))
-        return self.decisions
+    def observe_first(self, hidden: Tensor, mask: Tensor) -> Observations:
+        """What the policy observes before the first layer, whose input ``hidden`` is ``[n, length, width]``."""
+        return self._observe(PassState("first", hidden, mask))
 
     def answered(self, judged: Tensor | NDArray) -> None:
         """Decide, by the head's judgement ``[n, values]``, which rows go on."""
         values = torch.as_tensor(judged).detach().cpu().numpy()
         self._features[:, self._features.shape[1] - self._answer_size :] = values
-        rejected = self._decided(ANSWER, self.decisions)[:, -1] == 1
+        rejected = self._policy.network.decide(self._observed(ANSWER, self.decisions))[:, -1] == 1
         self.went_on = rejected & self.decisions.any(axis=1)  # rows that skipped nothing have nothing left to run
 
     def resumable(self) -> Iterator[tuple[NDArray, PassState | None]]:
@@ -104,10 +104,19 @@ class StagedRollout:
         return self.decisions[:, self._passing[state.stage]], self.keep if state.stage == "first" else None
 
     def _decide(self, state: PassState) -> None:
-        columns, is_first = self._columns[state.stage], state.stage == "first"
+        columns, observed = self._columns[state.stage], self._observe(state)
+        decided = self._policy.network.decide(observed) if self._known is None else self._known
+        self.decisions[:, columns] = decided[:, columns]
+        if state.stage == "first":
+            self.decisions[:, -1] = decided[:, len(self._board)]
+            self.keep, self._kept = self._keeps(self.decisions[:, -1])
+
+    def _observe(self, state: PassState) -> Observations:
+        """What the policy observes at a stage of the pass."""
+        is_first = state.stage == "first"
         hidden, mask = self._first if is_first and self._first is not None else (state.hidden.detach(), state.mask)
         exits = self.decisions.copy()
-        exits[:, columns.start : -1] = 1
+        exits[:, self._columns[state.stage].start : -1] = 1
         judged = np.zeros((len(exits), self._judges + self._answer_size), dtype=np.float32)
         if self._judges and not is_first:
             confidence = self._head.confidence
@@ -117,18 +126,13 @@ class StagedRollout:
         self._features = np.concatenate([pooled_features(hidden, mask).cpu().numpy(), judged], axis=1)
         if is_first and (of_tokens := self._policy.of_tokens) is not None:
             self._tokens = token_observations(hidden, mask, *of_tokens, self._policy.longest)
-        before = self._decided_before
-        decided = self._decided(state.stage, exits) if before is None else before
-        self.decisions[:, columns] = decided[:, columns]
-        if is_first:
-            self.decisions[:, -1] = decided[:, len(self._board)]
-            self.keep, self._kept = self._keeps(self.decisions[:, -1])
+        return self._observed(state.stage, exits)
 
-    def _decided(self, stage: str, exits: NDArray) -> NDArray:
-        """Decisions at a stage, ``[n, components]``; ``exits``: the masks if all the rest is skipped."""
+    def _observed(self, stage: str, exits: NDArray) -> Observations:
+        """The observation at a stage; ``exits``: the masks ``[n, switches + 1]`` if all the rest is skipped."""
         policy = self._policy
         ranking = policy.ranking_flops(self._flops, self._length, self._kept < self._length)
         share = reading_ratio(self._head, self._flops, self._length, self._kept, exits[:, :-1], ranking)
         number = policy.network.stages.index(stage)
         observed = stage_observation(number, share, self._features, policy.mean, policy.deviation)
-        return policy.network.decide({"stage": observed, **self._tokens} if self._tokens else observed)
+        return {"stage": observed, **self._tokens} if self._tokens else observed

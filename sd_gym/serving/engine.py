@@ -153,8 +153,7 @@ class InThread:
 class TextEngine(BlockingEngine):
     """Answers with a model in torch.
 
-    If a policy has few masks, the rows of a mask run together as a smaller model. If it has many masks or decides in
-    the pass, all rows run together on the switchboard.
+    If a policy has few masks before the first layer, the rows of a mask run together, otherwise all rows.
     """
 
     model: SkippingModel
@@ -250,7 +249,7 @@ class TextEngine(BlockingEngine):
 
 
 class GraphEngine(BlockingEngine):
-    """Answers with ONNX graphs of ``sd-gym export``. Each mask is a graph, so rows of two masks never run together."""
+    """Answers with ONNX graphs of ``sd-gym export``. Each run has one mask, so rows of two masks never run together."""
 
     model: OnnxModel
 
