@@ -30,7 +30,7 @@ class Gradient(Agent):
             decisions = self.network.choose(logits, lambda choice: torch.multinomial(choice.softmax(dim=1), 1)[:, 0])
             self.observations, rewards, _, _, infos = self.env.step(decisions.numpy())
             advantage = torch.from_numpy((rewards - rewards.mean()) / (rewards.std() + 1e-8))
-            log_prob, _ = self.network.evaluate(logits, decisions)  # of each component, [n, components]
+            log_prob, _ = self.network.evaluate_decisions(logits, decisions)  # of each component, [n, components]
             self.optimizer.zero_grad()
             (-advantage * log_prob.sum(dim=1)).mean().backward()
             self.optimizer.step()

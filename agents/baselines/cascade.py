@@ -63,7 +63,7 @@ class Cascade(StaticAgent):
         policy = self.new_policy(hidden=1)
         for values in policy.parameters():
             values.zero_()
-        judged = flat_size(core.observation_space) - core.stage_observation.answer_size
+        judged = flat_size(core.observation_space) - core.stage_observer.answer_size
         policy.body[0].weight[0, judged] = SCALE
         policy.body[2].weight[0, 0] = 1
         policy.head.weight[-2, 0] = 1 / SCALE  # of accepting

@@ -48,7 +48,7 @@ class EveryOtherAgent(_FixedPolicyAgent[AgentSettings]):
         odd = [switch.index % 2 for switch in core.backbone.board.switches]
         if len(core.switch_names) < len(odd):
             raise NotApplicableError("every-other decides on each switch, but this table has only some masks")
-        mask = np.minimum([*odd, 0], core.decision_nvec - 1)  # switches that are no candidates always run
+        mask = np.minimum([*odd, 0], core.mask_nvec - 1)  # switches that are no candidates always run
         return self._constant_policy(decision_logits(core.nvec, core.from_masks(mask[None])[0], CERTAIN))
 
 

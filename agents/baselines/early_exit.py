@@ -29,7 +29,7 @@ class EarlyExit(PrivilegedAgent[AgentSettings]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if (self.env.core.decision_nvec[:-1] < 2).any():
+        if (self.env.core.mask_nvec[:-1] < 2).any():
             raise NotApplicableError("early exit skips whole layers, and the env's candidates are not all sublayers")
         if not self.env.core.can_exit:
             raise NotApplicableError(

@@ -45,7 +45,7 @@ class HullAgent(StaticAgent):
 
     def operating_points(self) -> list[Version]:
         """Masks of the hull and mixtures of them, evenly spaced in FLOPs."""
-        if not self.env.core.steps.is_whole:  # a mixture chooses a whole decision
+        if not self.env.core.stage_actions.is_whole:  # a mixture chooses a whole decision
             return super().operating_points()
         bold = self._loss > LOSSES * self.env.core.config.reward.epsilon
         last = int(bold.argmax()) if bold.any() else len(bold) - 1

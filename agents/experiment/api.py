@@ -34,7 +34,15 @@ from sd_gym.registration import config_of, is_of_table
 from sd_gym.tasks.splits import check_unchanged
 
 Policy = DecisionPolicy | str | Path | Callable[[Observations], Any]
-KEPT = ("steps", "seed", "confidence", "agent_settings", "origins", "origin_seeds", "data")  # copied from the run
+COPIED_KEYS = (
+    "steps",
+    "seed",
+    "confidence",
+    "agent_settings",
+    "origins",
+    "origin_seeds",
+    "data",
+)  # copied from the run
 
 
 def train_all(
@@ -54,7 +62,7 @@ def train_all(
 ) -> list[RunStatus]:
     """Train every agent and control on every env with the same seeds: what ``sd-gym compare ENV...`` does first.
 
-    Finished runs are kept, interrupted ones go on, and a run that fails does not stop the others.
+    Finished runs are kept, interrupted ones are continued, and a run that fails does not stop the others.
 
     Args:
         env_ids: Registered ids.
@@ -173,7 +181,7 @@ def evaluate(
             names["control"] = bool(origin and origin.description["control"])
             description = run_description(names, core.config, core.backbone, core.data, splits)
             if origin is not None and same_data:  # compare then counts it as the same seed as the run
-                description |= {key: origin.description[key] for key in KEPT if key in origin.description}
+                description |= {key: origin.description[key] for key in COPIED_KEYS if key in origin.description}
                 was = stored_config(origin.description["env_config"], str(policy))
                 description["env_config"]["reward"]["objective"] = was.reward.objective
             if select:
@@ -238,7 +246,7 @@ def _policy_like(policy: Any, flops: int | None, core: Core) -> PolicyLike | Spl
         )
 
     def decide(observations: Any) -> NDArray:
-        return core.steps.spread_seen(
+        return core.stage_actions.observed_to_decisions(
             observations, core.actions.decisions(act(observations), len(unbatched(observations)))
         )
 

@@ -23,7 +23,7 @@ from sd_gym.envs.serving.config import serving_config
 from sd_gym.registration import SERVING, config_of, plain_id
 
 CONTROLS = ("hull", "early-exit", "random", "hash", "dense")  # of every comparison, with a blind agent
-FROM = "-from-"
+FROM_INFIX = "-from-"
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _parts(name: str) -> tuple[str, str]:
     """The agent, and the agent whose run it starts from, if any."""
     if name in agent_names():
         return name, ""
-    algo, _, start = name.partition(FROM)
+    algo, _, start = name.partition(FROM_INFIX)
     return algo, start
 
 
@@ -179,5 +179,5 @@ def _blind(algos: Sequence[str]) -> list[str]:
     """The first learning agent, blind; if it starts from a run, that is a run of static masks."""
     for algo, start in map(_parts, algos):
         if not is_control(algo):
-            return [f"{BLIND}{algo}{FROM}static" if start else f"{BLIND}{algo}"]
+            return [f"{BLIND}{algo}{FROM_INFIX}static" if start else f"{BLIND}{algo}"]
     return []

@@ -40,8 +40,8 @@ from sd_gym.switch import first_layer_input
 from sd_gym.tasks.difficulty import means_by
 
 WARM_UP, LEAST_TIMED = 2, 3  # queues before timing; fewest timed queues
-QUEUE = 64  # rows from which batches of several rows are taken
-BULK = 256  # rows that run in bulk, where no text is generated
+TIMED_ROWS = 64  # rows from which batches of several rows are taken
+TIMED_BULK_ROWS = 256  # rows that run in bulk, where no text is generated
 TIMED_SECONDS = 30.0  # after which no further queue is timed: three queues of a large backbone take minutes
 
 
@@ -139,10 +139,10 @@ def time_ratio(
 ) -> dict[str, float | None]:
     """Time of deciding and the switched backbone over that of the dense one, end to end.
 
-    Single rows (``batch_size=1``), or queues of ``QUEUE`` random rows, run from tokenised texts to logits, in passes of
+    Single rows (``batch_size=1``), or queues of ``TIMED_ROWS`` random rows, run from tokenised texts to logits, in passes of
     at most ``batch_size`` rows. The dense backbone takes rows as they come, padded to the longest of a pass. With the
     policy, a queue is observed, decided on, its tokens are ranked if some are dropped, and it runs in the passes of the
-    env: by decision, and by length where that pays. In bulk (``batch_size=None``) ``BULK`` rows run in passes of any
+    env: by decision, and by length where that pays. In bulk (``batch_size=None``) ``TIMED_BULK_ROWS`` rows run in passes of any
     size, and the dense backbone takes them by length.
 
     Passes by length and shorter inputs save time without any decision, so both are timed as controls, except in bulk.
@@ -162,7 +162,7 @@ def time_ratio(
         artefact = export(core, policy, (), {})
     random, times = np.random.default_rng(0), list[list[float]]()
     warm_up, least = (WARM_UP, LEAST_TIMED) if batch_size else (1, 1)
-    rows_of = 1 if batch_size == 1 else BULK if batch_size is None and not _generates(core) else QUEUE
+    rows_of = 1 if batch_size == 1 else TIMED_BULK_ROWS if batch_size is None and not _generates(core) else TIMED_ROWS
     count = min(rows_of, len(split))
     started, queues = time.perf_counter(), max(LEAST_TIMED, batches * (batch_size or 0) // count)
     for number in range(queues + warm_up):
@@ -194,7 +194,7 @@ def _timed_runs(
     unseen, again = split.uncached(rows), split.uncached(rows)
     unseen.passes.most = again.passes.most = size
     parts = np.split(rows, range(size or len(rows), len(rows), size or len(rows)))
-    skip_none = np.zeros((len(rows), len(core.decision_nvec)), dtype=np.int64)
+    skip_none = np.zeros((len(rows), len(core.mask_nvec)), dtype=np.int64)
     generates = _generates(core)
 
     def dense() -> None:

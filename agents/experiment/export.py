@@ -34,11 +34,11 @@ def export(
         return None
     network: DecisionPolicy | TablePolicy = policy
     if exported.masks is not None or exported.projection is not None:
-        nvec = [*core.decision_nvec.tolist(), *[2] * core.has_answer_stage]
+        nvec = [*core.mask_nvec.tolist(), *[2] * core.has_answer_stage]
         network = TablePolicy(policy, nvec, core.backbone.board.names, exported.masks, exported.projection)
     env = exported.env.model_dump()
     env["reward"].pop("objective")
     card = {"env": env, "backbone": exported.backbone, **card}
     statistics = exported.mean, exported.deviation, exported.rarity, exported.protection
-    further = exported.of_tokens, exported.ranking_costs_flops, exported.context
+    further = exported.token_statistics, exported.ranking_costs_flops, exported.context
     return SkipPolicy(network, *statistics, tuple(operating_points), card, *further)

@@ -64,7 +64,9 @@ class ExportedCore(BackboneCore):
             split.passes.bank = self._graphs
         return split
 
-    def score(self, split: BackboneSplit, rows: NDArray, decisions: NDArray, seen: PassState | None = None) -> Outcome:
+    def score(
+        self, split: BackboneSplit, rows: NDArray, decisions: NDArray, resume_from: PassState | None = None
+    ) -> Outcome:
         """See ``Core.score``; a dense graph is run, too, since its answers may not be those of torch."""
         quality_ref = split.scoring.quality(rows, np.zeros_like(decisions))[1]
         return Outcome(split.scoring.run(rows, decisions), quality_ref, split.costs.flops_ratio(rows, decisions))
@@ -86,12 +88,12 @@ class ExportedPolicy:
             batch = {name: values.numpy() for name, values in inputs.items() if name != "labels"}
             number, seen = model.decide(batch)
             masks[part, :-1] = model.masks[number]
-            for mask in np.unique(number) if model.looks_at_answer else ():
+            for mask in np.unique(number) if model.has_answer_stage else ():
                 own = number == mask
                 chosen = {name: values[own] for name, values in batch.items()}
                 went_on[part[own]] = model.run_judged(mask, chosen, seen[own])[1]
-        decisions = np.pad(masks, ((0, 0), (0, int(model.looks_at_answer))))
-        if model.looks_at_answer:
+        decisions = np.pad(masks, ((0, 0), (0, int(model.has_answer_stage))))
+        if model.has_answer_stage:
             decisions[:, -1] = went_on
         return SplitDecisions(decisions, model.own_flops(length))
 

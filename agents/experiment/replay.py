@@ -18,7 +18,7 @@ from sd_gym.registry import naming_imports
 QUALITY_TOLERANCE = 1e-4  # likelihoods depend on their batch in the last bits
 FLOPS_TOLERANCE = 1e-9  # counted, not measured
 NOT_REPLAYED = ("policy_flops_counted", "decisions_hash")  # keys of a result that do not follow from decisions
-SCORES = {"quality": QUALITY_TOLERANCE, "quality_ref": QUALITY_TOLERANCE, "flops_ratio": FLOPS_TOLERANCE}
+TOLERANCES = {"quality": QUALITY_TOLERANCE, "quality_ref": QUALITY_TOLERANCE, "flops_ratio": FLOPS_TOLERANCE}
 
 
 class ReplayError(ValueError):
@@ -50,7 +50,7 @@ class RecordedInstances(NamedTuple):
     ids: list[str]
     decisions: NDArray  # masks, int64 [n, switches + 1]
     goes_on: NDArray  # which rows went on after their answer, bool [n]
-    scores: dict[str, NDArray]  # those of ``SCORES``, and flops_ratio_with_policy; float64 [n] each
+    scores: dict[str, NDArray]  # those of ``TOLERANCES``, and flops_ratio_with_policy; float64 [n] each
 
 
 def replay(folder: Path) -> Replay:
@@ -68,7 +68,7 @@ def replay(folder: Path) -> Replay:
         core = core_of_run(folder, description)
     split, file = core.split(result["split"]), folder / "instances.csv"
     rows = np.arange(len(split))
-    recorded = read_instances(file, core.decision_nvec)
+    recorded = read_instances(file, core.mask_nvec)
     _check_instances(file, recorded, split)
     try:
         decisions = core.from_masks(recorded.decisions)
@@ -80,7 +80,7 @@ def replay(folder: Path) -> Replay:
     if now != was:
         raise ReplayError(f"{file}: decisions were changed: their hash is {now}, and {was} in result.json")
     scored = score_decisions(core, split, rows, decisions)
-    for name, tolerance in SCORES.items():
+    for name, tolerance in TOLERANCES.items():
         _check_scores(file, recorded, name, scored[name], tolerance)
     # A ``PrivilegedAgent`` and ``sd_gym.evaluate`` leave no policy.
     has_policy = (folder / "policy.safetensors").exists()
@@ -106,7 +106,7 @@ def replay(folder: Path) -> Replay:
 
 
 def read_instances(file: Path, nvec: NDArray) -> RecordedInstances:
-    """The recorded instances of a run, from its ``instances.csv``; ``nvec`` is the core's ``decision_nvec``.
+    """The recorded instances of a run, from its ``instances.csv``; ``nvec`` is the core's ``mask_nvec``.
 
     Raises ``FileNotFoundError`` if there is no file, ``ValueError`` if it is damaged.
     """
@@ -114,7 +114,9 @@ def read_instances(file: Path, nvec: NDArray) -> RecordedInstances:
         raise FileNotFoundError(f"no {file.name} in {file.parent}; expected a finished run, whose decisions are there")
     with instance_rows(file) as rows:
         decisions = [_decision(row["decision"], nvec) for row in rows]
-        scores = {name: np.array([float(row[name]) for row in rows]) for name in (*SCORES, "flops_ratio_with_policy")}
+        scores = {
+            name: np.array([float(row[name]) for row in rows]) for name in (*TOLERANCES, "flops_ratio_with_policy")
+        }
         goes_on = np.array([row["goes_on"] == "True" for row in rows])
         return RecordedInstances([row["id"] for row in rows], np.array(decisions, dtype=np.int64), goes_on, scores)
 

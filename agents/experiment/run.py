@@ -96,7 +96,7 @@ def train(
         steps: Decisions to learn from.
         seed: Seed of the agent and of the drawn instances.
         confidence: One-sided confidence of the guarantee that the selected policy loses less than ``epsilon``.
-        resume: Whether to go on with an interrupted run.
+        resume: Whether to continue an interrupted run.
         imports: Modules and files that register what the run needs; errors name them if they are missing later.
         on_progress: Called after each rollout with (steps so far, figures to show).
         settings: Keys of the env's config and settings of the agent.
@@ -148,7 +148,7 @@ def _unfinished_run(folder: Path, resume: bool) -> dict[str, Any] | None:
     if (folder / "result.json").exists():
         raise FileExistsError(f"{folder} holds a finished run; choose another --output")
     if not resume:
-        raise FileExistsError(f"{folder} holds an interrupted run; go on with --resume, or choose another --output")
+        raise FileExistsError(f"{folder} holds an interrupted run; continue with --resume, or choose another --output")
     return description
 
 
@@ -294,7 +294,7 @@ def _reduced(policy: DecisionPolicy, codebook: int, core: Core) -> DecisionPolic
 
     for rows in batches if policy.channels is None else batches[:1]:  # tokens of one batch fit into memory
         core.rollout(train, rows, decide)
-    return policy.reduced(codebook, joined(observed), core.steps.components)
+    return policy.reduced(codebook, joined(observed), core.stage_actions.components)
 
 
 def _finish(

@@ -142,7 +142,7 @@ class Selection:
     def origin(self) -> DecisionPolicy | TablePolicy | None:
         """The policy that the selected point is a version of; if dense is selected, that of the first tested point."""
         version = self.selected or next((version for version, _ in self.tested), None)
-        of = None if version is None else version.of
+        of = None if version is None else version.origin
         return of if isinstance(of, DecisionPolicy | TablePolicy) else None
 
     def operating_points(self) -> list[OperatingPoint]:
@@ -156,7 +156,7 @@ class Selection:
         own = [
             (version, result)
             for version, result in self.tested
-            if version is self.selected or (version.of is not None and version.of is origin)
+            if version is self.selected or (version.origin is not None and version.origin is origin)
         ]
         for version, result in [*self._cautious(own), *own]:
             values = result.loss, result.highest_loss, result.flops_ratio, result.passed
@@ -189,7 +189,7 @@ class Selection:
         epsilon = core.config.reward.epsilon * (UNLABELLED if core.config.data.policy_labels == "dense" else 1)
         rows = few if core.is_staged and core.config.table is None else policy_rows(core)
         paths = []
-        for _, path in groupby(points, key=lambda version: id(version if version.of is None else version.of)):
+        for _, path in groupby(points, key=lambda version: id(version if version.origin is None else version.origin)):
             versions = list(path)
             if len(versions) > 1:
                 end = bisect_left(
@@ -208,7 +208,7 @@ class Selection:
         # Variants of one policy do not exclude each other: on rows that it has learned on, its bold versions may seem
         # to lose less than they do.
         firsts = [path[0].version for path in paths]
-        policies = [id(version if version.learned is None else version.learned) for version in firsts]
+        policies = [id(version if version.variant_of is None else version.variant_of) for version in firsts]
         number = np.repeat(np.unique(policies, return_inverse=True)[1], [len(path) for path in paths])
         flops, most = np.array([point.flops for point in points]), PASSES if self.core.config.table is None else POINTS
         return [points[index].version for index in sequence(flops, losses, number, most)]

@@ -23,8 +23,7 @@ from sd_gym.envs.exact import REFERENCES, hull, oracle
 from sd_gym.envs.protocols import Core
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.table import table_core
-from sd_gym.envs.table_files import MOST_MASKS
-from sd_gym.envs.table_files import read_description as read_table
+from sd_gym.envs.table_files import MOST_MASKS, read_table
 from sd_gym.envs.tabulate import TableMaker, Units, by_falling_flops
 from sd_gym.files import write_json
 from sd_gym.going_on import stages_of_pass
@@ -33,7 +32,9 @@ from sd_gym.registration import config_of
 TABLE = "SD/Table-v0"  # the env that takes any table
 PATH_INSTANCES = 400  # training instances for the search of a path
 CHOICES = "all, layers, random:N, path, codebook or codebook:FILE"
-AHEAD = 0.05  # full information saves this share of the FLOPs more than the hull if there is anything to learn
+LEAST_ADVANTAGE = (
+    0.05  # full information saves this share of the FLOPs more than the hull if there is anything to learn
+)
 
 
 def tabulate(
@@ -73,7 +74,7 @@ def tabulate(
             texts.
         bf16: Whether the backbone computes in bfloat16 (``torch.autocast``), which is nearly twice as fast.
         references: Whether to write the references of the table (``references.json``); see ``write_references``.
-        resume: Whether to go on with an interrupted table.
+        resume: Whether to continue an interrupted table.
         jobs: Processes, of one thread each; 1: this process. With more, guard your script by
             ``if __name__ == "__main__":``.
         ray: Address of a Ray cluster that runs them instead; see ``sd_gym.train_all``.
@@ -98,7 +99,7 @@ def tabulate(
     # A core keeps what it has computed. What it computes in bfloat16 must not get into the envs of this process.
     core = BackboneCore(config) if bf16 else shared_core(config)
     with torch.autocast(torch.device(config.backbone.device).type, torch.bfloat16, enabled=bf16):
-        few = number_of_decisions(core.decision_nvec) <= MOST_MASKS
+        few = number_of_decisions(core.mask_nvec) <= MOST_MASKS
         asked = [decisions] if isinstance(decisions, str) else list(decisions or ())
         asked = asked or ["path" if core.is_staged else "all" if few else "random:64"]
         masks = ways = units = None
@@ -143,7 +144,7 @@ def _config(env_or_run: str, settings: dict[str, Any], instances: int | None) ->
 
 def _chosen(core: Core, asked: Sequence[str], seed: int) -> NDArray:
     """Different masks, ``[masks, switches + 1]``, by falling FLOPs, the dense one first; raises like ``_choice``."""
-    dense = np.zeros((1, len(core.decision_nvec)), dtype=np.int64)
+    dense = np.zeros((1, len(core.mask_nvec)), dtype=np.int64)
     chosen = (core.to_masks(_choice(core, choice, seed)) for choice in asked)
     masks = np.unique(np.concatenate([dense, *chosen]), axis=0)
     return masks[by_falling_flops(core, masks)]
@@ -182,7 +183,7 @@ def _choice(core: Core, asked: str, seed: int) -> NDArray:
     """The masks of a value of ``decisions``; raises ``ValueError`` if it is malformed."""
     kind, _, value = asked.partition(":")
     if kind == "random" and value.isdecimal() and int(value) > 0:
-        return random_masks(core.decision_nvec, int(value), seed)
+        return random_masks(core.mask_nvec, int(value), seed)
     if asked == "path":
         return greedy_path(core, core.split("train"), policy_rows(core, PATH_INSTANCES))
     if asked == "layers":
@@ -196,14 +197,14 @@ def _choice(core: Core, asked: str, seed: int) -> NDArray:
         name = value or core.config.codebook
         if name is None:
             raise ValueError(f"{core.config.id} has no codebook; name one: codebook:FILE")
-        masks = read_masks(codebook_file(name), core.decision_nvec)
-        decided = np.concatenate(core.steps.components[: len(stages_of_pass(core.stages))]).astype(int)
+        masks = read_masks(codebook_file(name), core.mask_nvec)
+        decided = np.concatenate(core.stage_actions.components[: len(stages_of_pass(core.stages))]).astype(int)
         if core.is_staged and np.delete(masks, decided, axis=1).any():
             raise ValueError(f"{asked} has masks that skip before the first of the stages {core.stages}; add 'first'")
         return masks
     if asked == "all":
         raise ValueError(
-            f"{core.config.id} has {number_of_decisions(core.decision_nvec):,} decisions; a table has all where "
+            f"{core.config.id} has {number_of_decisions(core.mask_nvec):,} decisions; a table has all where "
             f"there are at most {MOST_MASKS:,}, and 'all' stands alone: choose some with random:N, path or codebook"
         )
     raise ValueError(f"--decisions: expected {CHOICES}, got {asked!r}")
@@ -239,6 +240,6 @@ def write_references(env_id: str, **settings: Any) -> dict[str, Any]:
     at = {name: [curve.at(loss) for loss in losses] for name, curve in curves.items()}
     ahead = max(masks - full for masks, full in zip(at["hull"][1:], at["full_information"][1:], strict=True))
     corners = {name: {"loss": curve.loss, "flops": curve.flops} for name, curve in curves.items()}
-    references = {"losses": losses, **at, "negative_control": ahead < AHEAD, "curves": corners}
+    references = {"losses": losses, **at, "negative_control": ahead < LEAST_ADVANTAGE, "curves": corners}
     write_json(core.folder / REFERENCES, references)
     return references

@@ -151,7 +151,7 @@ class ImitationAgent(Agent[ImitationSettings]):
         """Let the answer stage read FLOPs and the head's judgement only: learning from its text takes more rows."""
         core = self.env.core
         flat, read = flat_size(core.observation_space), torch.zeros(network.features)
-        read[: len(core.stages) + 1] = read[flat - core.stage_observation.answer_size : flat] = 1
+        read[: len(core.stages) + 1] = read[flat - core.stage_observer.answer_size : flat] = 1
         weight = network.body.of_stage[-1][0].weight
         weight.mul_(read)
         weight.register_hook(lambda gradient: gradient * read)
@@ -178,8 +178,8 @@ class ImitationAgent(Agent[ImitationSettings]):
         *bolder, last = self.priced
         # Even the highest price may lose too much; without more cautious points dense would then be selected.
         cautious = [version for version in versions(self.env.core, last) if version.margin >= 0]
-        points = cautious + [Version(policy, of=policy) for policy in bolder]
-        priced = [point._replace(learned=self.network) for point in points]
+        points = cautious + [Version(policy, origin=policy) for policy in bolder]
+        priced = [point._replace(variant_of=self.network) for point in points]
         return priced if self.static is None else priced + versions(self.env.core, self.static)
 
     def _outputs(self, network: nn.Module, rows: NDArray) -> Tensor:

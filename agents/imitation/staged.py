@@ -29,7 +29,7 @@ from sd_gym.switch import PassState
 COMBINATIONS = 64  # at most
 TREES, RATE = 100, 0.05  # of boosting
 FOLDS = 5
-SPREAD = 1e-2  # price of squared log-probabilities, so that a way that seems bad at first can still be learned
+LOG_PROB_WEIGHT = 1e-2  # price of squared log-probabilities, so that a way that seems bad at first can still be learned
 
 
 class Stage(NamedTuple):
@@ -57,7 +57,7 @@ def ways_of_stages(core: Core, path: NDArray) -> list[NDArray]:
     are left out if they follow each other, as on a path, where the dense one is first.
     """
     parts = []
-    for components in core.steps.components[: len(stages_of_pass(core.stages))]:
+    for components in core.stage_actions.components[: len(stages_of_pass(core.stages))]:
         ways = np.zeros_like(path)
         ways[:, components] = path[:, components]
         parts.append(ways[np.append(True, (ways[1:] != ways[:-1]).any(axis=1))])
@@ -93,18 +93,18 @@ class Combinations:
     @property
     def codebook(self) -> Tensor | None:
         """The ways of all stages, int64 ``[ways, components]``; ``None`` if each stage has a single component."""
-        if all(len(components) == 1 for components in self.core.steps.components):
+        if all(len(components) == 1 for components in self.core.stage_actions.components):
             return None
         return torch.cat([stage.ways for stage in self.stages])
 
     def objective(self, policy: DecisionPolicy, chosen: Tensor | slice, price: float) -> Tensor:
         """The loss of a policy on instances, at the price of a lost instance: mean ``costs`` and a regulariser.
 
-        The regulariser is ``SPREAD`` times the squared log-probabilities. Without it the probabilities of ways that
+        The regulariser is ``LOG_PROB_WEIGHT`` times the squared log-probabilities. Without it the probabilities of ways that
         seem bad at first, and so their gradients, vanish before the policy can tell for which inputs they are good.
         """
         log_probs = self.log_probs(policy, chosen)
-        return self.costs(log_probs, chosen, price).mean() + SPREAD * sum(
+        return self.costs(log_probs, chosen, price).mean() + LOG_PROB_WEIGHT * sum(
             log_prob.square().mean() for log_prob in log_probs
         )
 
@@ -153,7 +153,7 @@ class Combinations:
         core, ways = self.core, ways_of_stages(self.core, self.path)
         numbers = combinations_of([len(of_stage) for of_stage in ways], np.random.default_rng(self.seed))
         stages, decided = list[Stage](), np.zeros((len(numbers), len(core.nvec)), dtype=np.int64)
-        for components, of_stage, way in zip(core.steps.components, ways, numbers.T, strict=False):
+        for components, of_stage, way in zip(core.stage_actions.components, ways, numbers.T, strict=False):
             own = np.full_like(of_stage, -1)
             own[:, components] = of_stage[:, components]
             earlier, before = np.unique(decided, axis=0, return_inverse=True)
@@ -196,7 +196,7 @@ class Combinations:
         stage, core = self.stages[number], self.core
         before = int(stage.before[some[0]])
         decided = np.tile(stage.earlier[before], (len(rows), 1))
-        observed, state = core.stage_observation.observe(self._split, rows, number, decided, state)
+        observed, state = core.stage_observer.observe(self._split, rows, number, decided, state)
         flat = to_tensors(observed["stage"] if isinstance(observed, dict) else observed)
         seen[number][before] = blinded(flat, core.stages) if self.blind else flat
         for way in np.unique(stage.way[some]):

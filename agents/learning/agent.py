@@ -303,7 +303,7 @@ class Agent(BaseAgent[SettingsT]):
         staged, core = self.new_policy(), self.env.core
         _check_start(start, staged, folder, ("nvec", "switches", "network", "hidden", "channels"))
         before = len(staged.stages) + 1  # numbers in front of the first stage's features
-        expected = staged.token_width or staged.observation_size - before - core.stage_observation.judges
+        expected = staged.token_width or staged.observation_size - before - core.stage_observer.judges
         if start.observation_size != expected:
             raise ValueError(
                 f"the policy in {folder} cannot be a start here: it observes {start.observation_size} features, "

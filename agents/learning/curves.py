@@ -4,11 +4,11 @@ from typing import Any
 
 from stable_baselines3.common.logger import Logger
 
-POINTS = 100  # most points of a curve
+MAX_POINTS = 100  # most points of a curve
 
 
 class CurveLogger(Logger):
-    """Writes to another logger's outputs, at most ``POINTS`` times; a point is the mean since the last one.
+    """Writes to another logger's outputs, at most ``MAX_POINTS`` times; a point is the mean since the last one.
 
     Args:
         logger: The logger with the outputs.
@@ -34,4 +34,4 @@ class CurveLogger(Logger):
             super().dump(decisions)
 
     def _points(self, decisions: int) -> int:
-        return decisions * POINTS // self._total
+        return decisions * MAX_POINTS // self._total

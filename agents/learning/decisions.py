@@ -20,7 +20,7 @@ from sd_gym.switch import PassState
 
 PolicyT = TypeVar("PolicyT", bound=DecisionPolicy | TablePolicy)
 BATCH = 256
-POINTS = 40  # versions of a policy, at most
+MAX_VERSIONS = 40  # versions of a policy, at most
 # Margins in log-odds, for policies whose preferences take a pass to compute.
 MARGINS = (
     *(-20.0, -12.0, -8.0, -6.0, -4.5, -3.0),
@@ -103,8 +103,8 @@ class Version(NamedTuple):
 
     policy: PolicyLike | SplitPolicy
     margin: float = 0.0  # in log-odds, from the policy that it is a version of; higher skips less
-    of: Any = None  # that policy; its versions are neighbours in a list, the most cautious one first
-    learned: Any = None  # the trained policy that several paths are variants of; None: the path has no variants
+    origin: Any = None  # that policy; its versions are neighbours in a list, the most cautious one first
+    variant_of: Any = None  # the trained policy that several paths are variants of; None: the path has no variants
 
 
 def versions(core: Core, policy: DecisionPolicy | TablePolicy) -> list[Version]:
@@ -118,7 +118,7 @@ def versions(core: Core, policy: DecisionPolicy | TablePolicy) -> list[Version]:
         sees_answer = core.has_answer_stage and not policy.blind
         if sees_answer or (not core.is_staged and policy.codebook is None):
             preferences = _preferences(core, policy)
-            quantiles = np.quantile(preferences[np.isfinite(preferences)], np.linspace(0, 1, POINTS - 1))
+            quantiles = np.quantile(preferences[np.isfinite(preferences)], np.linspace(0, 1, MAX_VERSIONS - 1))
             margins = np.unique([0.0, *quantiles]).tolist()
     return [Version(policy.with_margin(margin), margin, policy) for margin in margins[::-1]]
 

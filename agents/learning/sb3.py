@@ -34,7 +34,7 @@ from sd_gym.policy.token_encoder import TokenEncoder
 # Weight of the critic's loss. Actor and critic share no layer, but the library clips their gradients together. At its
 # default weight, 0.5, the critic's error on a lost instance (a reward of -20) would leave almost no step for the actor.
 VALUE_WEIGHT = 0.02
-NEVER = -1e9  # logit of a choice that a stage does not have
+IMPOSSIBLE_LOGIT = -1e9  # logit of a choice that a stage does not have
 
 
 class StageConditioned(nn.Module):
@@ -54,7 +54,7 @@ class StageHead(nn.Module):
 
     Components that a stage does not decide have certain choices, which add nothing to log-probabilities and entropy.
     ``places`` are the indices of an action's choices in the logits of ``head``, int64 ``[stages, choices]``
-    (``Steps.logit_indices``).
+    (``StageActions.logit_indices``).
     """
 
     places: torch.Tensor
@@ -68,7 +68,7 @@ class StageHead(nn.Module):
         """Logits ``[n, choices]`` of the features ``[n, stages + width]`` that ``StageConditioned`` returns."""
         stages = len(self.places)
         logits = self.head(latent[:, stages:])
-        certain = logits.new_tensor([0.0, NEVER]).expand(len(logits), 2)
+        certain = logits.new_tensor([0.0, IMPOSSIBLE_LOGIT]).expand(len(logits), 2)
         return torch.cat([logits, certain], dim=1).gather(1, self.places[latent[:, :stages].argmax(dim=1)])
 
 
@@ -207,7 +207,7 @@ class SB3Agent(Agent[SB3SettingsT]):
         settings, core = self.settings, self.env.core
         policy: str | type[ActorCriticPolicy] = "MlpPolicy" if self.channels is None else "MultiInputPolicy"
         own: dict[str, Any] = {}
-        places, n_logits = core.steps.logit_indices()
+        places, n_logits = core.stage_actions.logit_indices()
         if settings.network is not None or places is not None:
             policy = DecisionActorCritic
             own = {"network": settings.network, "places": places, "n_logits": n_logits, "per_stage": self.per_stage}

@@ -11,7 +11,7 @@ from sd_gym.envs.protocols import Core
 from sd_gym.policy import blinded
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 
-OVERFITTING = 50  # decisions per row at which PPO and A2C begin to overfit
+OVERFITTING_DECISIONS = 50  # decisions per row at which PPO and A2C begin to overfit
 
 
 class ObservationVecEnv(VecEnvWrapper):
@@ -49,12 +49,12 @@ def noise_deviation(core: Core, split_name: str, noise: float | None, decisions:
     Args:
         core: The env's core. Only flat observations before the first layer have noise.
         split_name: The split to learn on.
-        noise: In deviations of each feature; ``None``: 1.0 with ``OVERFITTING`` decisions per row or more, else 0.
+        noise: In deviations of each feature; ``None``: 1.0 with ``OVERFITTING_DECISIONS`` decisions per row or more, else 0.
         decisions: Decisions of the whole run.
     """
     split = core.split(split_name)
     if noise is None:
-        noise = float(decisions >= OVERFITTING * len(split))
+        noise = float(decisions >= OVERFITTING_DECISIONS * len(split))
     space = core.observation_space
     if not noise or core.stages != ["first"] or not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
         return None

@@ -31,7 +31,7 @@ def staged_from_single(
     observed: list[list[Tensor]] = [[] for _ in staged.stages]
     targets = torch.cat([_rollout(start, core, split, part, pooled, observed) for part in row_batches(core, rows)])
     component = np.repeat(np.arange(len(core.nvec)), core.nvec)  # of each logit
-    for layers, of_stage, components in zip(later, observed[1:], core.steps.components[1:], strict=True):
+    for layers, of_stage, components in zip(later, observed[1:], core.stage_actions.components[1:], strict=True):
         inputs, own = torch.cat(of_stage), torch.from_numpy(np.isin(component, components))
         optimizer = torch.optim.AdamW(layers.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         for _ in range(STEPS):

@@ -220,7 +220,9 @@ class ReinforceAgent(Agent[ReinforceSettings]):
 
     def _update(self, sampled: SampledDecisions, mean_loss: float, rate: float, logger: Logger) -> None:
         """One step down both gradients; ``mean_loss`` is the mean quality loss of the rollout."""
-        log_prob, entropy = self.network.evaluate(sampled.logits, sampled.decisions, self.settings.exploration)
+        log_prob, entropy = self.network.evaluate_decisions(
+            sampled.logits, sampled.decisions, self.settings.exploration
+        )
         log_prob, entropy = log_prob.sum(dim=1).view_as(sampled.loss), entropy.mean()
         f_halves = self._halves(log_prob * leave_one_out(sampled.flops))
         q_halves = self._halves(log_prob * leave_one_out(sampled.loss))
@@ -262,7 +264,7 @@ class ReinforceAgent(Agent[ReinforceSettings]):
         decisions, state = core.rollout(self._split, np.tile(rows, self.settings.samples), decide)
         component = np.repeat(np.arange(len(core.nvec)), core.nvec)  # of each logit
         logits = dense_logits(core.nvec)  # switches before the first stage run
-        for components, of_stage in zip(core.steps.components, of_stages, strict=True):
+        for components, of_stage in zip(core.stage_actions.components, of_stages, strict=True):
             logits = torch.where(torch.from_numpy(np.isin(component, components)), of_stage, logits)
         return logits, torch.from_numpy(decisions), state, torch.stack(observed, dim=1)
 

@@ -56,7 +56,7 @@ class StagedForesight(Foresight):
         self._memory = MEMORY // (len(core.stages) * size)
         self._tokens = tokens
         self._own = torch.zeros(len(core.stages), len(core.nvec), dtype=torch.bool)  # the components of each stage
-        for own, components in zip(self._own, core.steps.components, strict=True):
+        for own, components in zip(self._own, core.stage_actions.components, strict=True):
             own[torch.from_numpy(components)] = True
         self._before = self._own.cumsum(dim=0) - self._own.long()  # and those of earlier stages
         self._component = torch.from_numpy(np.repeat(np.arange(len(core.nvec)), core.nvec))  # of each logit

@@ -155,7 +155,7 @@ def number_of_decisions(nvec: Array) -> int:
     return math.prod(int(size) for size in nvec)
 
 
-class Steps:
+class StageActions:
     """Which components of a decision each step of an episode makes, and their places in an action.
 
     All steps have the same action space, that of the largest step. Components that a step lacks are ignored; a choice
@@ -189,7 +189,7 @@ class Steps:
         components = self.components[stage]
         decisions[:, components] = choices[:, components]
 
-    def spread(self, stage: Array, choices: Array) -> Array:
+    def to_decisions(self, stage: Array, choices: Array) -> Array:
         """Actions as decisions, int64 ``[n, components]``: zeros where the ``stage [n]`` of a row decides nothing."""
         if self.is_whole:
             return choices
@@ -200,12 +200,12 @@ class Steps:
             spread[at, components] = np.minimum(choices[at, self._places[number]], self._nvec[components] - 1)
         return spread
 
-    def spread_seen(self, observations: Any, choices: Array) -> Array:
-        """``spread`` with the stages read from observations, which begin with the stage, one-hot."""
+    def observed_to_decisions(self, observations: Any, choices: Array) -> Array:
+        """``to_decisions`` with the stages read from observations, which begin with the stage, one-hot."""
         if self.is_whole:
             return choices
         flat = observations["stage"] if isinstance(observations, dict) else observations
-        return self.spread(flat[:, : len(self.components)].argmax(axis=1), choices)
+        return self.to_decisions(flat[:, : len(self.components)].argmax(axis=1), choices)
 
     def logit_indices(self) -> tuple[Array | None, int]:
         """Indices of an action's choices in a decision's N logits, int64 ``[stages, sum(choices)]``; and N.

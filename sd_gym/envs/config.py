@@ -9,7 +9,7 @@ import yaml
 from yaml.composer import ComposerError
 
 from sd_gym.config import KEYS, ConfigError, EnvConfig, dotted, stored_config
-from sd_gym.envs.table_files import read_description, table_folder
+from sd_gym.envs.table_files import read_table, table_folder
 from sd_gym.errors import one_line, short
 from sd_gym.objectives import Objective
 from sd_gym.registration import CONFIG_FOLDER
@@ -51,7 +51,7 @@ def _table_config(values: dict[str, Any], origin: str) -> EnvConfig:
         )
     if not isinstance(values["table"], str | Path):
         raise ConfigError(f"{origin}: config key 'table': expected the folder of a table; got {short(values['table'])}")
-    original = dotted(read_description(table_folder(values["table"]))["env_config"], f"the table {values['table']}")
+    original = dotted(read_table(table_folder(values["table"]))["env_config"], f"the table {values['table']}")
     given = {key: value for key, value in values.items() if value is not None}
     config = stored_config({**original, **given}, origin)
     before = dotted(stored_config({**original, "id": config.id, "table": config.table}, origin).model_dump())

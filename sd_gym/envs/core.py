@@ -14,16 +14,16 @@ from torch import Tensor
 from sd_gym.backbones import load_backbone
 from sd_gym.backbones.load import BUNDLED
 from sd_gym.config import ConfigError, EnvConfig
-from sd_gym.envs.actions import Steps, actions_of
+from sd_gym.envs.actions import StageActions, actions_of
 from sd_gym.envs.export import Export
 from sd_gym.envs.protocols import Core, Observations
-from sd_gym.envs.spaces import FirstObservation, Observation, Pooled, Tokens
-from sd_gym.envs.staged import StageObservation
+from sd_gym.envs.spaces import FirstStageObserver, Observation, Pooled, Tokens
+from sd_gym.envs.staged import BackboneStageObserver
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.files import file_states
 from sd_gym.going_on import ANSWER, answer_masks, stages_of_pass
 from sd_gym.policy.artefact import tokenizer_hash
-from sd_gym.policy.protected_tokens import ProtectedTokens
+from sd_gym.policy.token_rule import TokenRule
 from sd_gym.registration import OBSERVATIONS
 from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.metrics import METRICS
@@ -67,12 +67,12 @@ class BackboneCore(Core[BackboneSplit]):
         # A switch has 2 choices, or 1 (to run) if its kind is not among the candidates. The token level is last.
         choices = [1 + (switch.sublayer.kind in config.candidates) for switch in board.switches]
         mask = [*choices, len(tokens.shares)]
-        self.decision_nvec = np.array(mask, dtype=np.int64)
+        self.mask_nvec = np.array(mask, dtype=np.int64)
         self.nvec = np.array([*mask, *[2] * answers], dtype=np.int64)
         self._ranking = RANKINGS.find(tokens.ranking) if len(tokens.shares) > 1 else None  # no token is dropped
         self.highest_flops_ratio = 1.0 + answers + bool(self._ranking and self._ranking.costs_flops)
-        self.steps = self._steps()
-        self.actions = actions_of(config, self.steps.choices)
+        self.stage_actions = self._stage_actions()
+        self.actions = actions_of(config, self.stage_actions.choices)
         self.observation: Observation = OBSERVATIONS.find(config.observation)(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -84,25 +84,25 @@ class BackboneCore(Core[BackboneSplit]):
         """Whether the head can judge the output of any layer."""
         return self.backbone.head.can_exit(self.backbone.board)
 
-    def _steps(self) -> Steps:
+    def _stage_actions(self) -> StageActions:
         """Each stage decides its switches, which are first in an action; ``first`` also the token level, which is last.
 
         At ``answer`` the first component of an action is whether to go on.
         """
-        level = len(self.decision_nvec) - 1
+        level = len(self.mask_nvec) - 1
         others = {"first": [level], ANSWER: [level + 1]}  # components that are no switches
         stages = zip(self.stages, self.columns, strict=True)
         own = [np.array([*range(at.start, at.stop), *others.get(name, ())], dtype=np.int64) for name, at in stages]
-        return Steps(own, self.nvec, level=level)
+        return StageActions(own, self.nvec, level=level)
 
     @cached_property
-    def stage_observation(self) -> StageObservation | FirstObservation:
+    def stage_observer(self) -> BackboneStageObserver | FirstStageObserver:
         """The observations at the stages."""
-        return StageObservation(self, self.columns) if self.is_staged else FirstObservation(self)
+        return BackboneStageObserver(self, self.columns) if self.is_staged else FirstStageObserver(self)
 
     def to_masks(self, decisions: Array) -> Array:
         """Decisions ``[n, components]`` as masks, int64 ``[n, switches + 1]``: without going on."""
-        return np.array(decisions[:, : len(self.decision_nvec)], dtype=np.int64)
+        return np.array(decisions[:, : len(self.mask_nvec)], dtype=np.int64)
 
     def from_masks(self, masks: Array) -> Array:
         """Masks ``[n, switches + 1]`` as decisions, int64 ``[n, components]``, whose answers are accepted."""
@@ -146,8 +146,8 @@ class BackboneCore(Core[BackboneSplit]):
             "token_types": train.encoded.token_type_ids is not None,
         }
         context = train.encoded.context_mask if self.has_answer_stage else None  # spans alone have a context
-        stages = self.stage_observation
-        is_staged = isinstance(stages, StageObservation)
+        stages = self.stage_observer
+        is_staged = isinstance(stages, BackboneStageObserver)
         statistics = stages if is_staged else observation
         return Export(
             config,
@@ -155,15 +155,13 @@ class BackboneCore(Core[BackboneSplit]):
             statistics.mean,
             statistics.deviation,
             rarity=train.rarity if ranking is not None and ranking.needs_rarity else None,
-            protection=None if ranking is None else _droppable_rule(train, train.tokens.droppable),
-            of_tokens=(observation.mean, observation.deviation)
+            protection=None if ranking is None else _rule_for(train, train.tokens.droppable),
+            token_statistics=(observation.mean, observation.deviation)
             if is_staged and isinstance(observation, Tokens)
             else None,
             ranking_costs_flops=ranking is not None and ranking.costs_flops,
             # Without the first token, which stands for no answer.
-            context=None
-            if context is None
-            else _droppable_rule(train, np.pad(context.numpy()[:, 1:], ((0, 0), (1, 0)))),
+            context=None if context is None else _rule_for(train, np.pad(context.numpy()[:, 1:], ((0, 0), (1, 0)))),
         )
 
     def decided_logits(
@@ -183,7 +181,7 @@ class BackboneCore(Core[BackboneSplit]):
             yield np.zeros(1, dtype=np.int64), *one
             return
         decisions, state = self.rollout(split, rows, decide)
-        decisions = answer_masks(decisions, len(self.decision_nvec))
+        decisions = answer_masks(decisions, len(self.mask_nvec))
         if state is None:
             yield from split.passes.logits(rows, decisions)
         else:
@@ -207,13 +205,13 @@ def _backbone_core(config: EnvConfig, found: tuple[Any, ...], read: tuple[Any, .
     return BackboneCore(config)
 
 
-def _droppable_rule(train: BackboneSplit, tokens: Array) -> ProtectedTokens | None:
+def _rule_for(train: BackboneSplit, tokens: Array) -> TokenRule | None:
     """The rule by which exactly ``tokens``, bool ``[n, longest]``, may be dropped; ``None``: there is none."""
     tokenizer = train.backbone.tokenizer
     added = tokenizer("", "").input_ids  # tokens around texts and between them
     separator = added[-1] if added else None
     encoded = train.encoded
-    return ProtectedTokens.find(encoded.input_ids, encoded.source_length, tokens, sorted(set(added)), separator)
+    return TokenRule.find(encoded.input_ids, encoded.source_length, tokens, sorted(set(added)), separator)
 
 
 # A copy of a split is the shared split of the shared core.

@@ -55,8 +55,8 @@ class Episodes:
         self._split = split
 
     @property
-    def texts(self) -> BackboneSplit:
-        """The split, which has texts: ``check_shown`` has refused tables."""
+    def backbone_split(self) -> BackboneSplit:
+        """The split, which has texts: ``check_render_mode`` has refused tables."""
         return cast("BackboneSplit", self.split)
 
     @property
@@ -75,7 +75,7 @@ class Episodes:
 
         ``choices`` are int64 ``[all episodes, components]``; components that a stage does not have are ignored.
         """
-        self.decisions[envs] += self.core.steps.spread(self.stage[envs], choices[envs])  # 0 until then
+        self.decisions[envs] += self.core.stage_actions.to_decisions(self.stage[envs], choices[envs])  # 0 until then
         self.stage[envs] += 1
         self._known[envs] = self.over[envs]  # an ended episode keeps its last observation
 
@@ -137,7 +137,7 @@ class Episodes:
             together, state = len(at) == len(self.rows), self._state
             if not together or state is None or not number or state.stage != self.core.stages[number - 1]:
                 state = None  # nothing to go on from
-            observed, state = self.core.stage_observation.observe(
+            observed, state = self.core.stage_observer.observe(
                 self.split, self.rows[at], int(number), self.decisions[at], state
             )
             write_rows(self._observed, at, observed)

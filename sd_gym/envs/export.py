@@ -8,7 +8,7 @@ from numpy.typing import NDArray as Array
 from sd_gym.config import EnvConfig
 from sd_gym.envs.table_files import EXPORT
 from sd_gym.files import write_arrays
-from sd_gym.policy.protected_tokens import ProtectedTokens
+from sd_gym.policy.token_rule import TokenRule
 from sd_gym.projection import Projection
 
 
@@ -20,12 +20,12 @@ class Export(NamedTuple):
     mean: Array  # mean of the observations
     deviation: Array
     rarity: Array | None
-    protection: ProtectedTokens | None
+    protection: TokenRule | None
     masks: Array | None = None  # only for a table, like ``projection``
     projection: Projection | None = None
-    of_tokens: tuple[Array, Array] | None = None  # mean and deviation, if several stages show tokens
+    token_statistics: tuple[Array, Array] | None = None  # mean and deviation, if several stages show tokens
     ranking_costs_flops: bool = False
-    context: ProtectedTokens | None = None
+    context: TokenRule | None = None
 
     def write(self, folder: Path) -> None:
         """Write the arrays to the folder of a table; the rest is in its ``table.json``."""

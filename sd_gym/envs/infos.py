@@ -11,7 +11,7 @@ from sd_gym.envs.protocols import Core, Split
 from sd_gym.envs.render import Shown, as_lines, scenes
 
 
-def check_shown(render_mode: str | None, modes: Sequence[str]) -> None:
+def check_render_mode(render_mode: str | None, modes: Sequence[str]) -> None:
     """Raise ``ValueError`` for an unknown render mode, or for any if there are no modes.
 
     The latter is a ``TypeError`` too, so that ``make_vec_env`` of Stable-Baselines3 tries again without ``rgb_array``.
@@ -71,9 +71,9 @@ def chosen_rows(core: Core, n: int, options: dict[str, Any] | None) -> tuple[Spl
     if len(ids) != n:
         raise ValueError(f"expected {n} instance ids, one per env, got {len(ids)}")
     for identity in ids:
-        if identity not in split.number_of:
+        if identity not in split.row_of:
             raise ValueError(f"no instance {identity!r} in the {split.name} split; its first id is {split.ids[0]!r}")
-    return split, np.array([split.number_of[identity] for identity in ids])
+    return split, np.array([split.row_of[identity] for identity in ids])
 
 
 def info_of_one(infos: dict[str, NDArray]) -> dict[str, Any]:

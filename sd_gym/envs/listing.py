@@ -10,7 +10,7 @@ from sd_gym.config import dotted
 from sd_gym.envs.config import is_table, load_config, read_values
 from sd_gym.envs.infos import checked_split
 from sd_gym.envs.serving.config import make_serving_config
-from sd_gym.envs.table_files import naming_damage, read_description, table_folder
+from sd_gym.envs.table_files import naming_damage, read_table, table_folder
 from sd_gym.registration import SERVING, config_of
 from sd_gym.tasks.splits import Splits
 
@@ -51,7 +51,7 @@ def page_of(env_id: str) -> Page:
     file = config_of(env_id)
     values = read_values(file)
     tabulated = is_table(values)
-    description = read_description(table_folder(values["table"])) if values.get("table") is not None else None
+    description = read_table(table_folder(values["table"])) if values.get("table") is not None else None
     if description is not None:
         given = {key: value for key, value in values.items() if value is not None}
         values = {**dotted(description["env_config"], env_id), **given}

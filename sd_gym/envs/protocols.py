@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray as Array
 
 from sd_gym.config import EnvConfig
-from sd_gym.envs.actions import Actions, Steps, decisions_as_actions
+from sd_gym.envs.actions import Actions, StageActions, decisions_as_actions
 from sd_gym.going_on import ANSWER, masks_and_goes_on
 
 if TYPE_CHECKING:  # it needs torch
@@ -43,8 +43,8 @@ class Scores(Protocol):
     # The highest quality that an instance can have or lose: 1, but more if a class counts more.
     @property
     def highest(self) -> float: ...
-    # Quality under the decisions, and dense quality; the pass goes on from the state ``seen``, if given.
-    def quality(self, rows: Array, decisions: Array, seen: Any = None) -> tuple[Array, Array]: ...
+    # Quality under the decisions, and dense quality; the pass goes on from the state ``resume_from``, if given.
+    def quality(self, rows: Array, decisions: Array, resume_from: Any = None) -> tuple[Array, Array]: ...
     # Quality under the decisions; nothing is cached.
     def run(self, rows: Array, decisions: Array) -> Array: ...
     # Quality, and the likelihood of the reference (0 in a table, which has no likelihoods).
@@ -78,7 +78,7 @@ class Split(Protocol):
     @property
     def ids(self) -> Array: ...  # strings [n] of dtype object
     @property
-    def number_of(self) -> dict[str, int]: ...  # row of each instance, by its id
+    def row_of(self) -> dict[str, int]: ...  # row of each instance, by its id
     @property
     def difficulty(self) -> Array: ...  # int64 [n]; 0 if unknown
     @property
@@ -106,7 +106,7 @@ OfSplit = TypeVar("OfSplit", contravariant=True)
 S = TypeVar("S")  # the kind of split that a core makes and takes
 
 
-class StageObservations(Protocol[OfSplit]):
+class StageObserver(Protocol[OfSplit]):
     """The observations at the stages of an episode."""
 
     space: gym.Space  # of one observation
@@ -127,9 +127,9 @@ class Core(Protocol[S]):
 
     config: EnvConfig
     nvec: Array  # sizes of a decision's components, int64 [components]
-    decision_nvec: Array  # sizes of a mask's components, int64 [switches + 1]
+    mask_nvec: Array  # sizes of a mask's components, int64 [switches + 1]
     stages: list[str]  # stages of an episode, in execution order
-    steps: Steps  # which components of a decision each stage makes
+    stage_actions: StageActions  # which components of a decision each stage makes
     actions: Actions  # from actions to decisions
     observation: Any  # of the first stage; has a space, and the FLOPs of computing it
     backbone: Any  # with name, weights and board; the backbone of a table cannot run
@@ -140,11 +140,11 @@ class Core(Protocol[S]):
     @property
     def observation_space(self) -> gym.Space:
         """The space of one observation."""
-        return self.stage_observation.space
+        return self.stage_observer.space
 
     def observing_flops(self, split: Any, rows: Array, *, blind: bool) -> Array:
         """FLOPs of all observations in one episode of each row, int64 ``[n]``; judgements count even if blind."""
-        judging = self.stage_observation.judgements * split.costs.head_flops(rows)
+        judging = self.stage_observer.judgements * split.costs.head_flops(rows)
         return judging if blind else judging + self.observation.flops
 
     @property
@@ -156,7 +156,7 @@ class Core(Protocol[S]):
     def action_masks(self) -> Array:
         """Which choices of an action each stage has, bool ``[stages, choices]``."""
         if self.actions.are_decisions:
-            return self.steps.masks
+            return self.stage_actions.masks
         return np.ones((1, self.actions.nvec.sum()), dtype=np.bool_)  # bits and codebooks have one stage
 
     @cached_property
@@ -166,7 +166,7 @@ class Core(Protocol[S]):
     @property
     def n_switches(self) -> int:
         """Number of switches of the backbone."""
-        return len(self.decision_nvec) - 1
+        return len(self.mask_nvec) - 1
 
     @property
     def has_answer_stage(self) -> bool:
@@ -211,25 +211,25 @@ class Core(Protocol[S]):
         """
         decisions, state = np.zeros((len(rows), len(self.nvec)), dtype=np.int64), None
         for stage in range(len(self.stages)):
-            observations, state = self.stage_observation.observe(split, rows, stage, decisions, state)
-            self.steps.take(stage, decisions, decide(observations))
+            observations, state = self.stage_observer.observe(split, rows, stage, decisions, state)
+            self.stage_actions.take(stage, decisions, decide(observations))
         return decisions, state
 
-    def score(self, split: Any, rows: Array, decisions: Any, seen: PassState | None = None) -> Outcome:
+    def score(self, split: Any, rows: Array, decisions: Any, resume_from: PassState | None = None) -> Outcome:
         """The outcomes of one decision per row, ``[n, components]``, by one batched run of the backbone if it can run.
 
-        It goes on from ``seen``, the state of the pass of these rows under these decisions, if given.
+        It goes on from ``resume_from``, the state of the pass of these rows under these decisions, if given.
 
         Raises:
             ValueError: If a decision is malformed.
         """
         decisions = self._decision_space.decisions(decisions, len(rows))
-        quality, quality_ref = split.scoring.quality(rows, decisions, seen)
+        quality, quality_ref = split.scoring.quality(rows, decisions, resume_from)
         return Outcome(quality, quality_ref, split.costs.flops_ratio(rows, decisions))
 
     # The observations at the stages; made when first used.
     @cached_property
-    def stage_observation(self) -> StageObservations[S]: ...
+    def stage_observer(self) -> StageObserver[S]: ...
     # A split by name; raises ValueError for an unknown name.
     def split(self, name: str) -> S: ...
     # Decisions [n, components] as masks, int64 [n, switches + 1]; and back: raises ValueError for an unknown mask.

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from sd_gym.envs.actions import as_array
 from sd_gym.envs.config import load_config
 from sd_gym.envs.episodes import Episodes
-from sd_gym.envs.infos import check_shown, chosen_rows, info_of_one, pictures
+from sd_gym.envs.infos import check_render_mode, chosen_rows, info_of_one, pictures
 from sd_gym.envs.render import Shown
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import reward_space, spaces, unbatched
@@ -55,7 +55,7 @@ class SwitchableEnv(gym.Env):
 
         With several stages it is ``Box(-10, 10, (stages + 1 + 2 * width + 2,), float32)``: the stage (one-hot), the
         share of the FLOPs spent, mean and maximum of the hidden states there, their number and its logarithm. Where the
-        head can judge a layer, the log-odds of its answer follow (``StageObservation``). With ``observation="tokens"``
+        head can judge a layer, the log-odds of its answer follow (``BackboneStageObserver``). With ``observation="tokens"``
         this is the entry ``stage`` of a ``Dict``, next to ``tokens`` and ``mask``.
 
     Reward:
@@ -108,7 +108,7 @@ class SwitchableEnv(gym.Env):
     metadata = METADATA
 
     def __init__(self, config_file: str, render_mode: str | None = None, **overrides: Any) -> None:
-        check_shown(render_mode, type(self).metadata["render_modes"])
+        check_render_mode(render_mode, type(self).metadata["render_modes"])
         self.config = load_config(config_file, overrides)
         self.core = shared_core(self.config)
         self.observation_space, self.action_space = spaces(self.core)
@@ -177,4 +177,4 @@ class SwitchableEnv(gym.Env):
     def _show(self, infos: dict[str, NDArray], rewards: NDArray) -> None:
         if self.render_mode is not None:
             episode = self._episode
-            self._shown = Shown(episode.texts, episode.rows.copy(), episode.over, infos, rewards)
+            self._shown = Shown(episode.backbone_split, episode.rows.copy(), episode.over, infos, rewards)

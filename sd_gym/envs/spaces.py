@@ -41,8 +41,8 @@ class Observation(ABC):
         """
 
 
-class FirstObservation:
-    """The ``StageObservations`` of a core with one stage: its observation before the first layer."""
+class FirstStageObserver:
+    """The ``StageObserver`` of a core with one stage: its observation before the first layer."""
 
     judges, judgements, answer_size = False, 0, 0
 
@@ -52,7 +52,7 @@ class FirstObservation:
     def observe(
         self, split: Any, rows: Array, stage: int, decisions: Array, resume_from: object
     ) -> tuple[Observations, None]:
-        """The core's observation, and no state: nothing runs; see ``StageObservations.observe``."""
+        """The core's observation, and no state: nothing runs; see ``StageObserver.observe``."""
         return self._core.observe(split, rows), None
 
 

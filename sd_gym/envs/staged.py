@@ -19,7 +19,7 @@ from sd_gym.tasks.ranking import STATISTICS_SIZE
 PASS_ROWS = 64  # rows per pass when statistics are computed
 
 
-class StageObservation:
+class BackboneStageObserver:
     """Observations at the stages of an episode: the stage, and what the pass has computed so far.
 
     ``Box(-10, 10, (stages + 1 + 2 * width + 2,), float32)``:
@@ -62,7 +62,7 @@ class StageObservation:
     def observe(
         self, split: BackboneSplit, rows: Array, stage: int, decisions: Array, resume_from: PassState | None
     ) -> tuple[Observations, PassState | None]:
-        """Observations, float32 ``[n, size]``, or a dictionary with tokens; see ``StageObservations.observe``."""
+        """Observations, float32 ``[n, size]``, or a dictionary with tokens; see ``StageObserver.observe``."""
         decisions = split.costs.masks(decisions)
         features, state = self._features(split, rows, stage, decisions, resume_from)
         exits = decisions.copy()
@@ -109,7 +109,7 @@ class StageObservation:
             return np.concatenate([split.features[rows], judged], axis=1), None
         state = resume_from
         if state is None or state.stage != self.names[stage]:
-            state = split.passes.seen_at(self.names[stage], rows, decisions, resume_from)
+            state = split.passes.state_at(self.names[stage], rows, decisions, resume_from)
         if self.judges:
             judged[:, 0] = log_odds(split.passes.confidence_at(state, rows, decisions))
         return np.concatenate([pooled_features(state.hidden, state.mask).cpu().numpy(), judged], axis=1), state

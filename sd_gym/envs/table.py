@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray as Array
 
 from sd_gym.config import EnvConfig
-from sd_gym.envs.actions import Steps, all_decisions, indices_as_actions, read_masks
+from sd_gym.envs.actions import StageActions, all_decisions, indices_as_actions, read_masks
 from sd_gym.envs.protocols import Core
-from sd_gym.envs.spaces import FirstObservation
+from sd_gym.envs.spaces import FirstStageObserver
 from sd_gym.envs.table_files import (
     CODEBOOK,
     EXPORT,
@@ -27,7 +27,7 @@ from sd_gym.envs.table_files import (
     SPENT,
     naming_damage,
     observations_at,
-    read_description,
+    read_table,
     table_folder,
 )
 from sd_gym.envs.table_scores import TableCosts, TableScoring, packed_length
@@ -55,8 +55,8 @@ class TableObservation:
         return np.take(split.tensors["observations"], rows, axis=0).astype(np.float32, copy=False)
 
 
-class TableStages:
-    """The ``StageObservations`` of a table with several stages: the observations that were made with it."""
+class TableStageObserver:
+    """The ``StageObserver`` of a table with several stages: the observations that were made with it."""
 
     def __init__(self, core: TableCore, ways: list[int], judgements: int) -> None:
         self.space, self.judgements, self.judges = core.observation.space, judgements, judgements > 0
@@ -66,7 +66,7 @@ class TableStages:
     def observe(
         self, split: TableSplit, rows: Array, stage: int, decisions: Array, resume_from: object
     ) -> tuple[Array, None]:
-        """Observations, float32 ``[n, size]``, and no state: nothing runs; see ``StageObservations.observe``."""
+        """Observations, float32 ``[n, size]``, and no state: nothing runs; see ``StageObserver.observe``."""
         if stage == len(self._ways):
             return self._at_answer(split, rows, decisions), None
         at = (rows, np.ravel_multi_index(tuple(decisions[:, :stage].T), self._ways[:stage])) if stage else rows
@@ -100,7 +100,7 @@ class TableSplit:
         numbers = {key.removeprefix(FACT): self._whole(key) for key in self.tensors if key.startswith(FACT)}
         self._facts = numbers | {fact: np.array(values) for fact, values in texts["facts"].items()}
         self.difficulty, self.levels = self._whole("difficulty"), self._whole("levels")
-        self.number_of = {identity: row for row, identity in enumerate(self.ids)}
+        self.row_of = {identity: row for row, identity in enumerate(self.ids)}
         self.encoded = SimpleNamespace(**{key: self._whole(key) for key in LENGTHS})
         is_balanced = self.config.quality.kind == "balanced"
         self.scoring = TableScoring(self.tensors, len(core.masks), core.answers_of, is_balanced=is_balanced)
@@ -117,7 +117,7 @@ class TableSplit:
         """Raise ``ValueError`` if shapes or values do not fit ``table.json``."""
         core, n = self.core, len(self)
         costs = len(self.tensors.get("switched", ()))  # number of different costs
-        levels, switches = int(core.decision_nvec[-1]), len(core.decision_nvec) - 1
+        levels, switches = int(core.mask_nvec[-1]), len(core.mask_nvec) - 1
         expected = {
             "quality": (n, packed_length(self.tensors, len(core.masks))),
             "always": (costs, levels),
@@ -175,20 +175,20 @@ class TableCore(Core[TableSplit]):
 
     def __init__(self, config: EnvConfig) -> None:
         self.config, self.folder = config, table_folder(config.table or "")
-        self.description = described = read_description(self.folder)
-        self.decision_nvec = np.array(described["nvec"], dtype=np.int64)
+        self.description = described = read_table(self.folder)
+        self.mask_nvec = np.array(described["nvec"], dtype=np.int64)
         self.exhaustive = not described.get("chosen")
-        self.masks = all_decisions(self.decision_nvec) if self.exhaustive else self._codebook()
+        self.masks = all_decisions(self.mask_nvec) if self.exhaustive else self._codebook()
         all_ways, units, at_once = described.get("ways"), described.get("units", {}), list(config.stages) == ["first"]
         self._ways = ways = None if at_once else all_ways
         self.stages = list(described["stages"]) if ways else ["first"]
         sizes = all_ways or units.get("sizes") or [len(self.masks)]
-        self.nvec = self.decision_nvec if self.exhaustive else np.array([*sizes, *[2] * self.has_answer_stage])
+        self.nvec = self.mask_nvec if self.exhaustive else np.array([*sizes, *[2] * self.has_answer_stage])
         self._sizes = self.nvec[: self.n_skips].tolist()
         # Masks of whole layers are ordered by FLOPs, not by choices.
         self._order = None if "order" not in units else np.array(units["order"], dtype=np.int64)
         own = [np.array([stage]) for stage in range(len(self.stages))] if ways else [np.arange(len(self.nvec))]
-        self.steps = Steps(own, self.nvec)
+        self.stage_actions = StageActions(own, self.nvec)
         backbone = described["backbone"]
         names = backbone["switches"]  # such as encoder.3.attention
         switches = [SimpleNamespace(name=name, index=int(name.split(".")[1])) for name in names]
@@ -196,11 +196,11 @@ class TableCore(Core[TableSplit]):
         self.backbone = SimpleNamespace(name=backbone["name"], weights=backbone["weights"], board=board)
         self.switch_names = names if self.exhaustive else units.get("names", [])
         # Above 1 if ranking tokens may run a part of the backbone.
-        self.highest_flops_ratio = 1.0 + (self.decision_nvec[-1] > 1) + self.has_answer_stage
+        self.highest_flops_ratio = 1.0 + (self.mask_nvec[-1] > 1) + self.has_answer_stage
         splits = described["splits"].items()
         self.data = {name: SimpleNamespace(identity=split["identity"]) for name, split in splits}
         is_whole = self.exhaustive or units or (at_once and all_ways)
-        self.actions = self._decision_space if is_whole else indices_as_actions(int(self.steps.choices[0]))
+        self.actions = self._decision_space if is_whole else indices_as_actions(int(self.stage_actions.choices[0]))
         reduced = described.get("pca") is not None
         projection = read_projection(self.folder / PROJECTION) if reduced else None
         self.observation = TableObservation(described["observation"], projection, len(self.stages))
@@ -210,7 +210,7 @@ class TableCore(Core[TableSplit]):
 
     def _codebook(self) -> Array:
         """The masks of a table that does not have all."""
-        file, masks = self.folder / CODEBOOK, read_masks(self.folder / CODEBOOK, self.decision_nvec)
+        file, masks = self.folder / CODEBOOK, read_masks(self.folder / CODEBOOK, self.mask_nvec)
         if masks[0].any():
             raise ValueError(f"{file} is damaged: expected the dense mask first; copy it again")
         if len(masks) != (count := self.description["masks"]):
@@ -221,10 +221,14 @@ class TableCore(Core[TableSplit]):
         return table_core, (self.config,)
 
     @cached_property
-    def stage_observation(self) -> TableStages | FirstObservation:
+    def stage_observer(self) -> TableStageObserver | FirstStageObserver:
         """The observations at the stages."""
         with naming_damage(self.folder):
-            return TableStages(self, self._ways, self.description["judges"]) if self._ways else FirstObservation(self)
+            return (
+                TableStageObserver(self, self._ways, self.description["judges"])
+                if self._ways
+                else FirstStageObserver(self)
+            )
 
     def split(self, name: str) -> TableSplit:
         """A split by name, mapped into memory on first use; raises ``ValueError`` for an unknown name."""
@@ -269,7 +273,7 @@ class TableCore(Core[TableSplit]):
         such observations.
         """
         from sd_gym.envs.export import Export
-        from sd_gym.policy.protected_tokens import ProtectedTokens
+        from sd_gym.policy.token_rule import TokenRule
         from sd_gym.tasks.ranking import RANKINGS
 
         described, file = self.description, self.folder / EXPORT
@@ -286,10 +290,10 @@ class TableCore(Core[TableSplit]):
                 arrays["mean"],
                 arrays["deviation"],
                 arrays.get("rarity"),
-                protection and ProtectedTokens.from_json(protection),
+                protection and TokenRule.from_json(protection),
                 None if self.exhaustive else self.joined(self.to_masks(of_table), of_table[:, -1]),
                 self.observation.projection,
-                context=context and ProtectedTokens.from_json(context),
+                context=context and TokenRule.from_json(context),
                 ranking_costs_flops=RANKINGS.find(self.config.tokens.ranking).costs_flops,
             )
 

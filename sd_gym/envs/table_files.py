@@ -56,7 +56,7 @@ def naming_damage(folder: Path) -> Iterator[None]:
         raise ValueError(f"{folder} is damaged ({type(error).__name__}: {one_line(error)}); copy it again") from error
 
 
-def read_description(folder: Path) -> dict[str, Any]:
+def read_table(folder: Path) -> dict[str, Any]:
     """The content of ``table.json`` of a complete table.
 
     Raises:
@@ -77,5 +77,5 @@ def read_description(folder: Path) -> dict[str, Any]:
         if not isinstance(described.get(key), kind):
             raise ValueError(f"{file} is damaged: {key!r} is {short(described.get(key))}; copy it again")
     if not described.get("complete"):
-        raise ValueError(f"{folder}: the table is not complete; go on with sd-gym tabulate --resume")
+        raise ValueError(f"{folder}: the table is not complete; continue with sd-gym tabulate --resume")
     return described

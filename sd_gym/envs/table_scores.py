@@ -56,8 +56,8 @@ class TableScoring:
         """The qualities, float64, of their indices."""
         return codes.astype(np.float64) if self._values is None else self._values[codes]
 
-    def quality(self, rows: Array, decisions: Array, seen: object = None) -> tuple[Array, Array]:
-        """Quality under the decisions and dense quality, each float64 ``[n]``; ``seen`` is ignored."""
+    def quality(self, rows: Array, decisions: Array, resume_from: object = None) -> tuple[Array, Array]:
+        """Quality under the decisions and dense quality, each float64 ``[n]``; ``resume_from`` is ignored."""
         return self.run(rows, decisions), self._dense[rows]
 
     def run(self, rows: Array, decisions: Array) -> Array:

@@ -70,7 +70,7 @@ class TableEnv(SwitchableEnv):
     def _begun(self) -> tuple[Any, dict[str, Any]]:
         if self.core.is_staged:
             return super()._begun()
-        return self._observation(), self._info(np.zeros_like(self.core.decision_nvec), None)
+        return self._observation(), self._info(np.zeros_like(self.core.mask_nvec), None)
 
     def _outcome(self, decisions: Array) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         core, split, row = self.core, self._split, int(self._episode.rows[0])

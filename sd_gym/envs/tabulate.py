@@ -22,7 +22,7 @@ from sd_gym.config import SPLITS, ConfigError
 from sd_gym.envs.actions import all_decisions, read_masks, write_masks
 from sd_gym.envs.export import Export
 from sd_gym.envs.protocols import Core, mean_flops
-from sd_gym.envs.staged import StageObservation
+from sd_gym.envs.staged import BackboneStageObserver
 from sd_gym.envs.table_files import CODEBOOK, FACT, FORMAT, JUDGED, PROJECTION, SPENT, observations_at
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.files import as_json, map_arrays, read_json, write_arrays, write_json
@@ -32,7 +32,7 @@ from sd_gym.projection import OBSERVATION_LIMIT, Projection, fit_projection, rea
 from sd_gym.version import __version__
 
 CHUNK = 256  # instances per file of outcomes
-ORDERED = 256  # training instances whose mean FLOPs order the masks
+ORDER_ROWS = 256  # training instances whose mean FLOPs order the masks
 PARTS = "parts"
 DENSE_LOSS = "dense_loss"
 NUMBERS = "biuf"  # kinds of numeric arrays
@@ -49,7 +49,7 @@ class Units(NamedTuple):
 def by_falling_flops(core: Core[BackboneSplit], masks: Array) -> Array:
     """Order of masks ``[masks, switches + 1]`` from most to fewest FLOPs, the dense one first: int64 ``[masks]``."""
     split = core.split("train")
-    rows = np.arange(min(len(split), ORDERED))
+    rows = np.arange(min(len(split), ORDER_ROWS))
     order = np.argsort(-mean_flops(split, rows, masks), kind="stable")
     is_dense = ~masks[order].any(axis=1)  # ranking tokens can cost more than dropping them saves
     return np.concatenate([order[is_dense], order[~is_dense]])
@@ -67,7 +67,7 @@ class _Chunk(NamedTuple):
 class TableMaker:
     """Runs all instances of an env under decisions and writes the outcomes.
 
-    Each chunk of instances is written when it is done, and a resumed table goes on with the next one. It becomes the
+    Each chunk of instances is written when it is done, and a resumed table continues with the next one. It becomes the
     same, bit for bit, with the same number of threads.
     """
 
@@ -95,7 +95,7 @@ class TableMaker:
         """Make the table.
 
         Args:
-            resume: Whether to go on with an interrupted table.
+            resume: Whether to continue an interrupted table.
             jobs: Number of processes.
             imports: Modules or files that worker processes import first.
             on_chunk: Called after each chunk with the number of outcomes so far, and of all.
@@ -112,7 +112,7 @@ class TableMaker:
             description = self._description(exported)
             if self._begin(description, resume):
                 return
-            masks = all_decisions(core.decision_nvec) if self.masks is None else self.masks
+            masks = all_decisions(core.mask_nvec) if self.masks is None else self.masks
             chunks = [chunk for name in SPLITS for chunk in self._chunks(core.split(name))]
             missing = [chunk for chunk in chunks if not chunk.file.exists()]
             total, left = (len(masks) * sum(len(chunk.rows) for chunk in some) for some in (chunks, missing))
@@ -148,7 +148,7 @@ class TableMaker:
     @property
     def _around(self) -> tuple[int, int]:
         """Sizes of the parts of an observation before and after the hidden states, which alone are reduced."""
-        return (0, 0) if self.ways is None else cast("StageObservation", self.core.stage_observation).around
+        return (0, 0) if self.ways is None else cast("BackboneStageObserver", self.core.stage_observer).around
 
     def _chunks(self, split: BackboneSplit) -> list[_Chunk]:
         order = np.argsort(split.encoded.source_length, kind="stable")
@@ -162,7 +162,7 @@ class TableMaker:
             return None
         file = self.folder / PROJECTION
         if not file.exists():
-            train, stages = self.core.split("train"), cast("StageObservation", self.core.stage_observation)
+            train, stages = self.core.split("train"), cast("BackboneStageObserver", self.core.stage_observer)
             observe = self.core.observe if self.ways is None else stages.dense
             observed = np.asarray(observe(train, np.arange(len(train))))
             fit_projection(observed, self.pca, *self._around).save(file)
@@ -195,7 +195,7 @@ class TableMaker:
             "env": core.config.id,
             "chosen": self.chosen,
             "masks": None if masks is None else len(masks),
-            "nvec": core.decision_nvec.tolist(),
+            "nvec": core.mask_nvec.tolist(),
             "backbone": {
                 "name": core.config.backbone.name,
                 "weights": core.backbone.weights,
@@ -211,7 +211,7 @@ class TableMaker:
             "splits": splits,
         }
         if ways is not None and masks is not None:
-            described |= {"stages": core.stages, "ways": ways, "judges": core.stage_observation.judgements}
+            described |= {"stages": core.stages, "ways": ways, "judges": core.stage_observer.judgements}
             if core.has_answer_stage:
                 described["resume_points"] = core.split("train").costs.resume_points
                 described["judgement"] = list(core.backbone.head.judgement)
@@ -240,7 +240,7 @@ class TableMaker:
         if masks is not None and not differ:
             if contents(folder) == [file.name]:  # it was cut off before its masks were written
                 write_masks(masks, codebook)
-            if not np.array_equal(read_masks(codebook, self.core.decision_nvec), masks):
+            if not np.array_equal(read_masks(codebook, self.core.mask_nvec), masks):
                 differ = ["masks"]
         if differ:
             raise ValueError(f"{folder} holds {what} with another {', '.join(differ)}; choose another --output")
@@ -253,7 +253,7 @@ class TableMaker:
     ) -> None:
         core, n, encoded = self.core, len(split), split.encoded
         undecided = np.zeros((n, len(core.nvec)), dtype=np.int64)
-        observed = np.asarray(core.stage_observation.observe(split, np.arange(n), 0, undecided, None)[0])
+        observed = np.asarray(core.stage_observer.observe(split, np.arange(n), 0, undecided, None)[0])
         split.dense_loss = _merged(parts, DENSE_LOSS, n)
         facts = split.facts()
         numbers = {name: values for name, values in facts.items() if values.dtype.kind in NUMBERS}
@@ -321,7 +321,7 @@ def _write_chunk(
             observed = []
             for mask in masks[:: math.prod(ways[stage:])]:  # one mask per combination of the earlier stages' choices
                 decisions = np.tile(mask, (len(rows), 1))
-                values = np.asarray(core.stage_observation.observe(split, rows, stage, decisions, None)[0])
+                values = np.asarray(core.stage_observer.observe(split, rows, stage, decisions, None)[0])
                 observed.append(values if reduce is None else reduce(values))
             arrays[observations_at(stage)] = np.stack(observed, axis=1).astype(_observation_dtype(reduce))
     write_arrays(chunk.file, {**arrays, DENSE_LOSS: split.dense_loss_of(rows)})

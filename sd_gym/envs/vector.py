@@ -14,7 +14,7 @@ from sd_gym.envs.config import load_config
 from sd_gym.envs.episodes import Episodes
 from sd_gym.envs.infos import (
     check_num_envs,
-    check_shown,
+    check_render_mode,
     checked_options,
     chosen_rows,
     final_infos,
@@ -83,7 +83,7 @@ class SwitchableVectorEnv(VectorEnv):
         **overrides: Any,
     ) -> None:
         check_num_envs(num_envs)
-        check_shown(render_mode, type(self).metadata["render_modes"])
+        check_render_mode(render_mode, type(self).metadata["render_modes"])
         if autoreset_mode not in [*AutoresetMode, *(mode.value for mode in AutoresetMode)]:
             known = ", ".join(mode.value for mode in AutoresetMode)
             raise ValueError(f"autoreset_mode must be one of {known}, got {autoreset_mode!r}")
@@ -209,7 +209,7 @@ class SwitchableVectorEnv(VectorEnv):
         infos, last = ({}, episodes.no_rewards(self.num_envs)) if shown is None else (shown.infos, shown.rewards)
         if outcome is not None and rewards is not None:
             infos, last = infos_of_all(self.num_envs, outcome), rewards.copy()
-        self._shown = Shown(episodes.texts, episodes.rows.copy(), decided.copy(), infos, last)
+        self._shown = Shown(episodes.backbone_split, episodes.rows.copy(), decided.copy(), infos, last)
 
     def _envs_to_reset(self, options: dict[str, Any]) -> NDArray:
         """The envs to reset. Takes ``reset_mask`` out of the options; with it, the default split is the current one."""

@@ -43,34 +43,34 @@ class MaskTree:
         self._first_alone: bool | None = None
         self._is_pointwise = np.array([switch.sublayer.kind == "feed_forward" for switch in switches])
 
-    def run_masks(self, picked: Array, done: int = 0, seen: PassState | None = None) -> None:
+    def run_masks(self, picked: Array, done: int = 0, state: PassState | None = None) -> None:
         """Run the masks ``picked`` (indices), which agree on the first ``done`` switches, from the state after them."""
         first = self._masks[picked[0]]
         differ = np.flatnonzero((self._masks[picked] != first).any(axis=0))
         if not len(differ):
-            return self._on_logits(int(picked[0]), self._logits(first, done, seen))
+            return self._on_logits(int(picked[0]), self._logits(first, done, state))
         columns = self._layer_of[differ[0]][1]
         if self._by_sublayer:
             columns = slice(differ[0], differ[0] + 1)
         if columns.start > done:
-            seen = self._run(first, done, columns.start, seen)
+            state = self._run(first, done, columns.start, state)
         _, group = np.unique(self._masks[picked][:, columns], axis=0, return_inverse=True)
         for choice in range(group.max() + 1):
-            self.run_masks(picked[group.ravel() == choice], columns.start, seen)
+            self.run_masks(picked[group.ravel() == choice], columns.start, state)
 
-    def _run(self, mask: Array, done: int, end: int, seen: PassState | None) -> PassState:
-        """The state before switch ``end``, from the state ``seen`` before switch ``done``."""
+    def _run(self, mask: Array, done: int, end: int, state: PassState | None) -> PassState:
+        """The state before switch ``end``, from the state ``state`` before switch ``done``."""
         stage, columns = self._layer_of[end]
-        if seen is not None and self._by_sublayer and mask[done:end].all():
-            return replace(seen, stage=stage)
+        if state is not None and self._by_sublayer and mask[done:end].all():
+            return replace(state, stage=stage)
         skip = self._skip(np.where(np.arange(len(mask)) < end, mask, 1), done)
         if end > columns.start:
-            return self._run_layer(stage, end, skip, seen)
+            return self._run_layer(stage, end, skip, state)
         inputs = self._inputs
         run, counted = lambda: self._backbone.logits(inputs), inputs["attention_mask"]
-        return self._board.run_to(stage, run, skip, self._keep, mask=counted, resume_from=seen)
+        return self._board.run_to(stage, run, skip, self._keep, mask=counted, resume_from=state)
 
-    def _run_layer(self, stage: str, end: int, skip: Array, seen: PassState | None) -> PassState:
+    def _run_layer(self, stage: str, end: int, skip: Array, state: PassState | None) -> PassState:
         """The state before switch ``end`` in the middle of a layer: what the layer gives if it skips the rest."""
 
         def stop(module: object, args: object, output: Any) -> NoReturn:
@@ -79,7 +79,7 @@ class MaskTree:
 
         handle = self._board.switches[end].layer.register_forward_hook(stop)
         try:
-            with self._board.decide(skip, resume_from=seen):
+            with self._board.decide(skip, resume_from=state):
                 self._backbone.logits(self._inputs)
         except StageReached as reached:
             return reached.state
@@ -87,22 +87,22 @@ class MaskTree:
             handle.remove()
         raise RuntimeError(f"the forward pass ended without reaching the end of the layer at {stage!r}")
 
-    def _logits(self, mask: Array, done: int, seen: PassState | None) -> Tensor:
+    def _logits(self, mask: Array, done: int, state: PassState | None) -> Tensor:
         """Logits under a mask, from the state before switch ``done``."""
         inputs, skip = self._inputs, self._skip(mask, done)
         is_pointwise = self._by_sublayer and self._is_pointwise[done:][mask[done:] == 0].all()
-        if seen is not None and is_pointwise and self._reads_first(seen):
+        if state is not None and is_pointwise and self._reads_first(state):
             inputs = {name: values if values.ndim == 1 else values[:, :1] for name, values in inputs.items()}
-            seen = replace(seen, hidden=seen.hidden[:, :1], mask=seen.mask[:, :1])
-        with self._board.decide(skip, self._keep, resume_from=seen):
+            state = replace(state, hidden=state.hidden[:, :1], mask=state.mask[:, :1])
+        with self._board.decide(skip, self._keep, resume_from=state):
             return self._backbone.logits(inputs)
 
-    def _reads_first(self, seen: PassState) -> bool:
+    def _reads_first(self, state: PassState) -> bool:
         """Whether logits depend on the first position alone; tried once, by setting all others to zero."""
         if self._first_alone is None:
-            others = seen.hidden.clone()
+            others = state.hidden.clone()
             others[:, 1:] = 0
-            states, nothing = (seen, replace(seen, hidden=others)), np.ones_like(self._masks[:1])
+            states, nothing = (state, replace(state, hidden=others)), np.ones_like(self._masks[:1])
             given = []
             for state in states:
                 with self._board.decide(nothing, resume_from=state):

@@ -45,29 +45,33 @@ class Passes:
         settings: BackboneConfig,
     ) -> None:
         self.backbone, self.head, self.instances, self.encoded = backbone, backbone.head, instances, encoded
-        self.longest = settings.max_target_length
+        self.max_target_length = settings.max_target_length
         self._tokens, self._num_beams, self._stop = tokens, settings.num_beams, settings.stop
         self.generated = np.ones(len(encoded), dtype=np.int64)  # tokens of each row's last text, with its end
         self.finished = np.ones(len(encoded), dtype=np.bool_)  # whether that text ended by itself
 
-    def answers(self, rows: Array, decisions: Array, seen: PassState | None = None) -> list[str]:
+    def answers(self, rows: Array, decisions: Array, resume_from: PassState | None = None) -> list[str]:
         """The backbone's answers to rows under decisions: a text, a class's name, or a score.
 
-        Passes resume from the state ``seen`` at a stage. In the middle of a stack, texts are generated anew.
+        Passes resume from the state ``resume_from`` at a stage. In the middle of a stack, texts are generated anew.
         """
         if not self.head.judges_passes:
-            return self._texts(rows, decisions, seen, judges=False)[0]
-        values = self.in_passes(rows, decisions, lambda logits, _: self.head.best(logits, self.longest), seen)
+            return self._texts(rows, decisions, resume_from, judges=False)[0]
+        values = self.in_passes(
+            rows, decisions, lambda logits, _: self.head.best(logits, self.max_target_length), resume_from
+        )
         return self.head.to_texts(self.instances, self.encoded, rows, values)
 
     def answers_and_judgement(
-        self, rows: Array, decisions: Array, seen: PassState | None = None
+        self, rows: Array, decisions: Array, resume_from: PassState | None = None
     ) -> tuple[list[str], Array]:
         """``answers``, and the head's ``judgement`` of each, float64 ``[n, values]``, from the same passes."""
         if not self.head.judges_passes:
-            return self._texts(rows, decisions, seen, judges=True)
+            return self._texts(rows, decisions, resume_from, judges=True)
         value = self._best_and(lambda logits, _: self.head.judge(logits))
-        best, judged = np.split(self.in_passes(rows, decisions, value, seen), [-len(self.head.judgement)], axis=1)
+        best, judged = np.split(
+            self.in_passes(rows, decisions, value, resume_from), [-len(self.head.judgement)], axis=1
+        )
         return self.head.to_texts(self.instances, self.encoded, rows, best), judged
 
     def answers_and_likelihood(self, rows: Array, decisions: Array, likelihood: Value) -> tuple[list[str], Array]:
@@ -88,22 +92,24 @@ class Passes:
 
     def _best_and(self, more: Value) -> Value:
         """A function that returns the columns of ``Head.best``, then those of ``more``."""
-        return columns(lambda logits, _: self.head.best(logits, self.longest), more)
+        return columns(lambda logits, _: self.head.best(logits, self.max_target_length), more)
 
     def confidence(self, rows: Array, decisions: Array) -> Array:
         """Highest class probability of each row under decisions, float64 ``[n]``, of a backbone that classifies."""
         return self.in_passes(rows, decisions, lambda logits, labels: self._confidence(logits))
 
     @torch.inference_mode()
-    def _texts(self, rows: Array, decisions: Array, seen: PassState | None, *, judges: bool) -> tuple[list[str], Array]:
+    def _texts(
+        self, rows: Array, decisions: Array, resume_from: PassState | None, *, judges: bool
+    ) -> tuple[list[str], Array]:
         """The texts of ``generate()``, and their judgement; zeros without ``judges``, which takes time."""
         texts, judged = np.empty(len(rows), dtype=object), np.empty((len(rows), len(self.head.judgement)))
-        resume_from = seen if seen is not None and seen.stage == BETWEEN else None
-        for picked, inputs in self.planned(rows, decisions, self.longest):
-            if resume_from is None:
+        encoder_state = resume_from if resume_from is not None and resume_from.stage == BETWEEN else None
+        for picked, inputs in self.planned(rows, decisions, self.max_target_length):
+            if encoder_state is None:
                 generated = self.generated_batch(rows[picked], decisions[picked], inputs, judges=judges)
             else:
-                generated = self._generated_after(resume_from, rows, decisions, picked, judges=judges)
+                generated = self._generated_after(encoder_state, rows, decisions, picked, judges=judges)
             texts[picked], judged[picked] = generated
             if self.watch is not None:
                 self.watch(rows[picked], None)
@@ -119,12 +125,12 @@ class Passes:
         return self._generated(rows, inputs, self.backbone.board.decide(decisions[:, :-1], keep), judges=judges)
 
     def _generated_after(
-        self, seen: PassState, rows: Array, decisions: Array, picked: Array, *, judges: bool
+        self, resume_from: PassState, rows: Array, decisions: Array, picked: Array, *, judges: bool
     ) -> tuple[list[str], Array]:
         """``generated_batch`` of the rows ``picked``, after the encoder has read all rows; the padding stays."""
         some, keep = torch.from_numpy(picked), self._tokens.kept(rows, decisions[:, -1])
         inputs = {name: tensor[some] for name, tensor in self.inputs(rows).items()}
-        kept, state = None if keep is None else keep[picked], seen.rows(some.to(seen.hidden.device))
+        kept, state = None if keep is None else keep[picked], resume_from.rows(some.to(resume_from.hidden.device))
         deciding = self.backbone.board.decide(decisions[picked, :-1], kept, resume_from=state)
         return self._generated(rows[picked], inputs, deciding, judges=judges)
 
@@ -135,14 +141,14 @@ class Passes:
         start = board.decided_at([BETWEEN])[BETWEEN].start if BETWEEN in board.stages else 0
         groups = np.unique(masks[:, [*range(start), -1]], axis=0, return_inverse=True)[1].ravel()
         texts = np.empty((len(masks), len(rows)), dtype=object)
-        for picked, inputs in self.planned(rows, np.tile(masks[0], (len(rows), 1)), self.longest):
+        for picked, inputs in self.planned(rows, np.tile(masks[0], (len(rows), 1)), self.max_target_length):
             for group in range(groups.max() + 1):
                 numbers = np.flatnonzero(groups == group)
                 tiled = np.tile(masks[numbers], (len(picked), 1, 1)).swapaxes(0, 1)  # [masks, rows, switches + 1]
                 kept = self._tokens.kept(rows[picked], tiled[0, :, -1])
-                seen = self.seen_at(BETWEEN, rows[picked], tiled[0]) if start else None
+                encoder_state = self.state_at(BETWEEN, rows[picked], tiled[0]) if start else None
                 for number, decisions in zip(numbers, tiled, strict=True):
-                    deciding = board.decide(decisions[:, :-1], kept, resume_from=seen)
+                    deciding = board.decide(decisions[:, :-1], kept, resume_from=encoder_state)
                     texts[number, picked] = self._generated(rows[picked], inputs, deciding, judges=False)[0]
         return texts.tolist()
 
@@ -162,7 +168,7 @@ class Passes:
             generate: Any = (model or backbone.model).generate  # its type is that of any attribute of a module
             output = generate(
                 **inputs,
-                max_new_tokens=self.longest,
+                max_new_tokens=self.max_target_length,
                 num_beams=self._num_beams,
                 do_sample=False,
                 **self._stop_arguments,
@@ -190,13 +196,13 @@ class Passes:
         return {"eos_token_id": [*([] if end is None else [end]), *stop]} if len(stop) == 1 else {}
 
     @torch.inference_mode()
-    def in_passes(self, rows: Array, decisions: Array, value: Value, seen: PassState | None = None) -> Array:
+    def in_passes(self, rows: Array, decisions: Array, value: Value, resume_from: PassState | None = None) -> Array:
         """A value, or several, of each row's logits and labels, float64 ``[n]`` or ``[n, values]``.
 
-        With the state ``seen`` at a stage it is one pass, which resumes from there.
+        With the state ``resume_from`` at a stage it is one pass, which resumes from there.
         """
-        if seen is not None:
-            return value(*self.resumed(seen, rows, decisions)).cpu().double().numpy()
+        if resume_from is not None:
+            return value(*self.resumed(resume_from, rows, decisions)).cpu().double().numpy()
         order, values = [], []
         for picked, logits, labels in self.logits(rows, decisions):
             order.append(picked)
@@ -261,15 +267,15 @@ class Passes:
         inputs = self.inputs(rows)
         mask = inputs["attention_mask"]
 
-        def choose(seen: PassState) -> tuple[Array, Array | torch.Tensor | None]:
-            decisions = decide(seen.hidden[:, : mask.shape[1]], mask)  # after a prompt the answer follows
+        def choose(state: PassState) -> tuple[Array, Array | torch.Tensor | None]:
+            decisions = decide(state.hidden[:, : mask.shape[1]], mask)  # after a prompt the answer follows
             return decisions[:, :-1], self._keep_of(rows, decisions, inputs)
 
         with board.decide_in_pass(choose):
             return self.backbone.logits(inputs), inputs["labels"]
 
     @torch.inference_mode()
-    def seen_at(self, stage: str, rows: Array, decisions: Array, resume_from: PassState | None = None) -> PassState:
+    def state_at(self, stage: str, rows: Array, decisions: Array, resume_from: PassState | None = None) -> PassState:
         """The state of one pass of rows at a stage, where it ends; it may resume from an earlier stage's state.
 
         Decisions on switches from the stage on do not count.
@@ -279,20 +285,22 @@ class Passes:
         return board.run_to(stage, lambda: self.backbone.logits(inputs), skip, keep, mask=mask, resume_from=resume_from)
 
     @torch.inference_mode()
-    def resumed(self, seen: PassState, rows: Array, decisions: Array) -> tuple[torch.Tensor, torch.Tensor]:
+    def resumed(self, resume_from: PassState, rows: Array, decisions: Array) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and labels of a pass that resumes from its state at a stage."""
         inputs = self.inputs(rows)
-        with self.backbone.board.decide(decisions[:, :-1], self._keep_of(rows, decisions, inputs), resume_from=seen):
+        with self.backbone.board.decide(
+            decisions[:, :-1], self._keep_of(rows, decisions, inputs), resume_from=resume_from
+        ):
             return self.backbone.logits(inputs), inputs["labels"]
 
-    def confidence_at(self, seen: PassState, rows: Array, decisions: Array) -> Array:
+    def confidence_at(self, resume_from: PassState, rows: Array, decisions: Array) -> Array:
         """Highest class probability of each row if all is skipped from a stage on, float64 ``[n]``.
 
         For a head that ``can_exit``; arguments as of ``resumed``.
         """
         exits = decisions.copy()
-        exits[:, self.backbone.board.decided_at([seen.stage])[seen.stage].start : -1] = 1
-        return self._confidence(self.resumed(seen, rows, exits)[0]).cpu().double().numpy()
+        exits[:, self.backbone.board.decided_at([resume_from.stage])[resume_from.stage].start : -1] = 1
+        return self._confidence(self.resumed(resume_from, rows, exits)[0]).cpu().double().numpy()
 
     def _confidence(self, logits: torch.Tensor) -> torch.Tensor:
         confidence = self.head.confidence

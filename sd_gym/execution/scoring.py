@@ -35,7 +35,7 @@ class Scoring:
         self._judged = OrderedDict[tuple[bytes, bytes], Array]()  # of batches of rows and masks
         self.load_scores(None)
 
-    def quality(self, rows: Array, decisions: Array, seen: PassState | None = None) -> tuple[Array, Array]:
+    def quality(self, rows: Array, decisions: Array, resume_from: PassState | None = None) -> tuple[Array, Array]:
         """Quality under the decisions and dense quality, each float64 ``[n]``.
 
         The backbone is frozen, so the last ``CACHED_QUALITIES`` qualities are cached. Dense decisions that are not
@@ -45,8 +45,8 @@ class Scoring:
         both = np.concatenate([decisions, np.zeros_like(decisions)])
         keys = list(zip([*rows.tolist()] * 2, map(bytes, _packed(both)), strict=True))
         known = {key: self._scores[key] for key in keys if key in self._scores}
-        if seen is not None and not known.keys() >= set(keys[: len(rows)]):
-            known.update(zip(keys[: len(rows)], self.run(rows, decisions, seen).tolist(), strict=True))
+        if resume_from is not None and not known.keys() >= set(keys[: len(rows)]):
+            known.update(zip(keys[: len(rows)], self.run(rows, decisions, resume_from).tolist(), strict=True))
         missing: dict[Key, int] = {}
         for position, key in enumerate(keys):
             if key not in known:
@@ -60,31 +60,31 @@ class Scoring:
         return values[: len(rows)], values[len(rows) :]
 
     @torch.inference_mode()
-    def judged(self, rows: Array, masks: Array, seen: PassState | None = None) -> Array:
+    def judged(self, rows: Array, masks: Array, resume_from: PassState | None = None) -> Array:
         """The head's judgement of its answers under masks ``[n, switches + 1]``, float64 ``[n, values]``.
 
-        Passes resume from the state ``seen``. Their qualities are cached, and the judgement of the last batches: a
-        threshold may depend on its last bits, which are the same only in the same batch.
+        Passes resume from the state ``resume_from``. Their qualities are cached, and the judgement of the last batches:
+        a threshold may depend on its last bits, which are the same only in the same batch.
         """
         batch = rows.tobytes(), masks.tobytes()
         if batch not in self._judged:
-            quality, self._judged[batch] = self._run_and_judge(rows, masks, seen)
+            quality, self._judged[batch] = self._run_and_judge(rows, masks, resume_from)
             keys = zip(rows.tolist(), map(bytes, _packed(masks)), quality.tolist(), strict=True)
             self._remember({(row, mask): value for row, mask, value in keys if (row, mask) not in self._scores})
             while len(self._judged) > BATCHES:
                 self._judged.popitem(last=False)
         return self._judged[batch].copy()
 
-    def _run_and_judge(self, rows: Array, masks: Array, seen: PassState | None) -> tuple[Array, Array]:
+    def _run_and_judge(self, rows: Array, masks: Array, resume_from: PassState | None) -> tuple[Array, Array]:
         """Quality ``[n]`` and judgement ``[n, values]``; one pass gives both, unless a text is generated and scored."""
         if self._measure.score is not None and self._head.judges_passes:
             values = self._passes.in_passes(
-                rows, masks, columns(self._score, lambda logits, _: self._head.judge(logits)), seen
+                rows, masks, columns(self._score, lambda logits, _: self._head.judge(logits)), resume_from
             )
             return self._of_score(rows, masks, values[:, 0]), values[:, 1:]
-        texts, judged = self._passes.answers_and_judgement(rows, masks, seen)
+        texts, judged = self._passes.answers_and_judgement(rows, masks, resume_from)
         is_of_texts = self._measure.score is None
-        return self._text_quality(rows, texts) if is_of_texts else self.run(rows, masks, seen), judged
+        return self._text_quality(rows, texts) if is_of_texts else self.run(rows, masks, resume_from), judged
 
     @torch.inference_mode()
     def judged_under_all(self, rows: Array, masks: Array) -> tuple[Array, Array]:
@@ -147,18 +147,19 @@ class Scoring:
             self._dense_log = scores["dense_log"].numpy()
 
     @torch.inference_mode()
-    def run(self, rows: Array, decisions: Array, seen: PassState | None = None) -> Array:
+    def run(self, rows: Array, decisions: Array, resume_from: PassState | None = None) -> Array:
         """Run the backbone on rows under decisions and score it: float64 ``[n]``. Nothing is cached.
 
         A likelihood counts as one plus the logarithm of its ratio to the dense one, between 0 and 2. So dense has 1, a
         loss of 0.01 is one percent of perplexity, and no instance loses more than 1.
 
-        Rows of about the same length, or of the same decision, run together; or they resume from the state ``seen``.
+        Rows of about the same length, or of the same decision, run together; or they resume from the state
+        ``resume_from``.
         """
         decisions = self._answering(decisions)
         if self._measure.score is None:
-            return self._text_quality(rows, self._passes.answers(rows, decisions, seen))
-        return self._of_score(rows, decisions, self._passes.in_passes(rows, decisions, self._score, seen))
+            return self._text_quality(rows, self._passes.answers(rows, decisions, resume_from))
+        return self._of_score(rows, decisions, self._passes.in_passes(rows, decisions, self._score, resume_from))
 
     @torch.inference_mode()
     def quality_and_likelihood(self, rows: Array, decisions: Array) -> tuple[Array, Array]:

@@ -82,7 +82,7 @@ class BackboneSplit:
         self.passes = Passes(backbone, instances, encoded, self.tokens, self.reading)
         self.scoring = Scoring(config.quality, self.passes)
         self.ids = np.array([instance.id for instance in instances], dtype=object)
-        self.number_of = {instance.id: row for row, instance in enumerate(instances)}
+        self.row_of = {instance.id: row for row, instance in enumerate(instances)}
         self.difficulty = np.array([instance.difficulty for instance in instances])
 
     def _check_output(self) -> None:

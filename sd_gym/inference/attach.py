@@ -164,7 +164,7 @@ class Attached:
         if cache is not None and cache.get_seq_length() > 0:
             return self._continued(cache, *args, **kwargs)
         shown = self._policy_input(given, given.get("input_ids"))
-        if self.policy.sees_answer:
+        if self.policy.has_answer_stage:
             return self._forward_with_answer_stage(given, shown)
         run = partial(self._inner["forward"], *args, **kwargs)
         output, in_force = self._under_decisions(run, shown, given, in_pass=shown.is_as_given)
@@ -194,7 +194,7 @@ class Attached:
             return in_force[0]
 
         def choose(state: PassState) -> InForce:
-            return decide(self.policy.decide_on(state.hidden.detach(), state.mask, whole=shown.is_unpadded))
+            return decide(self.policy.decide_on(state.hidden.detach(), state.mask, unpadded=shown.is_unpadded))
 
         if in_pass:
             block = self.board.decide_in_pass(choose, mask=shown.mask)
@@ -298,7 +298,7 @@ class Attached:
                 "this policy decides while the prompt is read, so generate() has to read it as a whole; leave "
                 f"prefill_chunk_size={chunk} out"
             )
-        if self.policy.sees_answer:
+        if self.policy.has_answer_stage:
             return self._generate_with_answer_stage(given, shown)
         in_pass = shown.is_as_given and len(self.board.architecture.stacks) > 1
         run = partial(self._generate_here, *args, **kwargs)

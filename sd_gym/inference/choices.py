@@ -23,7 +23,7 @@ def decided_masks(policy: SkipPolicy) -> NDArray | None:
 def choices_of(policy: SkipPolicy) -> NDArray | None:
     """What a policy chooses among before the first layer, int64 ``[choices, components]``; ``None``: anything."""
     network = policy.learned
-    size = len(network.nvec) - policy.sees_answer
+    size = len(network.nvec) - policy.has_answer_stage
     if not network.head.weight[: sum(network.nvec[:size])].any():  # one for all inputs, as a cascade's
         margins = {0.0, *(point.margin for point in policy.operating_points)}
         biases = [network.with_margin(margin).head.bias.detach() for margin in margins]
@@ -38,6 +38,6 @@ def masks_of(policy: SkipPolicy, choices: NDArray) -> NDArray:
     """The mask of each choice, int64 ``[choices, switches + 1]``."""
     network = policy.network
     if isinstance(network, TablePolicy) and network.masks is not None:
-        accepted = np.pad(choices, ((0, 0), (0, int(policy.sees_answer))))
+        accepted = np.pad(choices, ((0, 0), (0, int(policy.has_answer_stage))))
         choices = network.masks[np.ravel_multi_index(tuple(accepted.T), network.network.nvec)]
     return choices[:, : len(network.switches) + 1]

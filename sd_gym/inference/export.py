@@ -154,11 +154,13 @@ class _Writer:
     def write(self) -> dict[str, Any]:
         """Write all files; returns the manifest."""
         policy, board = self._policy, self._board
-        resumed = sorted({first for first in self._resumed if 0 < first < len(board)}) if policy.sees_answer else []
+        resumed = (
+            sorted({first for first in self._resumed if 0 < first < len(board)}) if policy.has_answer_stage else []
+        )
         branches = self._branches(resumed)
         switched = Switched(board, branches, resumed, self._inputs)
         graphs: dict[str, Any] = {DECIDE: Decider(board, policy, self._choices), MODEL: switched}
-        if policy.sees_answer:
+        if policy.has_answer_stage:
             graphs[ANSWER] = AnswerDecider(policy, self._head, graphs[DECIDE].size, switched.logits)
         with (self._folder / WEIGHTS).open("wb") as file:
             weights = _Weights(file)
@@ -222,7 +224,7 @@ class _Writer:
         _, instance = _probe(model)
         always, switched = model.backbone.flops.costs(np.arange(3))  # a parabola in the number of tokens
         bend = (switched[2] - 2 * switched[1] + switched[0]) // 2
-        accepted = np.pad(self._choices, ((0, 0), (0, int(policy.sees_answer))), constant_values=-1)
+        accepted = np.pad(self._choices, ((0, 0), (0, int(policy.has_answer_stage))), constant_values=-1)
         added = torch.from_numpy(policy.learned.per_margin).float()[None]
         [per_margin] = policy.learned.log_likelihood(added, torch.from_numpy(accepted))
         values = {
@@ -247,7 +249,7 @@ class _Writer:
                 "mask": self._mask_of_choice.tolist(),
                 "cautious": per_margin.tolist(),  # what a margin of 1 adds to the scores
             },
-            "looks_at_answer": policy.sees_answer,
+            "looks_at_answer": policy.has_answer_stage,
             "int8": self._int8,
             "flops": {
                 "per_sequence": int(always[0]),
@@ -256,7 +258,7 @@ class _Writer:
                 "per_pair": bend.tolist(),
                 "policy": policy.network.flops,
                 "policy_per_token": policy.network.flops_per_token,
-                "policy_longest": policy.longest,
+                "policy_longest": policy.max_source_length,
             },
             "operating_points": [point._asdict() for point in policy.operating_points],
             **{key: card[key] for key in ("env", "backbone", "result", "run")},

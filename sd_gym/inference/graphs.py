@@ -119,11 +119,13 @@ class Decider(Graph):
     def __init__(self, board: Switchboard, policy: SkipPolicy, choices: NDArray) -> None:
         super().__init__()
         self.first_input = FirstLayerInput(board)
-        network, self.longest = policy.learned, policy.longest
+        network, self.max_source_length = policy.learned, policy.max_source_length
         self.encoder = deepcopy(network.token_encoder) if isinstance(network.token_encoder, TokenEncoder) else None
-        self.of_tokens = [torch.from_numpy(values) for values in policy.of_tokens or (policy.mean, policy.deviation)]
+        self.token_statistics = [
+            torch.from_numpy(values) for values in policy.token_statistics or (policy.mean, policy.deviation)
+        ]
         self.size = 2 * board.model.config.hidden_size + 2
-        self.network, self.answers = _Network(policy, 0, self.size), policy.sees_answer
+        self.network, self.answers = _Network(policy, 0, self.size), policy.has_answer_stage
         padded = np.pad(choices, ((0, 0), (0, int(self.answers))), constant_values=-1)
         likelihood = network.log_likelihood(torch.eye(sum(network.nvec)), torch.from_numpy(padded))
         self.register_buffer("chosen", likelihood)
@@ -144,8 +146,8 @@ class Decider(Graph):
         pooled, share = pooled_features(hidden, attention_mask), share[:, None]
         read = list[Tensor]()
         if self.encoder is not None:
-            hidden, mask = hidden[:, : self.longest], attention_mask[:, : self.longest]
-            tokens = standardised(hidden.float(), *self.of_tokens) * mask[:, :, None]
+            hidden, mask = hidden[:, : self.max_source_length], attention_mask[:, : self.longest]
+            tokens = standardised(hidden.float(), *self.token_statistics) * mask[:, :, None]
             read = [(self.encoder.read(tokens, mask) - self.encoder.mean) / self.encoder.deviation]
         scores = self.network([pooled, *_unknown(self.network.judged, share)], read, share) @ self.chosen
         return (scores, torch.cat([pooled, *read], dim=1)) if self.answers else scores

@@ -107,7 +107,7 @@ class OnnxModel(TextModel):
         manifest: The content of the manifest: ``env``, ``masks``, ``operating_points`` and more.
         masks: The masks that it decides among, bool ``[masks, switches]``; the first one is dense.
         margin: The margin of its operating point, float32; it may be changed between two calls.
-        looks_at_answer: Whether it judges the answers.
+        has_answer_stage: Whether it judges the answers.
         fingerprints: SHA-256 of the policy at its operating point, and of the backbone.
     """
 
@@ -129,8 +129,8 @@ class OnnxModel(TextModel):
         self._mask_of_choice, self._cautious = np.array(choices["mask"]), np.array(choices["cautious"], np.float32)
         self._resumed_from, switches = np.array(manifest["resumed_from"]), len(manifest["switches"])
         self._count_flops(np.arange(manifest["cut"]["length"] + 1))
-        self.looks_at_answer: bool = manifest["looks_at_answer"]
-        resumable = {first for first in self._resumed_from if self.looks_at_answer and 0 < first < switches}
+        self.has_answer_stage: bool = manifest["looks_at_answer"]
+        resumable = {first for first in self._resumed_from if self.has_answer_stage and 0 < first < switches}
         hidden = [[hidden_output(first)] if first in resumable else [] for first in self._resumed_from]
         self._outputs = [["logits", *names] for names in hidden]
 
@@ -237,7 +237,7 @@ class OnnxModel(TextModel):
         """
         values, *hidden = self.run(number, batch)
         goes_on = np.zeros(len(values), dtype=bool)
-        if seen is not None and self.looks_at_answer and number != DENSE:
+        if seen is not None and self.has_answer_stage and number != DENSE:
             share = self.flops_ratio(np.full(len(values), number), batch["attention_mask"].sum(axis=1))
             shown = {"seen": seen, "logits": values, "share": share.astype(np.float32)}
             goes_on = self._run(ANSWER, shown)[0] + self.margin > 0

@@ -70,7 +70,7 @@ class Part:
             elif resume:
                 self._go_on(rows)
             else:
-                raise FileExistsError(f"{self._folder} is of an interrupted run; go on with --resume, or delete it")
+                raise FileExistsError(f"{self._folder} is of an interrupted run; continue with --resume, or delete it")
             try:
                 yield
             except BaseException:

@@ -30,7 +30,7 @@ class StagedPasses(Passes):
     ) -> None:
         passes = split.passes  # without its bank: these run on the switchboard, so calls cost what they cost there
         super().__init__(split.backbone, split.instances, split.encoded, split.tokens, split.reading)
-        self.most, self.longest, self.watch = passes.most, passes.longest, passes.watch
+        self.most, self.max_target_length, self.watch = passes.most, passes.max_target_length, passes.watch
         self.generated, self.finished = passes.generated, passes.finished  # shared, as the split's costs count them
         self._policy, self._first_input, self._known = policy, first_input, known
         self.masks = np.zeros((len(split), len(self.backbone.board) + 1), dtype=np.int64)  # the policy's decisions
@@ -45,7 +45,7 @@ class StagedPasses(Passes):
             rollout = self._rollout(rows[picked], given, partial(self.head.kept, given), decisions[picked])
             with rollout.deciding(inputs["attention_mask"]):
                 logits = self.backbone.logits(given)
-            if self._policy.sees_answer:
+            if self._policy.has_answer_stage:
                 rollout.answered(self.head.judge(logits))
             self._record(rows[picked], rollout)
             done = ~waiting.add(picked, rollout.resumable())
@@ -64,18 +64,18 @@ class StagedPasses(Passes):
 
     @torch.inference_mode()
     def _texts(
-        self, rows: NDArray, decisions: NDArray, seen: PassState | None, *, judges: bool
+        self, rows: NDArray, decisions: NDArray, resume_from: PassState | None, *, judges: bool
     ) -> tuple[list[str], NDArray]:
         """The final texts, and the judgement of the first ones, if the policy sees that."""
         texts, judged = np.empty(len(rows), dtype=object), np.empty((len(rows), len(self.head.judgement)))
         waiting = _Waiting()
-        for picked, inputs in self.planned(rows, decisions, self.longest):
+        for picked, inputs in self.planned(rows, decisions, self.max_target_length):
             rollout = self._rollout(rows[picked], inputs, lambda keep: keep, decisions[picked])
             deciding = rollout.deciding(inputs["attention_mask"])
             texts[picked], judged[picked] = self._generated(
-                rows[picked], inputs, deciding, judges=self._policy.sees_answer
+                rows[picked], inputs, deciding, judges=self._policy.has_answer_stage
             )
-            if self._policy.sees_answer:
+            if self._policy.has_answer_stage:
                 rollout.answered(judged[picked])
             self._record(rows[picked], rollout)
             self.first_generated[rows[picked]] = self.generated[rows[picked]]
@@ -86,7 +86,7 @@ class StagedPasses(Passes):
         return texts.tolist(), judged
 
     def _write_dense(self, texts: NDArray, rows: NDArray, waiting: "_Waiting") -> None:
-        for picked, inputs, block in self._waiting_passes(rows, waiting, self.longest):
+        for picked, inputs, block in self._waiting_passes(rows, waiting, self.max_target_length):
             texts[picked], _ = self._generated(rows[picked], inputs, block, judges=False)
 
     def _waiting_passes(

@@ -85,7 +85,7 @@ class SkippingModel(TextModel):
             self.model.to(_checked_dtype(dtype))  # pyright: ignore[reportArgumentType]
         self.board, head = self.backbone.board, self.backbone.head
         self.head, self.gives = head.name, "text" if head.gives == "text" else head.name
-        self.longest = self.config.backbone.max_target_length
+        self.max_target_length = self.config.backbone.max_target_length
         self.task, self._task = self.config.task, TASKS.find(self.config.task)
         self.fields, self.reference = self._task.inputs, self._task.reference
         self.optional, metric = self._task.optional is not None, self.config.quality.metric
@@ -177,7 +177,7 @@ class SkippingModel(TextModel):
 
     def own_flops(self, split: BackboneSplit) -> NDArray:
         """FLOPs of the policy itself on each input, ``[n]``."""
-        tokens = np.minimum(split.encoded.source_length, self.policy.longest)
+        tokens = np.minimum(split.encoded.source_length, self.policy.max_source_length)
         judged = sum(name != "first" for name in self.policy.stages_of_pass) if split.head.can_exit(self.board) else 0
         network = self.policy.network
         return network.flops + network.flops_per_token * tokens + judged * split.costs.head_flops(np.arange(len(split)))

@@ -26,8 +26,8 @@ from sd_gym.policy.card import FILE, FILES, TENSORS, model_card, read_card, writ
 from sd_gym.policy.features import pooled_features, token_observations
 from sd_gym.policy.network import DecisionPolicy
 from sd_gym.policy.observations import Observations
-from sd_gym.policy.protected_tokens import ProtectedTokens
 from sd_gym.policy.table_export import TablePolicy
+from sd_gym.policy.token_rule import TokenRule
 from sd_gym.projection import standardised
 from sd_gym.switch import (
     FlopsModel,
@@ -55,7 +55,7 @@ class SkipPolicy:
         protection: Which tokens are never dropped; ``None`` if no rule gives them, or no token is dropped.
         operating_points: Tested versions and dense, the one that skips most first.
         card: What it was trained on, and its result: ``env`` (the config), ``backbone``, ``result``, ``run``.
-        of_tokens: Mean and deviation ``[width]`` of tokens, if several stages show them.
+        token_statistics: Mean and deviation ``[width]`` of tokens, if several stages show them.
         ranking_costs_flops: Whether the first attention runs to rank tokens, by the attention that each receives.
         context: Which tokens are not the context of a question, if answers are spans and it has the answer stage;
             ``None`` if no rule gives them.
@@ -65,12 +65,12 @@ class SkipPolicy:
     mean: NDArray
     deviation: NDArray
     rarity: NDArray | None
-    protection: ProtectedTokens | None
+    protection: TokenRule | None
     operating_points: tuple[OperatingPoint, ...]
     card: dict[str, Any]
-    of_tokens: tuple[NDArray, NDArray] | None = None
+    token_statistics: tuple[NDArray, NDArray] | None = None
     ranking_costs_flops: bool = False
-    context: ProtectedTokens | None = None
+    context: TokenRule | None = None
 
     @property
     def learned(self) -> DecisionPolicy:
@@ -83,7 +83,7 @@ class SkipPolicy:
         return tuple(self.card["env"]["tokens"]["shares"])
 
     @property
-    def longest(self) -> int:
+    def max_source_length(self) -> int:
         """Most tokens of a text in its env; a policy that observes tokens reads no more."""
         return self.card["env"]["backbone"]["max_source_length"]
 
@@ -93,7 +93,7 @@ class SkipPolicy:
         return self.network.stages != ["first"]
 
     @property
-    def sees_answer(self) -> bool:
+    def has_answer_stage(self) -> bool:
         """Whether its last stage is ``answer``: to accept the answer, or to go on."""
         return self.network.stages[-1] == ANSWER
 
@@ -111,17 +111,17 @@ class SkipPolicy:
         """Decisions, int64 ``[n, switches + 1]``, on the model's inputs ``[n, length]``, padded at the right."""
         return self.decide_on(first_layer_input(board, inputs), inputs["attention_mask"])
 
-    def decide_on(self, hidden: Tensor, mask: Tensor, *, whole: bool = False) -> NDArray:
+    def decide_on(self, hidden: Tensor, mask: Tensor, *, unpadded: bool = False) -> NDArray:
         """Decisions, int64 ``[n, switches + 1]``; arguments and errors are those of ``observed``."""
-        return self.network.decide(self.observed(hidden, mask, whole=whole))
+        return self.network.decide(self.observed(hidden, mask, unpadded=unpadded))
 
-    def observed(self, hidden: Tensor, mask: Tensor, *, whole: bool = False) -> Observations | Tensor:
+    def observed(self, hidden: Tensor, mask: Tensor, *, unpadded: bool = False) -> Observations | Tensor:
         """The observation before the first layer; it is the same for all versions of the policy (``with_margin``).
 
         Args:
             hidden: The first layer's input, ``[n, length, width]``, padded at the right.
             mask: Mask of its tokens, ``[n, length]``.
-            whole: Whether there is no padding, which is faster.
+            unpadded: Whether there is no padding, which is faster.
 
         Raises:
             ValueError: If it decides at stages of the pass.
@@ -132,8 +132,8 @@ class SkipPolicy:
                 "to its model, or call sd_gym.load(policy)(texts)"
             )
         if self.network.channels is not None:
-            return token_observations(hidden, mask, self.mean, self.deviation, self.longest)
-        features = pooled_features(hidden, None if whole else mask)
+            return token_observations(hidden, mask, self.mean, self.deviation, self.max_source_length)
+        features = pooled_features(hidden, None if unpadded else mask)
         mean, deviation = (torch.from_numpy(values).to(features.device) for values in (self.mean, self.deviation))
         return standardised(features, mean, deviation)
 
@@ -145,7 +145,7 @@ class SkipPolicy:
         """
         if not level.any():
             return None
-        droppable = _droppable(self.protection, inputs).cpu().numpy()
+        droppable = _selected(self.protection, inputs).cpu().numpy()
         keep = keep_tokens(self._token_scores(board, inputs), droppable, np.array(self.token_shares)[level])
         return torch.from_numpy(keep).to(inputs["input_ids"].device)
 
@@ -154,7 +154,7 @@ class SkipPolicy:
 
         They are the context of the question; the first token stands for no answer, if questions may have none.
         """
-        context = _droppable(self.context, inputs)
+        context = _selected(self.context, inputs)
         context[:, 0] = self.card["env"]["data"]["unanswerable"]
         return context
 
@@ -197,7 +197,7 @@ class SkipPolicy:
                     raise ValueError(f"this policy decides at stages of {backbone['name']}: {error}") from error
                 head = head_of(model)
                 width = pooled + len(self.network.stages) + 1 + head.can_exit(board)
-                width += len(head.judgement) * self.sees_answer
+                width += len(head.judgement) * self.has_answer_stage
             elif self.network.channels is None:
                 width = pooled
         tokens = self.network.token_width in (None, model.config.hidden_size)
@@ -236,8 +236,8 @@ class SkipPolicy:
         folder = Path(folder)
         self.learned.save(folder)
         arrays, table = {"mean": self.mean, "deviation": self.deviation}, None
-        if self.of_tokens is not None:
-            arrays |= dict(zip(TOKEN_STATISTICS, self.of_tokens, strict=True))
+        if self.token_statistics is not None:
+            arrays |= dict(zip(TOKEN_STATISTICS, self.token_statistics, strict=True))
         if self.rarity is not None:
             arrays["rarity"] = self.rarity
         if isinstance(self.network, TablePolicy):
@@ -298,7 +298,7 @@ class SkipPolicy:
                 rarity=_finite(tensors.pop("rarity"), None) if "rarity" in tensors else None,
                 protection=card.pop("protection"),
                 operating_points=tuple(card.pop("operating_points")),
-                of_tokens=None if width is None else _statistics_in(tensors, TOKEN_STATISTICS, (width,)),
+                token_statistics=None if width is None else _statistics_in(tensors, TOKEN_STATISTICS, (width,)),
                 ranking_costs_flops=card.pop("ranking_costs_flops"),
                 context=card.pop("context"),
                 card=card,
@@ -356,13 +356,13 @@ def switchboard_of(model: PreTrainedModel) -> Iterator[Switchboard]:
             board.remove()
 
 
-def _droppable(rule: ProtectedTokens | None, inputs: dict[str, Tensor]) -> Tensor:
+def _selected(rule: TokenRule | None, inputs: dict[str, Tensor]) -> Tensor:
     if rule is None:
         raise ValueError(
             "the tokens alone do not show which of them this policy may drop, or which are the context of a "
             "question; call it on texts, sd_gym.load(policy)(texts)"
         )
-    return rule.droppable(inputs["input_ids"], inputs["attention_mask"])
+    return rule.selects(inputs["input_ids"], inputs["attention_mask"])
 
 
 def _statistics_in(

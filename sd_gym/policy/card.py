@@ -11,7 +11,7 @@ from sd_gym.config import EnvConfig
 from sd_gym.files import as_json, hash_of, sha256, write_json
 from sd_gym.operating_points import OperatingPoint
 from sd_gym.policy.network_files import FORMAT, Strict, read_model
-from sd_gym.policy.protected_tokens import ProtectedTokens
+from sd_gym.policy.token_rule import TokenRule
 
 FILE, TENSORS = "skip_policy.json", "skip_policy.safetensors"
 HASHED = (TENSORS, "policy.json", "policy.safetensors")
@@ -73,8 +73,8 @@ class _Card(Strict):
 
     format: Literal[1, 2]
     files: dict[str, str]
-    protection: ProtectedTokens | None
-    context: ProtectedTokens | None
+    protection: TokenRule | None
+    context: TokenRule | None
     ranking_costs_flops: bool
     operating_points: list[Annotated[OperatingPoint, AfterValidator(_with_flops)]]
     table: _Table | None

@@ -24,8 +24,12 @@ from sd_gym.policy.token_encoder import TokenEncoder, flops_per_token
 from sd_gym.registry import naming_imports
 
 HIDDEN = 64
-CERTAIN = 6.0  # log-odds of the choices of a static mask, so that learning can still change them in a warm start
-BEFORE = 0.1  # share of an answer's margin that counts at earlier stages; at dense's margin, 1,000, nothing is skipped
+STATIC_LOG_ODDS = (
+    6.0  # log-odds of the choices of a static mask, so that learning can still change them in a warm start
+)
+EARLIER_MARGIN_SHARE = (
+    0.1  # share of an answer's margin that counts at earlier stages; at dense's margin, 1,000, nothing is skipped
+)
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -146,7 +150,7 @@ class DecisionPolicy(nn.Module):
         hidden = F.linear(features, first.weight, first.bias).tanh()
         return F.linear(F.linear(hidden, second.weight, second.bias).tanh(), self.head.weight, self.head.bias)
 
-    def evaluate(self, logits: Tensor, decisions: Tensor, exploration: float = 0.0) -> tuple[Tensor, Tensor]:
+    def evaluate_decisions(self, logits: Tensor, decisions: Tensor, exploration: float = 0.0) -> tuple[Tensor, Tensor]:
         """Log-probabilities ``[tries * n, components]`` of decisions, and the entropy summed over components, ``[n]``.
 
         Args:
@@ -241,7 +245,7 @@ class DecisionPolicy(nn.Module):
         """A copy that skips only where it prefers skipping by more than ``margin`` in log-odds.
 
         With an answer stage, it accepts an answer only where it prefers accepting by more than ``margin``. Its masks
-        hardly change (``BEFORE``), since the answer tells more about the risk. A blind policy skips less instead.
+        hardly change (``EARLIER_MARGIN_SHARE``), since the answer tells more about the risk. A blind policy skips less instead.
         """
         copy = deepcopy(self)
         with torch.no_grad():
@@ -257,7 +261,7 @@ class DecisionPolicy(nn.Module):
         with torch.no_grad():
             for values in copy.head.weight, copy.head.bias:
                 values[:-2] = 0
-            copy.head.bias[torch.from_numpy(first + mask)[:-1]] = CERTAIN
+            copy.head.bias[torch.from_numpy(first + mask)[:-1]] = STATIC_LOG_ODDS
         return copy
 
     @property
@@ -268,7 +272,7 @@ class DecisionPolicy(nn.Module):
         if self.graded:
             added = -np.concatenate([np.arange(size, dtype=np.float64) for size in self.nvec])
         if self.stages[-1] == ANSWER:  # where the second choice is to go on
-            added *= 1 if self.blind else BEFORE  # a blind policy sees no answer
+            added *= 1 if self.blind else EARLIER_MARGIN_SHARE  # a blind policy sees no answer
             added[-2:] = 0, 1
         return added
 

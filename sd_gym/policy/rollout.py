@@ -49,11 +49,11 @@ class StagedRollout:
     ) -> None:
         self._policy, self._board, self._head, self._flops = policy, board, head, flops
         self._length, self._keeps, self._judge, self._first, self._known = length, keeps, judge, first, known
-        self._judges, self._answer_size = head.can_exit(board), len(head.judgement) * policy.sees_answer
+        self._judges, self._answer_size = head.can_exit(board), len(head.judgement) * policy.has_answer_stage
         self._columns = board.decided_at(policy.stages_of_pass)
         self._passing = self._columns  # the switches of each stage at which the pass stops
         self._resumption: Resumption | None = None
-        if policy.sees_answer:
+        if policy.has_answer_stage:
             first_decided = next(iter(self._columns.values())).start
             self._resumption = Resumption(board, head.resume_points(board), first_decided)
             self._passing = board.decided_at([*self._columns, *self._resumption.stages])
@@ -124,8 +124,8 @@ class StagedRollout:
             with self._board.decide(exits[:, :-1], self.keep, resume_from=state):
                 judged[:, 0] = log_odds(confidence(self._judge()).detach().cpu().double().numpy())
         self._features = np.concatenate([pooled_features(hidden, mask).cpu().numpy(), judged], axis=1)
-        if is_first and (of_tokens := self._policy.of_tokens) is not None:
-            self._tokens = token_observations(hidden, mask, *of_tokens, self._policy.longest)
+        if is_first and (token_statistics := self._policy.token_statistics) is not None:
+            self._tokens = token_observations(hidden, mask, *token_statistics, self._policy.max_source_length)
         return self._observed(state.stage, exits)
 
     def _observed(self, stage: str, exits: NDArray) -> Observations:

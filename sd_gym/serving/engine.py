@@ -168,7 +168,7 @@ class TextEngine(BlockingEngine):
         self.groups_masks, config = self._masks is not None, model.model.config
         completes = model.gives == "text" and len(model.fields) == 1 and not config.is_encoder_decoder
         name = Path(policy.card["backbone"]["name"]).name
-        self.served = Described(name, model.fields, model.gives, model.board.names, model.longest, completes)
+        self.served = Described(name, model.fields, model.gives, model.board.names, model.max_target_length, completes)
 
     @torch.inference_mode()
     def prepare(self, inputs: list[Asked]) -> list[Row]:
@@ -199,7 +199,7 @@ class TextEngine(BlockingEngine):
     def _answered(self, texts: list[list[str]], decided: NDArray, asked: Asked) -> list[Served]:
         split = self.model.split(texts)
         if asked.longest is not None:
-            split.passes.longest = asked.longest
+            split.passes.max_target_length = asked.longest
         if self.groups_masks and (decided != decided[0]).any():
             split.passes.bank = None  # one pass for all masks
         scores: list[dict[str, float] | None] = [None] * len(texts)
@@ -269,7 +269,7 @@ class GraphEngine(BlockingEngine):
         rows = []
         for asked, encoding, of_points, own in zip(inputs, encoded, masks, observed, strict=True):
             chosen = of_points if asked.point is None else np.repeat(of_points[asked.point], len(of_points))
-            kind = asked.point if self.model.looks_at_answer else None
+            kind = asked.point if self.model.has_answer_stage else None
             rows.append(Row(len(encoding), chosen.tolist(), kind, (asked, encoding, own), asked.point is None))
         return rows
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sd_gym.envs import ConfigError
-from sd_gym.envs.actions import Steps
+from sd_gym.envs.actions import StageActions
 from tests.envs.conftest import ID, MASKS, MINI, SMALL, assert_same, make_vec, random_actions
 
 WAYS = [
@@ -179,13 +179,15 @@ def test_the_codebooks_of_the_mini_envs_are_nested_and_good(env_id):
 
 @pytest.mark.parametrize("wrap", [lambda shown: shown, lambda shown: {"stage": shown, "tokens": None}])
 def test_an_action_counts_for_the_stage_that_is_observed(wrap):
-    steps = Steps([np.array([0, 2]), np.array([1])], np.array([2, 2, 3]))
-    decided = steps.spread_seen(wrap(np.array([[1.0, 0.0, 0.3], [0.0, 1.0, 0.2]])), np.array([[1, 2], [1, 2]]))
+    steps = StageActions([np.array([0, 2]), np.array([1])], np.array([2, 2, 3]))
+    decided = steps.observed_to_decisions(
+        wrap(np.array([[1.0, 0.0, 0.3], [0.0, 1.0, 0.2]])), np.array([[1, 2], [1, 2]])
+    )
     assert decided.tolist() == [[1, 0, 2], [0, 1, 0]]
     assert not steps.is_whole
 
 
 def test_one_stage_decides_what_is_its_own():
-    middle = Steps([np.array([1])], np.array([2, 2, 3]))
-    assert middle.spread(np.zeros(2, dtype=int), np.array([[1], [0]])).tolist() == [[0, 1, 0], [0, 0, 0]]
-    assert Steps([np.arange(3)], np.array([2, 2, 3])).is_whole
+    middle = StageActions([np.array([1])], np.array([2, 2, 3]))
+    assert middle.to_decisions(np.zeros(2, dtype=int), np.array([[1], [0]])).tolist() == [[0, 1, 0], [0, 0, 0]]
+    assert StageActions([np.arange(3)], np.array([2, 2, 3])).is_whole

@@ -58,7 +58,7 @@ def test_going_on_gives_the_dense_answer_at_the_cost_of_both(core):
 
 
 def test_the_stage_shows_what_the_head_says_of_its_answer(core):
-    split, looks = core.split("validation"), core.stage_observation
+    split, looks = core.split("validation"), core.stage_observer
     rows, last = np.arange(len(split)), len(core.stages) - 1
     decisions = drawn(core, len(rows))
     seen, _ = looks.observe(split, rows, last, decisions, None)
@@ -116,8 +116,8 @@ def test_a_table_has_the_same_looks_and_outcomes(core, table):
             if ways[-1]:
                 continue
             for stage in range(len(ours.stages)):
-                seen, _ = ours.stage_observation.observe(mine, rows, stage, decided, None)
-                shown, _ = core.stage_observation.observe(theirs, rows, stage, decisions, None)
+                seen, _ = ours.stage_observer.observe(mine, rows, stage, decided, None)
+                shown, _ = core.stage_observer.observe(theirs, rows, stage, decisions, None)
                 np.testing.assert_allclose(seen, shown, atol=1e-3)
         np.testing.assert_array_equal(ours.from_masks(ours.to_masks(decided)), decided * [*[1] * (len(ways) - 1), 0])
 
@@ -185,7 +185,7 @@ def test_a_policy_that_skips_nothing_goes_on_nowhere(table, tmp_path):
 def test_a_text_is_judged_by_the_tokens_that_were_generated():
     core = core_of("SD/Classification-Mini-v0", stages=["first", "answer"], **SMALL)
     split, rows = core.split("test"), np.arange(8)
-    masks = np.zeros((8, len(core.decision_nvec)), dtype=np.int64)
+    masks = np.zeros((8, len(core.mask_nvec)), dtype=np.int64)
     masks[4:, 6:18] = 1
     texts, judged = split.passes.answers_and_judgement(rows, masks)
     assert texts == split.passes.answers(rows, masks)
@@ -217,7 +217,7 @@ def test_a_picture_shows_the_dense_answer_where_the_pass_goes_on():
         env.step(env.action_space.nvec - 1)  # skips all
         env.step(np.eye(1, len(env.action_space.nvec), dtype=np.int64)[0] * goes_on)
         said.append(env.render())
-    row = np.array([split.number_of[info["instance"]]])
+    row = np.array([split.row_of[info["instance"]]])
     (dense,) = split.passes.answers(row, np.zeros((1, len(env.action_space.nvec)), dtype=np.int64))
     assert dense in said[1]
     assert said[0] != said[1]

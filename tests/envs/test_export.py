@@ -66,10 +66,10 @@ def decides_and_answers_the_same(task, ranking, folder, tokenizer, observation, 
     core, policy, artefact, texts = trained(task, ranking, folder, tokenizer, observation, stages)
     split, every = core.split("test"), np.arange(24)
     decisions = core.rollout(split, every, policy.decide)[0]
-    masks, went_on = masks_and_goes_on(decisions, len(core.decision_nvec))
+    masks, went_on = masks_and_goes_on(decisions, len(core.mask_nvec))
     assert len(np.unique(decisions, axis=0)) > 1
     assert went_on.any() == ("answer" in stages)
-    answers = split.passes.answers(every, answer_masks(decisions, len(core.decision_nvec)))
+    answers = split.passes.answers(every, answer_masks(decisions, len(core.mask_nvec)))
     model = sd_gym.load(folder / "artefact")
     try:
         came = model(texts)

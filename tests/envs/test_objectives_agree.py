@@ -42,7 +42,10 @@ def make(small_table, monkeypatch):
         flops = np.append(FLOPS, np.ones(len(core.masks) - len(FLOPS)))
         split = core.split("train")
         scoring = SimpleNamespace(
-            quality=lambda rows, decisions, seen: (quality[rows, core.masks_of(decisions)], quality[rows, DENSE]),
+            quality=lambda rows, decisions, resume_from: (
+                quality[rows, core.masks_of(decisions)],
+                quality[rows, DENSE],
+            ),
             of_masks=lambda rows: quality[rows],
             of_one=lambda row, number: (quality[row, number], quality[row, DENSE]),
         )

@@ -30,7 +30,7 @@ def test_lines_say_what_happened():
     assert first == "encoder .f a. af af af af | decoder a.f acf acf acf acf acf"
     said = dict(line.split(":", 1) for line in lines)
     core = env.unwrapped.core
-    split, row = core.split("train"), core.split("train").number_of[info["instance"]]
+    split, row = core.split("train"), core.split("train").row_of[info["instance"]]
     assert f"{info['instance']} of {SUMMARIZATION}, difficulty {info['difficulty']}" in said["instance"]
     assert said["reference"].strip() == split.instances[row].target
     assert said["answer"].strip() == split.passes.answers(np.array([row]), info["decision"][None])[0]

@@ -18,7 +18,7 @@ from sd_gym.envs.config import load_config
 from sd_gym.envs.exact import REFERENCES, hull, normalised_score
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.shared import shared_core
-from sd_gym.envs.table_files import read_description, table_folder
+from sd_gym.envs.table_files import read_table, table_folder
 from sd_gym.files import read_json
 from sd_gym.registration import CONFIG_FOLDER, config_of, shipped_tables
 from tests.envs.conftest import called
@@ -54,7 +54,7 @@ def test_folder_and_id_belong_together(env_id):
 
 def test_it_is_small_complete_and_says_nothing_of_where_it_was_made(env_id):
     folder = table_folder(shipped_tables()[env_id])
-    said = read_description(folder)
+    said = read_table(folder)
     assert said["pca"] is not None
     names = {"table.json", "projection.safetensors", "codebook.json"} if said["chosen"] else set()
     names |= {f"{split}.{kind}" for split in SPLITS for kind in ("json", "safetensors")}

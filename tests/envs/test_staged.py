@@ -131,7 +131,7 @@ def test_flops_and_the_heads_own_judgement_are_seen(reviews, tiny_backbone):
     files = {"dataset": str(reviews), "backbone": str(tiny_backbone)}
     env = gym.make("SD/Classification-Custom-Staged-v0", stages=["every_layer"], **files).unwrapped
     core, split = env.core, env.core.split("train")
-    rows, looked = np.arange(len(split)), core.stage_observation
+    rows, looked = np.arange(len(split)), core.stage_observer
     choices = np.random.default_rng(0).integers(2, size=(len(rows), len(core.nvec))) * (core.nvec > 1)
     seen = []
 
@@ -151,7 +151,7 @@ def test_flops_and_the_heads_own_judgement_are_seen(reviews, tiny_backbone):
         np.testing.assert_allclose(observations[:, -1], expected, rtol=1e-3, atol=1e-3)
     judging = core.observing_flops(split, rows, blind=True)
     assert (judging == 2 * split.backbone.flops.costs(split.encoded.source_length)[0]).all()
-    assert not mini("Classification", stages=["decoder"]).core.stage_observation.judges  # it generates
+    assert not mini("Classification", stages=["decoder"]).core.stage_observer.judges  # it generates
 
 
 @pytest.mark.parametrize("quality", ["exact_match", "likelihood", "balanced"])

@@ -42,12 +42,12 @@ def test_its_masks_are_all_combinations_of_what_stages_say(table, source):
         assert core.masks_of(np.array([ways])).tolist() == [number]
         (mask,) = core.to_masks(np.array([ways]))
         assert core.from_masks([mask]).tolist() == [list(ways)]
-        for way, components in zip(ways, computed.steps.components, strict=True):
+        for way, components in zip(ways, computed.stage_actions.components, strict=True):
             assert way or not mask[components].any()  # the first way of each stage runs all
 
 
 def test_a_codebook_skips_nothing_before_the_first_stage(tmp_path, source):
-    masks = np.zeros((2, len(core_of(source[0], **source[1]).decision_nvec)), dtype=int)
+    masks = np.zeros((2, len(core_of(source[0], **source[1]).mask_nvec)), dtype=int)
     masks[1, 1] = 1
     (tmp_path / "masks.json").write_text(json.dumps(masks.tolist()))
     keys = {**source[1], "stages": ["encoder.1", "encoder.2"], "decisions": f"codebook:{tmp_path / 'masks.json'}"}
@@ -70,8 +70,8 @@ def test_outcomes_and_looks_are_those_of_the_env(table, source):
             np.testing.assert_array_equal(came.quality, expected.quality)
             np.testing.assert_array_equal(came.flops_ratio, expected.flops_ratio)
             for stage in range(len(core.stages)):
-                seen, _ = core.stage_observation.observe(ours, rows, stage, decided, None)
-                shown, _ = computed.stage_observation.observe(theirs, rows, stage, masks, None)
+                seen, _ = core.stage_observer.observe(ours, rows, stage, decided, None)
+                shown, _ = computed.stage_observer.observe(theirs, rows, stage, masks, None)
                 np.testing.assert_allclose(seen, shown, atol=1e-4)  # a pass rounds by what else is in it
 
 
@@ -87,8 +87,8 @@ def test_episodes_are_those_of_the_env(table, source):
         ways = random.integers(core.nvec[stage], size=5)
         decided = np.zeros((5, len(core.nvec)), dtype=np.int64)
         decided[:, stage] = ways
-        components = computed.steps.components[stage]
-        actions = np.zeros((5, len(computed.steps.choices)), dtype=np.int64)
+        components = computed.stage_actions.components[stage]
+        actions = np.zeros((5, len(computed.stage_actions.choices)), dtype=np.int64)
         places = [*range(len(components) - 1), -1] if stage == 0 else np.arange(len(components))  # tokens come last
         actions[:, places] = core.to_masks(decided)[:, components]
         seen, *came, infos = ours.step(ways)
@@ -108,7 +108,7 @@ def test_it_is_a_table_of_masks_too(table):
     rows = np.arange(len(ours))
     np.testing.assert_array_equal(
         core.observe(ours, rows),
-        staged.stage_observation.observe(theirs, rows, 0, np.zeros((len(rows), 3), int), None)[0],
+        staged.stage_observer.observe(theirs, rows, 0, np.zeros((len(rows), 3), int), None)[0],
     )
     for ways in product(*map(range, core.nvec)):
         decided = np.tile(ways, (len(rows), 1))
@@ -182,12 +182,12 @@ def test_what_stages_show_is_kept_in_full(table):
 def test_reduced_observations_keep_what_stages_know_beside_hidden_states(table, source, tmp_path):
     sd_gym.tabulate(source[0], tmp_path / "reduced", decisions="random:4", seed=1, pca=4, **source[1])
     whole, reduced = core_of(ID, table=table), core_of(ID, table=str(tmp_path / "reduced"))
-    before, after = len(whole.stages) + 1, whole.stage_observation.judges
+    before, after = len(whole.stages) + 1, whole.stage_observer.judges
     assert reduced.observation_space.shape == (before + 4 + after,)
     decided = np.ones((3, len(whole.nvec)), dtype=np.int64)
     for stage in range(len(whole.stages)):
         seen, shown = (
-            core.stage_observation.observe(core.split("test"), np.arange(3), stage, decided, None)[0]
+            core.stage_observer.observe(core.split("test"), np.arange(3), stage, decided, None)[0]
             for core in (whole, reduced)
         )
         np.testing.assert_allclose(shown[:, :before], seen[:, :before], atol=1e-3)

@@ -78,7 +78,7 @@ def test_a_table_that_was_cut_off_goes_on_and_becomes_the_same(tmp_path, monkeyp
     cut = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
         sd_gym.tabulate(env_id, cut, **asked)
-    with pytest.raises(ValueError, match="not complete; go on with sd-gym tabulate --resume"):
+    with pytest.raises(ValueError, match="not complete; continue with sd-gym tabulate --resume"):
         gym.make(ID, table=str(cut))
     with pytest.raises(FileExistsError, match="interrupted table; pass --resume"):
         sd_gym.tabulate(env_id, cut, **asked)
@@ -156,7 +156,7 @@ def test_all_masks_of_whole_layers(tmp_path, table_source):
     env_id, keys = table_source
     sd_gym.tabulate(env_id, tmp_path / "table", decisions="layers", **keys)
     env = gym.make(ID, table=str(tmp_path / "table"))
-    layers = (len(env.unwrapped.core.decision_nvec) - 1) // 2
+    layers = (len(env.unwrapped.core.mask_nvec) - 1) // 2
     assert env.action_space.nvec.tolist() == [2] * layers + [2]  # and the token level
     for action in product(*map(range, env.action_space.nvec)):
         env.reset(seed=0)

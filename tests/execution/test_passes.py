@@ -81,12 +81,12 @@ def test_a_tree_of_masks_gives_the_logits_of_each_mask_alone(name):
 def test_a_device_without_float64_gives_the_values_of_the_cpu(settings):
     core = gym.make("SD/Classification-Custom-v0", **settings).unwrapped.core
     passes, rows = core.split("train").passes, np.arange(4)
-    decisions = np.random.default_rng(0).integers(2, size=(4, len(core.decision_nvec)))
+    decisions = np.random.default_rng(0).integers(2, size=(4, len(core.mask_nvec)))
     decisions[:, -1] = 0
 
     def values():
         likelihood = columns(passes.head.likelihood)
-        seen = passes.seen_at("encoder.1", rows, decisions)
+        seen = passes.state_at("encoder.1", rows, decisions)
         return [
             passes.under_all(rows, decisions, likelihood),
             passes.in_passes(rows, decisions, likelihood),

@@ -13,7 +13,7 @@ from sd_gym.inference.bulk import run_file
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy, weights_hash
 from sd_gym.policy.features import input_features
-from sd_gym.policy.protected_tokens import ProtectedTokens
+from sd_gym.policy.token_rule import TokenRule
 from sd_gym.switch import Switchboard, first_layer_input
 from tests.conftest import make_inputs
 from tests.envs.conftest import trained
@@ -30,7 +30,7 @@ def make_policy(model, *, shares=(0.0,), ranking="position", dense=False, seed=0
     inputs = make_inputs("bert", batch=64)
     looked = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     seen, embedded = input_features(board, looked).numpy(), first_layer_input(board, looked).detach().numpy()
-    of_tokens = (embedded.mean(axis=(0, 1)), embedded.std(axis=(0, 1))) if tokens else None
+    token_statistics = (embedded.mean(axis=(0, 1)), embedded.std(axis=(0, 1))) if tokens else None
     width = 2 * model.config.hidden_size + 2
     if stages != ["first"]:  # at all of them it is standardised as at the first one
         seen = np.pad(seen, ((0, 0), (0, int(head_of(model).can_exit(board)))), constant_values=0.1)
@@ -46,7 +46,7 @@ def make_policy(model, *, shares=(0.0,), ranking="position", dense=False, seed=0
     if "_attached" not in vars(model):
         board.remove()
     if tokens:
-        begins = (embedded - of_tokens[0]) / of_tokens[1]
+        begins = (embedded - token_statistics[0]) / token_statistics[1]
         network.token_encoder.standardise_on({"tokens": torch.from_numpy(begins), "mask": looked["attention_mask"]})
     with torch.no_grad():
         network.head.weight.mul_(20)
@@ -67,9 +67,9 @@ def make_policy(model, *, shares=(0.0,), ranking="position", dense=False, seed=0
             "token_types": False,
         },
     }
-    protection = ProtectedTokens((1, 2, 3), 1, 0, None) if len(shares) > 1 else None
+    protection = TokenRule((1, 2, 3), 1, 0, None) if len(shares) > 1 else None
     standards = seen.mean(axis=0), seen.std(axis=0)
-    return SkipPolicy(network, *standards, rarity, protection, (), card, of_tokens, ranking == "attention")
+    return SkipPolicy(network, *standards, rarity, protection, (), card, token_statistics, ranking == "attention")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import sd_gym
 from sd_gym.going_on import masks_and_goes_on
 from sd_gym.inference.attach import attach, detach
 from sd_gym.policy.artefact import SkipPolicy
-from sd_gym.policy.protected_tokens import ProtectedTokens
+from sd_gym.policy.token_rule import TokenRule
 from sd_gym.switch import Switchboard
 from tests.conftest import TINY, make_extractor, make_inputs, make_model, row_of
 from tests.envs.conftest import looking
@@ -209,7 +209,7 @@ def test_the_mini_backbone_writes_on_texts_what_it_writes_in_the_env():
     policy = looking(core, bias=2.0)  # runs most
     split, every = core.split("test"), np.arange(16)
     decisions = core.rollout(split, every, policy.decide)[0]
-    masks, went_on = masks_and_goes_on(decisions, len(core.decision_nvec))
+    masks, went_on = masks_and_goes_on(decisions, len(core.mask_nvec))
     assert 0 < went_on.sum() < 16
     quality, dense = split.scoring.quality(every, decisions)
     assert (quality[went_on] == dense[went_on]).all()
@@ -235,7 +235,7 @@ def test_a_span_is_judged_in_its_context():
     policy = make_policy(model, stages=["first", "answer"])
     with pytest.raises(ValueError, match="are the context of a question"):
         logits(attach(model, policy), inputs)
-    policy = SkipPolicy(**{**vars(policy), "context": ProtectedTokens((0, 1, 2), 0, 0, 2)})
+    policy = SkipPolicy(**{**vars(policy), "context": TokenRule((0, 1, 2), 0, 0, 2)})
     policy.network.head.bias.data[-1] += 1000  # all rows go on
     attach(model, policy)
     came = logits(model, inputs)

@@ -112,7 +112,7 @@ def test_nothing_is_extracted_from_tokens_that_were_dropped(tmp_path, tiny_token
     passes = StagedPasses(split, artefact)
     parts = [(picked, logits) for picked, logits, _ in passes.logits(every, passes.masks)]
     came = {row: one for picked, logits in parts for row, one in zip(picked, logits, strict=True)}
-    ((picked, logits, _),) = split.passes.logits(every, answer_masks(decisions, len(core.decision_nvec)))
+    ((picked, logits, _),) = split.passes.logits(every, answer_masks(decisions, len(core.mask_nvec)))
     for row, wanted in zip(picked, logits, strict=True):
         length = split.encoded.source_length[row]
         torch.testing.assert_close(came[row][..., :length], wanted[..., :length], rtol=1e-3, atol=1e-3)

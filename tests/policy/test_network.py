@@ -15,7 +15,7 @@ from tests.policy.conftest import policy_of
 def log_prob(policy, observations, decisions):
     """Of whole decisions."""
     with torch.no_grad():
-        each, _ = policy.evaluate(policy(torch.as_tensor(observations)), torch.as_tensor(decisions))
+        each, _ = policy.evaluate_decisions(policy(torch.as_tensor(observations)), torch.as_tensor(decisions))
     return each.sum(dim=1).numpy()
 
 
@@ -30,7 +30,7 @@ def test_log_probabilities_and_entropy_are_those_of_each_component(nvec, seed, e
     decisions = torch.from_numpy(np.random.default_rng(seed).integers(nvec, size=(len(seen), len(nvec))))
     with torch.no_grad():
         logits = policy(torch.as_tensor(seen))
-        taken, entropy = policy.evaluate(logits, decisions, exploration)
+        taken, entropy = policy.evaluate_decisions(logits, decisions, exploration)
     expected, ends = torch.zeros(len(seen)), np.cumsum(nvec)
     for number, (size, end) in enumerate(zip(nvec, ends, strict=True)):
         of_one = logits[:, end - size : end]

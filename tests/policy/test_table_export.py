@@ -77,7 +77,7 @@ def test_as_an_artefact_it_decides_the_same_on_texts_and_in_the_model(learned):
     core = shared_core(load_config(config_of(env_id), {**settings, "stages": artefact.network.stages}))
     split, every = core.split("test"), np.arange(len(core.split("test")))
     decisions = core.rollout(split, every, check_fits(artefact.network, core).decide)[0]
-    masks, went_on = masks_and_goes_on(decisions, len(core.decision_nvec))
+    masks, went_on = masks_and_goes_on(decisions, len(core.mask_nvec))
     assert len(np.unique(masks, axis=0)) > 1
     model = sd_gym.load(run, settings["backbone"])
     try:
@@ -110,7 +110,7 @@ def test_it_needs_neither_the_table_nor_the_data(learned, tmp_path):
     for margin in (-1.0, 0.0, 1000.0):
         ours, theirs = (one.with_margin(margin).network.decide(seen) for one in (again, artefact))
         np.testing.assert_array_equal(ours, theirs)
-        assert ours.shape == (20, 7 + artefact.sees_answer)
+        assert ours.shape == (20, 7 + artefact.has_answer_stage)
         assert margin < 1000 or not ours[:, :7].any()  # the last point is dense, whatever the table's numbers stand for
 
 
@@ -164,7 +164,7 @@ def test_policies_can_leave_every_table_in_the_package(env_id):
     if core.exhaustive:
         assert exported.masks is None
     else:
-        decisions, size = all_decisions(core.nvec), len(core.decision_nvec)
+        decisions, size = all_decisions(core.nvec), len(core.mask_nvec)
         np.testing.assert_array_equal(exported.masks[:, :size], core.to_masks(decisions))
         np.testing.assert_array_equal(exported.masks[:, size:], decisions[:, core.n_skips :])
         assert {*map(tuple, exported.masks[:, :size])} == {*map(tuple, core.masks)}

@@ -26,7 +26,7 @@ POINTS = tuple(
 def few_masks(policy):
     """The same policy with three masks to choose among."""
     book = [[0, 0, 0, 0, 0, 0, 0], [1, 0, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 0, 0]]
-    if policy.sees_answer:
+    if policy.has_answer_stage:
         book = [[*mask, -1] for mask in book] + [[-1] * 7 + [choice] for choice in (0, 1)]
     policy.network.codebook = torch.tensor(book)
     return policy

@@ -15,7 +15,7 @@ from sd_gym.envs.serving.config import ServingConfig
 from sd_gym.envs.table import TableCore, table_core
 from sd_gym.registration import config_of
 
-MEMORY = 1000.0  # answers over which the recent loss is averaged
+AVERAGED_ANSWERS = 1000.0  # answers over which the recent loss is averaged
 FEATURES = ("queue", "oldest_wait", "arrival_rate", "recent_loss")
 BOUND = 10.0  # of each feature
 
@@ -102,7 +102,7 @@ def features(config: ServingConfig, queue: Array, wait: Array, rate: Array, loss
 
 def updated_loss(recent_loss: Any, loss: Any, answers: Any) -> Any:
     """The recent loss after ``answers`` more answers at a point of the expected loss ``loss``."""
-    return recent_loss - np.expm1(-np.asarray(answers) / MEMORY) * (loss - recent_loss)
+    return recent_loss - np.expm1(-np.asarray(answers) / AVERAGED_ANSWERS) * (loss - recent_loss)
 
 
 class Queues:

@@ -10,7 +10,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray as Array
 
-from sd_gym.envs.infos import check_num_envs, check_shown, final_infos, info_of_one, infos_of_all, split_of
+from sd_gym.envs.infos import check_num_envs, check_render_mode, final_infos, info_of_one, infos_of_all, split_of
 from sd_gym.envs.serving.config import make_serving_config
 from sd_gym.envs.serving.queues import Queues
 
@@ -73,7 +73,7 @@ class ServingEnv(gym.Env[Array, Any]):
     metadata = METADATA
 
     def __init__(self, config_file: str, render_mode: str | None = None, **overrides: Any) -> None:
-        check_shown(render_mode, [])
+        check_render_mode(render_mode, [])
         self.config = make_serving_config(config_file, overrides)
         self.render_mode = render_mode
         self._queues = Queues(self.config, 1)
@@ -118,7 +118,7 @@ class ServingVectorEnv(VectorEnv[Array, Any, Array]):
 
     def __init__(self, config_file: str, num_envs: int = 1, render_mode: str | None = None, **overrides: Any) -> None:
         check_num_envs(num_envs)
-        check_shown(render_mode, [])
+        check_render_mode(render_mode, [])
         self.config = make_serving_config(config_file, overrides)
         self.num_envs, self.render_mode = num_envs, render_mode
         self._queues = queues = Queues(self.config, num_envs)

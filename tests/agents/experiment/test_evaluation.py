@@ -52,7 +52,7 @@ def test_deciding_is_timed_from_the_tokenised_inputs_on(settings, monkeypatch):
             return super().decide(observations)
 
     time_ratio(core, Policy(core), "test", 8, batches=3)
-    rounds, queue = 5, min(evaluation.QUEUE, len(split))
+    rounds, queue = 5, min(evaluation.TIMED_ROWS, len(split))
     assert sum(ranked) == queue * rounds
     assert sum(looked[0] + looked[1]) == queue * (2 * rounds if settings else rounds)  # the split never keeps tokens
     assert set(decided) == {queue}
@@ -76,7 +76,7 @@ def test_a_queue_runs_in_passes_of_at_most_the_batch_size(monkeypatch):
 
     monkeypatch.setattr(type(core.backbone), "logits", noted)
     time_ratio(core, Drawn(core), "test", 8, batches=3)
-    queue, queues = min(evaluation.QUEUE, len(core.split("test"))), evaluation.WARM_UP + evaluation.LEAST_TIMED
+    queue, queues = min(evaluation.TIMED_ROWS, len(core.split("test"))), evaluation.WARM_UP + evaluation.LEAST_TIMED
     assert max(sizes) == 8 < queue
     assert sum(sizes) == 4 * queue * queues  # dense, with the policy, dense by length and on shorter texts
 

@@ -47,7 +47,7 @@ def core_of_run(run):
 
 
 def recorded_hash(run):
-    return decisions_hash(read_instances(run / "instances.csv", core_of_run(run).decision_nvec).decisions)
+    return decisions_hash(read_instances(run / "instances.csv", core_of_run(run).mask_nvec).decisions)
 
 
 def change_result(run, **values):

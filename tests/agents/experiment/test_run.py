@@ -86,7 +86,7 @@ def test_a_run_that_was_killed_ends_as_the_uninterrupted_one(name, finished, cus
     whole_folder, whole, _ = finished(name)
     arguments, cut = asked(custom), tmp_path / "cut"
     cut_off(CUSTOM, name, cut, **arguments, after=420)
-    with pytest.raises(FileExistsError, match="go on with --resume"):
+    with pytest.raises(FileExistsError, match="continue with --resume"):
         train(CUSTOM, name, cut, **arguments)
     with pytest.raises(ValueError, match="its seed is 3, now it is 4"):
         train(CUSTOM, name, cut, **{**arguments, "seed": 4}, resume=True)
@@ -133,7 +133,7 @@ def test_a_run_that_was_cut_off_before_its_first_checkpoint_is_not_begun_again_u
     cut_run(settings, tmp_path / "run")
     (tmp_path / "run" / "checkpoint.pt").unlink()
     arguments = {"steps": 1_000, **{**settings, "num_envs": 16}}
-    with pytest.raises(FileExistsError, match="interrupted run; go on with --resume"):
+    with pytest.raises(FileExistsError, match="interrupted run; continue with --resume"):
         train(CUSTOM, "ppo", tmp_path / "run", **arguments)
     train(CUSTOM, "ppo", tmp_path / "run", **arguments, resume=True)
 
@@ -233,12 +233,12 @@ def test_a_run_of_stages_is_reduced_and_its_artefact_decides_so(staged_env, stag
     sd_gym.reduce(tmp_path / "run", 2, tmp_path / "few")
     _, core, policy = load_run(tmp_path / "few")
     _, said, decisions = walked(core, policy)
-    for stage, own in enumerate(core.steps.components):
+    for stage, own in enumerate(core.stage_actions.components):
         assert len(np.unique(said[stage][:, own], axis=0)) <= 2
     assert len(np.unique(decisions, axis=0)) > 1
     model = sd_gym.load(tmp_path / "few")
     answers = model([one.source for one in core.split("train").instances])
-    masks, went_on = masks_and_goes_on(decisions, len(core.decision_nvec))
+    masks, went_on = masks_and_goes_on(decisions, len(core.mask_nvec))
     np.testing.assert_array_equal([one.skip for one in answers], masks[:, :-1])
     np.testing.assert_array_equal([one.went_on for one in answers], went_on)
     if core.has_answer_stage:

@@ -116,7 +116,7 @@ def test_variants_of_a_policy_do_not_oust_each_other(scripted_scores):
     points = [Version(Scripted(0.8, 5, 1), 0.0, object()), Version(Scripted(0.5, 0, 60), 0.0, object())]
     assert Selection(scripted_scores[0]).select(points) is None
     learned = object()
-    variants = [point._replace(learned=learned) for point in points]
+    variants = [point._replace(variant_of=learned) for point in points]
     assert Selection(scripted_scores[0]).select(variants) is variants[0]
 
 
@@ -142,7 +142,7 @@ def test_a_policy_that_was_tested_alone_is_listed_with_cautious_versions(env, mo
     monkeypatch.setattr("sd_gym.agents.experiment.selection.verdict", lambda *_: Verdict.KEPT)
     policy, validation = make_agent("ppo", env).policy(), env.core.split("validation")
     selection = Selection(env.core)
-    assert selection.select([Version(policy, of=policy)]).policy is policy
+    assert selection.select([Version(policy, origin=policy)]).policy is policy
     boldest, *cautious, dense = selection.operating_points()
     assert (boldest.margin, dense.margin, len(selection.tested)) == (0.0, DENSE_MARGIN, 1)
     assert 3 <= len(cautious) <= PASSES
@@ -155,7 +155,7 @@ def test_a_policy_that_was_tested_alone_is_listed_with_cautious_versions(env, mo
 def test_versions_of_a_policy_go_from_dense_to_bold(env):
     policy, split = make_agent("ppo", env).policy(), env.core.split("train")
     offered = versions(env.core, policy)
-    assert {one.of for one in offered} == {policy}
+    assert {one.origin for one in offered} == {policy}
     flops = [outcomes(env.core, one.policy, split)["flops_ratio"].mean() for one in offered]
     assert flops[0] == 1
     assert (np.diff(flops) <= 0).all()

@@ -64,7 +64,7 @@ def test_the_ways_of_all_stages_together_are_the_path(env):
     core = env.core
     path = path_of(core)
     parts = ways_of_stages(core, path)
-    for ways, components in zip(parts, core.steps.components, strict=False):
+    for ways, components in zip(parts, core.stage_actions.components, strict=False):
         own = np.isin(np.arange(len(core.nvec)), components)
         assert (np.diff(ways, axis=0).sum(axis=1) == 1).all()
         assert {tuple(mask * own) for mask in path} == {tuple(way) for way in ways}
@@ -88,7 +88,7 @@ def test_outcomes_are_those_of_the_env(known):
         np.testing.assert_allclose(known.outcomes.lost[:, number], outcome.cost, atol=1e-5)
         np.testing.assert_allclose(known.outcomes.flops[:, number], outcome.flops_ratio, rtol=1e-6)
         for place, (stage, seen) in enumerate(zip(known.stages, known.outcomes.seen, strict=True)):
-            observed, _ = core.stage_observation.observe(split, rows, place, decisions, None)
+            observed, _ = core.stage_observer.observe(split, rows, place, decisions, None)
             np.testing.assert_allclose(seen[:, stage.before[number]], observed, atol=1e-4)
         if core.has_answer_stage:
             decisions[:, -1] = 1
@@ -154,14 +154,14 @@ def test_each_price_gives_an_operating_point_that_takes_only_combinations_that_w
     agent = make_agent("imitation", env, epochs=3, batch_size=8)
     agent.learn(1, configure(str(tmp_path), []), lambda rollout: None)
     points, path = agent.operating_points(), agent.path
-    priced = [point for point in points if point.learned is not None]
+    priced = [point for point in points if point.variant_of is not None]
     bold = [point for point in priced if not point.margin]
     assert len(bold) == len({id(point.policy.head) for point in bold}) == len(PRICES) < len(priced)
     ways = ways_of_stages(env.core, path)
     rows = np.arange(len(env.core.split("train")))
     for point in points:
         decisions, _ = env.core.rollout(env.core.split("train"), rows, point.policy.decide)
-        for of_stage, components in zip(ways, env.core.steps.components, strict=False):
+        for of_stage, components in zip(ways, env.core.stage_actions.components, strict=False):
             assert {tuple(row) for row in decisions[:, components]} <= {tuple(way) for way in of_stage[:, components]}
 
 
@@ -170,7 +170,7 @@ def test_one_mask_for_all_inputs_and_going_on_as_learned_are_operating_points(re
     agent = make_agent("imitation", env, epochs=3, batch_size=8)
     agent.learn(1, configure(None, []), lambda rollout: None)
     rows, learned = np.arange(len(env.core.split("train"))), agent.policy()
-    points = [point for point in agent.operating_points() if point.learned is None]
+    points = [point for point in agent.operating_points() if point.variant_of is None]
     decided = [env.core.rollout(env.core.split("train"), rows, point.policy.decide)[0] for point in points]
     masks = np.unique(np.concatenate(decided)[:, :-1], axis=0)
     assert len(masks) == 1
@@ -180,8 +180,8 @@ def test_one_mask_for_all_inputs_and_going_on_as_learned_are_operating_points(re
     assert shares[0] > shares[-1]
     seen = np.random.default_rng(0).normal(size=(50, env.core.observation_space.shape[0])).astype(np.float32)
     seen[:, :3] = [0, 0, 1]
-    np.testing.assert_array_equal(points[0].of.preference(seen), learned.preference(seen))
-    assert not points[0].of.with_margin(1000.0).decide(seen)[:, :-1].any()
+    np.testing.assert_array_equal(points[0].origin.preference(seen), learned.preference(seen))
+    assert not points[0].origin.with_margin(1000.0).decide(seen)[:, :-1].any()
 
 
 def test_the_best_mask_has_the_least_mean_cost_at_its_best_threshold(reviews, tiny_backbone):

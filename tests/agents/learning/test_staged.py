@@ -55,7 +55,7 @@ def test_the_places_of_a_stage_are_those_of_its_switches(reviews, tiny_backbone)
     keys = {"stages": ["first", "encoder.1"], "token_shares": [0, 0.5]}
     core = gym.make(CUSTOM, **files, **keys).unwrapped.core
     certain, never = 14, 15  # after the logits of six switches and two token levels
-    places, logits = core.steps.logit_indices()
+    places, logits = core.stage_actions.logit_indices()
     assert logits == certain
     assert places.tolist() == [
         [0, 1, 2, 3, *[certain, never] * 2, 12, 13],
@@ -127,9 +127,9 @@ def test_what_decides_once_says_so(env):
 def test_a_codebook_of_stages_has_masks_of_each_and_the_most_probable_is_taken(env, size, tmp_path):
     core, policy = env.core, bold(env, tmp_path)
     seen, said, _ = walked(core, policy)
-    policy.reduced(size, np.concatenate(seen), core.steps.components).save(tmp_path)
+    policy.reduced(size, np.concatenate(seen), core.stage_actions.components).save(tmp_path)
     small = DecisionPolicy.load(tmp_path)
-    for stage, own in enumerate(core.steps.components):
+    for stage, own in enumerate(core.stage_actions.components):
         masks = [mask[own] for mask in small.codebook.numpy() if (mask[own] >= 0).all()]
         made = {tuple(one) for one in said[stage][:, own]} | {(0,) * len(own)}
         assert len(made) >= 4
@@ -146,7 +146,7 @@ def test_a_codebook_of_stages_has_masks_of_each_and_the_most_probable_is_taken(e
 def test_the_flops_of_a_codebook_of_stages_are_counted(env, tmp_path):
     policy = bold(env, tmp_path)
     seen, _, _ = walked(env.core, policy)
-    small = policy.reduced(3, np.concatenate(seen), env.core.steps.components)
+    small = policy.reduced(3, np.concatenate(seen), env.core.stage_actions.components)
     with FlopCounterMode(display=False) as counter:
         for observations in seen:
             small.decide(observations[:1])
@@ -155,7 +155,7 @@ def test_the_flops_of_a_codebook_of_stages_are_counted(env, tmp_path):
 
 def test_a_codebook_whose_stages_overlap_is_refused(env, tmp_path):
     policy = bold(env, tmp_path)
-    policy.reduced(3, np.concatenate(walked(env.core, policy)[0]), env.core.steps.components).save(tmp_path)
+    policy.reduced(3, np.concatenate(walked(env.core, policy)[0]), env.core.stage_actions.components).save(tmp_path)
     description = json.loads((tmp_path / "policy.json").read_text())
     assert description["codebook"][0][-2] == -1  # the last stage's
     description["codebook"][0][-2] = 0

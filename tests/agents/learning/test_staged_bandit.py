@@ -65,7 +65,7 @@ def end(name, stages, seed, folder, reviews, backbone, monkeypatch):
     monkeypatch.setattr(searched.costs, "flops_ratio", lambda *of: score(None, *of).flops_ratio)
     monkeypatch.setattr(searched.scoring, "under_all", under_all)
     if core.is_staged:
-        monkeypatch.setattr(core.stage_observation, "observe", observe)
+        monkeypatch.setattr(core.stage_observer, "observe", observe)
     else:
         shape = core.observation_space.shape
         monkeypatch.setattr(core, "observe", lambda split, rows: np.zeros((len(rows), *shape), dtype=np.float32))

@@ -137,14 +137,14 @@ def test_a_bold_policy_leaves_and_is_reduced(env, keys, tmp_path):
     sd_gym.reduce(tmp_path / "run", 2, tmp_path / "few")
     _, core, few = load_run(tmp_path / "few")
     _, said, _ = walked(core, few)
-    for stage, own in enumerate(core.steps.components):
+    for stage, own in enumerate(core.stage_actions.components):
         assert len(np.unique(said[stage][:, own], axis=0)) <= 2
 
 
 def test_the_tokens_decide_at_all_stages_and_each_row_by_itself(env):
     core, policy = env.core, bold(env)
     seen, said, _ = walked(core, policy)
-    for stage, own in enumerate(core.steps.components):
+    for stage, own in enumerate(core.stage_actions.components):
         blank = {name: values * (name == "stage") for name, values in seen[stage].items()}
         assert (policy.decide(blank) != said[stage])[:, own].any()
     parts = [{name: values[:3] for name, values in one.items()} for one in seen]

@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from sd_gym.agents.learning.vec_envs import OVERFITTING, noise_deviation
+from sd_gym.agents.learning.vec_envs import OVERFITTING_DECISIONS, noise_deviation
 from sd_gym.agents.registry import make_agent
 from stable_baselines3.common.logger import configure
 
@@ -28,10 +28,10 @@ def learned(agent, steps, tmp_path, on_rollout=lambda rollout: None, state=None)
 def test_there_is_noise_where_rows_are_decided_on_often():
     core = gym.make(TABLE).unwrapped.core
     rows = len(core.split("train"))
-    assert noise_deviation(core, "train", None, OVERFITTING * rows - 1) is None
-    assert noise_deviation(core, "train", 0.0, OVERFITTING * rows) is None
+    assert noise_deviation(core, "train", None, OVERFITTING_DECISIONS * rows - 1) is None
+    assert noise_deviation(core, "train", 0.0, OVERFITTING_DECISIONS * rows) is None
     seen = core.observe(core.split("train"), np.arange(rows)).std(axis=0)
-    np.testing.assert_allclose(noise_deviation(core, "train", None, OVERFITTING * rows), seen, rtol=1e-5)
+    np.testing.assert_allclose(noise_deviation(core, "train", None, OVERFITTING_DECISIONS * rows), seen, rtol=1e-5)
     np.testing.assert_allclose(noise_deviation(core, "train", 0.5, 1), 0.5 * seen, rtol=1e-5)
 
 

@@ -13,7 +13,7 @@ import torch
 from sd_gym.agents.reinforce import staged_foresight
 from sd_gym.agents.reinforce.staged_foresight import StagedForesight
 
-from sd_gym.envs.actions import Steps
+from sd_gym.envs.actions import StageActions
 from sd_gym.policy import DecisionPolicy
 
 NVEC = np.array([2, 2])
@@ -29,7 +29,7 @@ CORE = SimpleNamespace(
     stages=STAGES,
     nvec=NVEC,
     observation_space=SimpleNamespace(shape=(SIZE,)),
-    steps=Steps([np.array([0]), np.array([1])], NVEC),
+    stage_actions=StageActions([np.array([0]), np.array([1])], NVEC),
 )
 SPLIT = SimpleNamespace(costs=SimpleNamespace(flops_ratio=flops_ratio))
 
@@ -105,8 +105,8 @@ def test_only_the_choices_of_its_stage_count_in_the_policy_gradient():
     new, policy = foresight(n=6), DecisionPolicy(SIZE, NVEC.tolist(), ["early", "late"], stages=STAGES)
     states = new.states(torch.arange(6), torch.tensor([0, 1] * 3))
     logits, choices = policy(states.observations), torch.ones(12, 2, dtype=torch.int64)  # two tries on each
-    log_prob, entropy = policy.evaluate(*new.without_other_stages(states, logits, choices))
-    expected, _ = policy.evaluate(logits, choices)
+    log_prob, entropy = policy.evaluate_decisions(*new.without_other_stages(states, logits, choices))
+    expected, _ = policy.evaluate_decisions(logits, choices)
     own = torch.tensor([[True, False], [False, True]] * 6)
     assert torch.equal(log_prob, torch.where(own, expected, 0.0))
     gradient = torch.autograd.grad(log_prob[:, 0].sum(), logits)[0]
@@ -133,7 +133,9 @@ def test_its_state_goes_on_as_if_nothing_had_happened():
 
 
 def test_one_late_look_alone_is_fitted_as_well():
-    core = SimpleNamespace(**{**vars(CORE), "stages": ["encoder.1"], "steps": Steps([np.arange(2)], NVEC)})
+    core = SimpleNamespace(
+        **{**vars(CORE), "stages": ["encoder.1"], "stage_actions": StageActions([np.arange(2)], NVEC)}
+    )
     new, (rows, decisions, lost, seen) = StagedForesight(core, SPLIT), scored(100, seed=1)
     new.remember(rows, decisions, lost, seen[:, 1:])
     assert np.isfinite(new.fit_stages(8, np.random.default_rng(0), cautious))

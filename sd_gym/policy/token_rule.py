@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 
-class ProtectedTokens(NamedTuple):
+class TokenRule(NamedTuple):
     """A rule for the tokens that are never dropped: special tokens, some at either end, and the question of a pair.
 
     In an env the data set defines them for each text (``sd_gym.tasks.encoding.droppable_tokens``). An attached policy
@@ -25,7 +25,7 @@ class ProtectedTokens(NamedTuple):
     @classmethod
     def find(
         cls, input_ids: Tensor, length: NDArray, droppable: NDArray, special: list[int], separator: int | None
-    ) -> ProtectedTokens | None:
+    ) -> TokenRule | None:
         """The rule that protects exactly the tokens that are not droppable; ``None`` if there is no such rule.
 
         Inputs ``[n, longest]`` of ``length [n]`` are padded at the right, and ``droppable`` is bool of their shape.
@@ -39,11 +39,11 @@ class ProtectedTokens(NamedTuple):
         ends = (int(first.min()), int(last.min())) if some.any() else (0, 0)
         for first_last, question in (((0, 0), None), ((0, 0), separator), (ends, None)):
             rule = cls(tuple(special), *first_last, question)
-            if torch.equal(rule.droppable(input_ids, mask), wanted):
+            if torch.equal(rule.selects(input_ids, mask), wanted):
                 return rule
         return None
 
-    def droppable(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+    def selects(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Which tokens may be dropped, bool ``[n, longest]``; ids and attention mask are padded at the right."""
         present = mask.bool()
         place, length = torch.arange(input_ids.shape[1], device=input_ids.device), present.sum(dim=1, keepdim=True)
@@ -54,6 +54,6 @@ class ProtectedTokens(NamedTuple):
         return allowed
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> ProtectedTokens:
+    def from_json(cls, values: dict[str, Any]) -> TokenRule:
         """The rule with the values of ``_asdict``; ``KeyError`` or ``TypeError`` if they are malformed."""
         return cls(**{**values, "special": tuple(values["special"])})
