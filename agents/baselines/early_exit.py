@@ -98,7 +98,9 @@ class Confidence(EarlyExit):
 
     def operating_points(self) -> list[Version]:
         """Thresholds of all stages, searched on policy rows."""
-        core, split, n = self.env.core, self.env.core.split("train"), len(self._ends)
+        core = self.env.core
+        split = self.env.core.split("train")
+        n = len(self._ends)
         rows = policy_rows(core)
         confidence = self.confidence(split, rows)
         scored = score_masks(core, split, rows, self.decisions(np.arange(n)))

@@ -41,7 +41,8 @@ class HullAgent(StaticAgent):
             masks = masks[corners.number]
         saves = corners.flops < 1 - 1e-9  # dense is first, even if a mask loses less
         self.masks = np.concatenate([np.zeros_like(masks[:1]), masks[saves]])
-        self._loss, self._flops = np.append(0.0, corners.loss[saves]), np.append(1.0, corners.flops[saves])
+        self._loss = np.append(0.0, corners.loss[saves])
+        self._flops = np.append(1.0, corners.flops[saves])
 
     def operating_points(self) -> list[Version]:
         """Masks of the hull and mixtures of them, evenly spaced in FLOPs."""

@@ -110,13 +110,17 @@ def evaluate(
 
     Args:
         env_id: A registered id.
-        policy: One of: a callable from observations, float32 ``[n, features]``, to decisions, integers
-            ``[n, switches + 1]`` (or to the env's actions, if these differ; with several stages, for the stage that an
-            observation begins with); a model of Stable-Baselines3, or anything with its ``predict``; a
-            ``DecisionPolicy``; the folder of a run; the folder of an export (``sd_gym.export``), whose graphs then
-            decide and answer. A run's env settings hold where ``settings`` has no others. The folder of a run on a
-            table can also be evaluated on the env that the table was made from. With ``select``, also a list of
-            policies (no folders) and of masks, each one decision for all inputs.
+        policy: One of
+
+            * a callable from observations, float32 ``[n, features]``, to decisions, integers ``[n, switches + 1]``, or
+              to the env's actions if these differ; with several stages an observation begins with its stage, one-hot,
+              and the action is of that stage;
+            * a model of Stable-Baselines3, or anything with its ``predict``;
+            * a ``DecisionPolicy``;
+            * the folder of a run, whose env settings hold where ``settings`` has no others; a run on a table can also
+              be evaluated on the env that the table was made from;
+            * the folder of an export (``sd_gym.export``), whose graphs then decide and answer;
+            * with ``select``, a list of policies (no folders) and of masks, each one decision for all inputs.
         split: ``train``, ``validation`` or ``test``.
         output: Folder to write ``result.json``, ``instances.csv``, ``result.png`` and ``config.json`` to;
             ``compare`` takes it like a run. ``None``: nothing is written.

@@ -108,7 +108,9 @@ def plan_comparison(
     See ``sd_gym.train_all`` for the arguments. An agent without random draws (``Agent.draws``) is trained once. Raises
     ``ValueError`` if a name or a setting is unknown, or an agent cannot start from another.
     """
-    envs, settings, names = [*map(plain_id, envs)], settings or {}, {}
+    envs = [*map(plain_id, envs)]
+    settings = settings or {}
+    names = {}
     shared: dict[str, Any] = {"steps": steps, "settings": settings, "confidence": confidence}
     folders, runs = {env: output / env.removeprefix("SD/").removesuffix("-v0") for env in envs}, list[PlannedRun]()
     for env in filter(SERVING.__contains__, envs):

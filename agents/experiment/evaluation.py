@@ -5,13 +5,14 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import zip_longest
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sd_gym.agents.experiment.by_instance import by_facts, write_instances
 from sd_gym.agents.experiment.export import export
 from sd_gym.agents.learning.decisions import PolicyLike, SplitPolicy, outcomes
 from sd_gym.agents.runs.verdict import (
@@ -27,7 +28,6 @@ from sd_gym.backbones import Backbone
 from sd_gym.envs.core import BackboneCore
 from sd_gym.envs.exact import best_rewards, normalised_score
 from sd_gym.envs.protocols import SCORES, Core, Split
-from sd_gym.envs.report import by_facts, write_instances
 from sd_gym.envs.table import TableCore, TableSplit
 from sd_gym.execution.passes import Passes
 from sd_gym.execution.split import BackboneSplit
@@ -66,7 +66,9 @@ def evaluate(
     decisions = core.joined(masks, scored["goes_on"])
     if table is not None:
         write_instances(split, scored, table)
-    epsilon, metrics, highest = core.config.reward.epsilon, split.scoring.metrics, split.scoring.highest
+    epsilon = core.config.reward.epsilon
+    metrics = split.scoring.metrics
+    highest = split.scoring.highest
     return {
         "metrics": {"policy": metrics(rows, decisions), "dense": metrics(rows, np.zeros_like(masks))},
         "split": split_name,
@@ -99,7 +101,10 @@ def summary(
 def _means(core: Core, split: Split, scored: dict[str, NDArray], confidence: float) -> dict[str, Any]:
     reward, difference = core.config.reward, scored["quality"] - scored["quality_ref"]
     judged = verdict(scored["quality"], scored["quality_ref"], reward.epsilon, confidence, split.scoring.highest)
-    flops, score, mean, regret = float(scored["flops_ratio_with_policy"].mean()), None, None, None
+    flops = float(scored["flops_ratio_with_policy"].mean())
+    score = None
+    mean = None
+    regret = None
     if isinstance(core, TableCore) and split.name == "test":
         score = normalised_score(core.folder, float(-difference.mean()), flops)
     with suppress(UnknownNameError):  # a run's own objective is registered only where it was trained
@@ -137,17 +142,18 @@ def by_difficulty(scored: dict[str, NDArray], levels: NDArray) -> list[dict[str,
 def time_ratio(
     core: BackboneCore, policy: PolicyLike, split_name: str, batch_size: int | None, batches: int = 12
 ) -> dict[str, float | None]:
-    """Time of deciding and the switched backbone over that of the dense one, end to end.
+    """Time of deciding and of the switched backbone, over the time of the dense one, end to end.
 
-    Single rows (``batch_size=1``), or queues of ``TIMED_ROWS`` random rows, run from tokenised texts to logits, in passes of
-    at most ``batch_size`` rows. The dense backbone takes rows as they come, padded to the longest of a pass. With the
-    policy, a queue is observed, decided on, its tokens are ranked if some are dropped, and it runs in the passes of the
-    env: by decision, and by length where that pays. In bulk (``batch_size=None``) ``TIMED_BULK_ROWS`` rows run in passes of any
-    size, and the dense backbone takes them by length.
+    Rows run from tokenised texts to logits: single rows (``batch_size=1``), queues of ``TIMED_ROWS`` random rows in
+    passes of at most ``batch_size``, or ``TIMED_BULK_ROWS`` rows in passes of any size (``None``: in bulk).
+
+    The dense backbone takes rows as they come, each pass padded to its longest row; in bulk, by length. With the
+    policy, a queue is observed and decided on. It then runs in the passes of the env: by decision, and by length where
+    that pays. Tokens are ranked if some are dropped.
 
     Passes by length and shorter inputs save time without any decision, so both are timed as controls, except in bulk.
-    After a warm-up each queue times all of them. There are as many as give ``batches`` passes, in bulk three, and fewer
-    on large backbones.
+    Each queue times everything, after a warm-up. There are as many queues as give ``batches`` passes, in bulk three,
+    and fewer on large backbones.
 
     Returns:
         Medians over queues of times over the dense one: ``time_ratio``; ``dense_by_length``, the dense backbone in
@@ -160,21 +166,22 @@ def time_ratio(
     artefact = None
     if core.has_answer_stage and isinstance(policy, DecisionPolicy):
         artefact = export(core, policy, (), {})
-    random, times = np.random.default_rng(0), list[list[float]]()
+    random, ratios = np.random.default_rng(0), list[dict[str, float]]()
     warm_up, least = (WARM_UP, LEAST_TIMED) if batch_size else (1, 1)
     rows_of = 1 if batch_size == 1 else TIMED_BULK_ROWS if batch_size is None and not _generates(core) else TIMED_ROWS
     count = min(rows_of, len(split))
     started, queues = time.perf_counter(), max(LEAST_TIMED, batches * (batch_size or 0) // count)
     for number in range(queues + warm_up):
-        if len(times) >= least and time.perf_counter() - started > TIMED_SECONDS:
+        if len(ratios) >= least and time.perf_counter() - started > TIMED_SECONDS:
             break
         rows = random.integers(len(split), size=count)
-        runs = _timed_runs(core, policy, artefact, split, rows, batch_size)
-        dense, *others = [_seconds(run, core.backbone) for run in runs]
+        dense, runs = _timed_runs(core, policy, artefact, split, rows, batch_size)
+        dense_seconds = _seconds(dense, core.backbone)
+        seconds = {name: _seconds(run, core.backbone) for name, run in runs.items()}
         if number >= warm_up:
-            times.append([seconds / dense for seconds in others])
-    medians = [statistics.median(ratios) for ratios in zip(*times, strict=True)]
-    return dict(zip_longest(("time_ratio", "dense_by_length", "dense_shortened"), medians))
+            ratios.append({name: value / dense_seconds for name, value in seconds.items()})
+    medians = {name: statistics.median(ratio[name] for ratio in ratios) for name in ratios[0]}
+    return dict.fromkeys(("time_ratio", "dense_by_length", "dense_shortened")) | medians
 
 
 def _timed_runs(
@@ -184,11 +191,11 @@ def _timed_runs(
     split: BackboneSplit,
     rows: NDArray,
     size: int | None,
-) -> list[Callable[[], object]]:
-    """The timed functions: dense, with the policy, dense by length and, if tokens are dropped, dense on shorter inputs.
+) -> tuple[Callable[[], object], dict[str, Callable[[], object]]]:
+    """The dense reference to time, and the functions that are compared with it, by their key in ``time_ratio``.
 
-    In bulk they are dense by length, and with the policy. If the policy judges generated texts, all but the last
-    function generate them.
+    In bulk the reference runs by length, so only the policy is compared. If the policy judges generated texts, all
+    functions but ``dense_shortened`` generate them.
     """
     backbone, everything = core.backbone, np.arange(len(rows))
     unseen, again = split.uncached(rows), split.uncached(rows)
@@ -222,14 +229,15 @@ def _timed_runs(
             columns = slice(-length, None) if backbone.head.padding_side == "left" else slice(length)
             backbone.logits({name: value if name == "labels" else value[:, columns] for name, value in inputs.items()})
 
+    dense_by_length = partial(grouped, again.passes)
     if size is None:
-        return [lambda: grouped(again.passes), decided]
-    runs: list[Callable[[], object]] = [dense, decided, lambda: grouped(again.passes)]
+        return dense_by_length, {"time_ratio": decided}
+    runs: dict[str, Callable[[], object]] = {"time_ratio": decided, "dense_by_length": dense_by_length}
     if len(core.config.tokens.shares) == 1:
-        return runs
+        return dense, runs
     level = core.to_masks(core.rollout(split, rows, policy.decide)[0])[:, -1]
     share = split.tokens.kept_length(rows, level).sum() / split.encoded.source_length[rows].sum()
-    return [*runs, shortened]
+    return dense, {**runs, "dense_shortened": shortened}
 
 
 def _generates(core: BackboneCore) -> bool:

@@ -39,6 +39,15 @@ def export(
     env = exported.env.model_dump()
     env["reward"].pop("objective")
     card = {"env": env, "backbone": exported.backbone, **card}
-    statistics = exported.mean, exported.deviation, exported.rarity, exported.protection
-    further = exported.token_statistics, exported.ranking_costs_flops, exported.context
-    return SkipPolicy(network, *statistics, tuple(operating_points), card, *further)
+    return SkipPolicy(
+        network,
+        mean=exported.mean,
+        deviation=exported.deviation,
+        rarity=exported.rarity,
+        protection=exported.protection,
+        operating_points=tuple(operating_points),
+        card=card,
+        token_statistics=exported.token_statistics,
+        ranking_costs_flops=exported.ranking_costs_flops,
+        context=exported.context,
+    )

@@ -166,7 +166,9 @@ def _train(
         check_same_run(folder, unfinished, description)
         check_unchanged(folder, unfinished["data"], core.data)
     learner = agent if isinstance(agent, Agent) else None
-    steps, checkpoint, selection = names["steps"], folder / "checkpoint.pt", Selection(core, names["confidence"])
+    steps = names["steps"]
+    checkpoint = folder / "checkpoint.pt"
+    selection = Selection(core, names["confidence"])
     reached = None if learner is None else _load_checkpoint(checkpoint, learner, selection)
     write_json(folder / "config.json", description)
     if learner is not None:

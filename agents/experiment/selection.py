@@ -38,7 +38,9 @@ class _Estimate:
     """FLOPs and losses of an operating point on policy rows, computed when needed: losses take passes."""
 
     def __init__(self, core: Core, version: Version, rows: NDArray) -> None:
-        self._core, self.version, self._rows = core, version, rows
+        self._core = core
+        self.version = version
+        self._rows = rows
 
     @cached_property
     def _scored(self) -> dict[str, NDArray]:
@@ -103,7 +105,8 @@ class Selection:
         """Select a point, ``None``: dense. Versions of a policy are neighbours in the list, from cautious to bold."""
         paths = self._estimated(points)
         self._points = [point for path in paths for point in path]
-        self.tested, self.selected = [], None
+        self.tested = []
+        self.selected = None
         for version in self._order(paths):
             result = self._test(version)
             self.tested.append((version, result))

@@ -60,12 +60,16 @@ def tabulate(
     Args:
         env_or_run: A registered id, or the folder of a run on the env.
         output: Folder to write the table to (its files: ``sd_gym.envs.table_files``).
-        decisions: ``all``; or one or several of ``random:N`` (N masks, each with its own skip rate), ``path`` (a greedy
-            search on the training split, from dense to all skipped), ``layers`` (all masks that skip whole layers; if
-            it is the only choice, the table's env decides layer by layer), ``codebook`` (the env's) and
-            ``codebook:FILE`` (a list of masks, or the folder of a run of ``static`` or of a table). The dense mask is
-            always added. ``None``: all if there are at most 4,096, else ``random:64``. With several stages, the parts
-            of the masks at each stage are combined with those at the others (``None``: ``path``).
+        decisions: ``all``, or one or several of
+
+            * ``random:N``: N masks, each with its own skip rate;
+            * ``path``: a greedy search on the training split, from dense to all skipped;
+            * ``layers``: all masks that skip whole layers; alone, the table's env then decides layer by layer;
+            * ``codebook``: the env's; ``codebook:FILE``: a list of masks, or the folder of a run of ``static`` or of a
+              table.
+
+            The dense mask is always added. ``None``: all if there are at most 4,096, else ``random:64``. With several
+            stages, the parts of the masks at each stage are combined with those at the others (``None``: ``path``).
         instances: Largest number per split; ``None``: all.
         seed: Seed of ``random:N``.
         pca: Number of principal components that observations are reduced to (float16), for a small table;
@@ -109,7 +113,8 @@ def tabulate(
             masks = _chosen(core, asked, seed)
             units = _units(core, _choice(core, "layers", seed), masks) if asked == ["layers"] else None
         chosen = "" if masks is None else _label(asked, seed, share)
-        maker = TableMaker(core, masks, Path(output), ways, units, chosen, pca, share, bf16)
+        folder = Path(output)
+        maker = TableMaker(core, masks, folder, ways, units, chosen=chosen, pca=pca, share=share, bf16=bf16)
         on_chunk = on_progress or (lambda done, total: None)
         maker.make(resume=resume, jobs=jobs, ray=ray, imports=imports, on_chunk=on_chunk)
     if references:

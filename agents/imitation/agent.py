@@ -102,21 +102,22 @@ class ImitationAgent(Agent[ImitationSettings]):
             self.path = nested_path(self.settings.path, core)
         else:
             self.path = greedy_path(core, split, rows[:ORDER_INSTANCES], on_round, per=self.settings.per)
-        (self._learn_stages if core.is_staged else self._learn_once)(rows, on_round, logger)
+        if core.is_staged:
+            self._learn_stages(rows, on_round, logger)
+        else:
+            self._learn_once(rows, on_round, logger)
 
     def _learn_once(self, rows: NDArray, on_round: OnRound, logger: Logger) -> None:
         core, split = self.env.core, self.env.core.split("train")
         lost = path_losses(split, rows, self.path, on_round).astype(np.float32)
         flops = mean_flops(split, rows, self.path)
         risk = self._predict_risk(rows, lost[:, 1:], logger)
-        multiplier = core.config.reward.penalty / core.config.reward.cost_scale
-        risk, ratios = F.pad(risk, (1, 0)), torch.from_numpy(flops)
+        reward = core.config.reward
+        risk, ratios = F.pad(risk, (1, 0)), torch.from_numpy(flops)  # dense, the first mask, loses nothing
         steps = step_logits(risk, ratios)
         above = above_hull(risk, ratios, steps)
-        steps, against = (
-            steps - math.log(multiplier),
-            AVOIDED * above / (above + max(core.config.reward.epsilon, LEAST_RISK)),
-        )
+        against = AVOIDED * above / (above + max(reward.epsilon, LEAST_RISK))
+        steps = steps - math.log(reward.penalty / reward.cost_scale)  # positive where a step pays
         logger.record("search/flops_ratio", float(flops[(steps > 0).sum(dim=1)].mean()))
         logits = component_logits(steps.clamp(-SURE, SURE), against, self.path, core.nvec)
         self.network.graded = bool(core.nvec.max() > 2)  # else each component has one step

@@ -100,8 +100,8 @@ class Combinations:
     def objective(self, policy: DecisionPolicy, chosen: Tensor | slice, price: float) -> Tensor:
         """The loss of a policy on instances, at the price of a lost instance: mean ``costs`` and a regulariser.
 
-        The regulariser is ``LOG_PROB_WEIGHT`` times the squared log-probabilities. Without it the probabilities of ways that
-        seem bad at first, and so their gradients, vanish before the policy can tell for which inputs they are good.
+        The regulariser is ``LOG_PROB_WEIGHT`` times the squared log-probabilities. Without it, ways that seem bad at
+        first lose their probability, and so their gradient, before the policy can tell for which inputs they are good.
         """
         log_probs = self.log_probs(policy, chosen)
         return self.costs(log_probs, chosen, price).mean() + LOG_PROB_WEIGHT * sum(
@@ -139,7 +139,9 @@ class Combinations:
         value is the cost of the policy. The others teach a stage in states that the policy never reaches now.
         Combinations that did not run count as never chosen.
         """
-        outcomes, risk, parts = self.outcomes, self.risk[chosen], list[Tensor]()
+        outcomes = self.outcomes
+        risk = self.risk[chosen]
+        parts = list[Tensor]()
         answer, skipping = price * risk, list(zip(self.stages, log_probs, strict=True))
         if self.core.has_answer_stage:
             accepted = skipping.pop()[1][..., 0].exp()

@@ -177,7 +177,8 @@ class Agent(BaseAgent[SettingsT]):
     def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, blind: bool = False, **settings: Any) -> None:
         super().__init__(env, seed=seed, blind=blind, **settings)
         own = self.settings if isinstance(self.settings, LearnerSettings) else LearnerSettings.model_construct()
-        self._network, self._channels = own.network, own.channels
+        self._network = own.network
+        self._channels = own.channels
         self.per_stage = type(self).per_stage and len(env.core.stages) > 1 and self._network is None
         self.start: DecisionPolicy | None = None
         if own.start is not None:
@@ -211,7 +212,9 @@ class Agent(BaseAgent[SettingsT]):
 
     def new_policy(self, *, blind: bool | None = None, noise: Noise = "none", hidden: int = HIDDEN) -> DecisionPolicy:
         """An untrained policy for this env; ``blind=None``: blind if the agent is."""
-        core, channels, start = self.env.core, self.channels, self.start
+        core = self.env.core
+        channels = self.channels
+        start = self.start
         width, flat = token_width(core.observation_space), flat_size(core.observation_space)
         with torch.random.fork_rng(devices=[]):  # exporting a policy does not change the agent's random state
             torch.manual_seed(self.seed)

@@ -19,7 +19,8 @@ class CurveLogger(Logger):
 
     def __init__(self, logger: Logger, total_steps: int, done: int = 0, stages: int = 1) -> None:
         super().__init__(logger.dir, logger.output_formats)
-        self._total, self._stages = total_steps, stages
+        self._total = total_steps
+        self._stages = stages
         self._point = self._points(done)
 
     def record(self, key: str, value: Any, exclude: str | tuple[str, ...] | None = None) -> None:

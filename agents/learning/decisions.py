@@ -146,7 +146,9 @@ def _last_observations(core: Core, policy: DecisionPolicy, split: Split, rows: N
 
 def check_fits(policy: PolicyT, core: Core) -> PolicyT:
     """Return the policy; raises ``ValueError`` if its observations, stages or decisions are not those of the core."""
-    space, size, width = core.observation_space, policy.observation_size, policy.token_width
+    space = core.observation_space
+    size = policy.observation_size
+    width = policy.token_width
     if policy.channels is not None and width is None:  # it observes tokens alone
         size, width = 0, size
     for what, has, needs in (

@@ -42,7 +42,8 @@ class StageConditioned(nn.Module):
 
     def __init__(self, body: nn.Module, stages: int) -> None:
         super().__init__()
-        self.body, self.stages = body, stages
+        self.body = body
+        self.stages = stages
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
         """``[n, features]`` to ``[n, stages + width]``."""
@@ -280,7 +281,8 @@ class SB3Agent(Agent[SB3SettingsT]):
         """Continue from a ``state``."""
         algorithm = self.algorithm
         algorithm.set_parameters(state["parameters"])
-        algorithm.num_timesteps, algorithm._n_updates = state["steps"], state["updates"]
+        algorithm.num_timesteps = state["steps"]
+        algorithm._n_updates = state["updates"]
         algorithm._current_progress_remaining = state.get("progress_left", 1.0)  # older checkpoints have none
         assert algorithm.env is not None
         algorithm.env.reset()  # the loaded states undo its random draws

@@ -24,7 +24,8 @@ class ObservationVecEnv(VecEnvWrapper):
     def __init__(self, env: VecEnv, stages: list[str], *, blind: bool) -> None:
         super().__init__(env)
         self.deviation: NDArray | None = None
-        self._stages, self._blind = stages, blind
+        self._stages = stages
+        self._blind = blind
 
     def reset(self) -> VecEnvObs:
         """Reset the inner env."""
@@ -49,7 +50,7 @@ def noise_deviation(core: Core, split_name: str, noise: float | None, decisions:
     Args:
         core: The env's core. Only flat observations before the first layer have noise.
         split_name: The split to learn on.
-        noise: In deviations of each feature; ``None``: 1.0 with ``OVERFITTING_DECISIONS`` decisions per row or more, else 0.
+        noise: In deviations of each feature; ``None``: 1.0 from ``OVERFITTING_DECISIONS`` decisions per row on, else 0.
         decisions: Decisions of the whole run.
     """
     split = core.split(split_name)

@@ -18,8 +18,8 @@ def staged_from_single(
 ) -> DecisionPolicy:
     """Make a policy of several stages decide like ``start``, which decides before the first layer on pooled states.
 
-    At the first stage it is the same network. Later stages have other observations, so their hidden layers are trained
-    to give the same logits for their switches, on ``rows [n]`` of a split, after the decisions at earlier stages.
+    At the first stage it is the same network. Later stages have other observations. Their hidden layers are trained to
+    give the logits of ``start`` for their own switches, on ``rows [n]`` of a split and after its earlier decisions.
     ``staged`` is changed; it is untrained and ``per_stage``.
     """
     first, *later = _layers_of_stages(staged)

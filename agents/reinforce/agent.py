@@ -252,7 +252,9 @@ class ReinforceAgent(Agent[ReinforceSettings]):
 
         The logits of each component are those of its stage.
         """
-        core, of_stages, observed = self.env.core, [], []
+        core = self.env.core
+        of_stages = []
+        observed = []
 
         def decide(observations: Observations) -> NDArray:
             inputs = to_tensors(observations)

@@ -71,4 +71,5 @@ class DynamicBarrier:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a ``state``."""
-        self._total, self._means = state["total"], state["means"].clone()
+        self._total = state["total"]
+        self._means = state["means"].clone()

@@ -69,7 +69,9 @@ class StagedForesight(Foresight):
         assert observed is not None  # there are stages
         self.observed = torch.cat([self.observed, observed.half()])
         kept = slice(max(0, len(self.rows) - self._memory), None)
-        self.rows, self.decisions, self.lost = self.rows[kept], self.decisions[kept], self.lost[kept]
+        self.rows = self.rows[kept]
+        self.decisions = self.decisions[kept]
+        self.lost = self.lost[kept]
         self.observed = self.observed[kept]
 
     def states(self, drawn: Tensor, stage: Tensor) -> StageStates:

@@ -31,7 +31,9 @@ class Table(NamedTuple):
 
 def verdict_sentences(env: EnvRuns) -> list[str]:
     """Sentences about an env: its controls, the power of the tests, and the best agent, compared with the others."""
-    n, epsilon, dense = env.first.result["instances"], env.epsilon, env.first.result["quality_ref"]
+    n = env.first.result["instances"]
+    epsilon = env.epsilon
+    dense = env.first.result["quality_ref"]
     highest = env.first.result.get("highest_quality", 1.0)
     fewest, losses = fewest_instances(epsilon, highest), losses_allowed(n, epsilon, highest=highest)
     sentences = [
@@ -171,7 +173,9 @@ def agents_on_all(envs: Sequence[EnvRuns]) -> dict[str, list[AgentRuns]]:
 
 def overall_tables(envs: Sequence[EnvRuns]) -> list[Table]:
     """Over all envs: savings with the quality kept, and the probability that one agent is better than another."""
-    shared, rows, pairs = agents_on_all(envs), [], []
+    shared = agents_on_all(envs)
+    rows = []
+    pairs = []
     for name, agents in shared.items():
         runs, kept = sum(len(agent.runs) for agent in agents), sum(int(agent.kept.sum()) for agent in agents)
         rows.append([name, str(runs), _mean(_scores(agents), SAVED), f"{kept} of {runs}"])

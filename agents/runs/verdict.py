@@ -93,7 +93,9 @@ def verdict(
     [n]`` is at least 0, ``quality_ref [n]`` dense, ``confidence`` one-sided, and ``highest`` (``Scores.highest``) the
     most that any instance can lose.
     """
-    difference, n, worst = quality - quality_ref, len(quality), _worst(quality_ref, highest)
+    difference = quality - quality_ref
+    n = len(quality)
+    worst = _worst(quality_ref, highest)
     if n < max(1, fewest_instances(epsilon, worst, confidence)):
         return Verdict.TOO_FEW
     loses = difference < -worst / 2

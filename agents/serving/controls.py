@@ -44,7 +44,9 @@ def threshold(config: ServingConfig) -> list[Network]:
     for low, high in combinations(range(len(config.points)), 2):
         for length in THRESHOLDS:
             slopes, bias = np.zeros(len(config.points)), np.full(len(config.points), NEVER)
-            slopes[high], bias[low], bias[high] = STEEP, 0.0, -STEEP * length
+            slopes[high] = STEEP
+            bias[low] = 0.0
+            bias[high] = -STEEP * length
             networks.append(_linear(slopes, bias))
     return networks
 
@@ -74,7 +76,9 @@ def foresight(config: ServingConfig, split: str, episodes: int, losses: Array) -
     A request may be served from the start of its bin to the end of the bin of its deadline. All of this favours the
     server, so no dial answers more requests at the same mean loss on policy rows. Losses on other rows may differ.
     """
-    width, batch, loss = config.deadline / BINS, config.max_batch, expected_loss(config)
+    width = config.deadline / BINS
+    batch = config.max_batch
+    loss = expected_loss(config)
     times, origin = [], 0.0
     for seed in FIRST_SEED[split] + np.arange(episodes):  # episodes follow each other and share one limit
         random = seeding.np_random(int(seed))[0]
@@ -135,7 +139,9 @@ def play(
     queues, random = Queues(config, len(networks) * episodes), np.random.default_rng(0)
     randoms = [seeding.np_random(int(seed))[0] for _ in networks for seed in seeds]
     queues.reset(np.arange(queues.n), randoms, split)
-    answers, refused, decided = np.zeros((queues.n, len(config.points))), np.zeros(queues.n), 0
+    answers = np.zeros((queues.n, len(config.points)))
+    refused = np.zeros(queues.n)
+    decided = 0
     while not queues.over.all():
         if on_progress is not None:
             decided += int(np.count_nonzero(~queues.over))

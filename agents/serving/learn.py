@@ -52,8 +52,10 @@ class PricedQueues(SwitchableVecEnv):
     def __init__(self, env: ServingVectorEnv, seed: int) -> None:
         super().__init__(env)
         self.observation_space = gym.spaces.Box(-BOUND, BOUND, (len(FEATURES) + 1,), np.float32)
-        self._config, self._loss = env.config, expected_loss(env.config)
-        self._random, self._first = np.random.default_rng(seed), seed * SEEDS_OF_A_RUN
+        self._config = env.config
+        self._loss = expected_loss(env.config)
+        self._random = np.random.default_rng(seed)
+        self._first = seed * SEEDS_OF_A_RUN
         self._prices = self._draw_prices()
 
     def reset(self) -> Array:

@@ -36,7 +36,9 @@ def layer_importance(board: Switchboard, batch: dict[str, Tensor], max_rate: flo
     as layers that hardly matter alone may matter together. The other layers are ordered by their loss alone. Losses are
     measured on the first rows of ``batch`` (see ``sandwich_loss``) and averaged over the processes.
     """
-    model, head, layers = board.model, head_of(board.model), layers_of(board)
+    model = board.model
+    head = head_of(board.model)
+    layers = layers_of(board)
     names = batch.keys() - {"keep", "skip_logits"}
     inputs = {name: batch[name][:MEASURED_ROWS].to(model.device) for name in names}
     was_training = model.training

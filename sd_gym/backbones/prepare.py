@@ -191,8 +191,12 @@ def prepare(
 
 class _Trainer:
     def __init__(self, board: Switchboard, recipe: Recipe, accelerator: Accelerator) -> None:
-        self._board, self._recipe, self._accelerator = board, recipe, accelerator
-        self._model, self._head, self._layers = board.model, head_of(board.model), layers_of(board)
+        self._board = board
+        self._recipe = recipe
+        self._accelerator = accelerator
+        self._model = board.model
+        self._head = head_of(board.model)
+        self._layers = layers_of(board)
         self._generator = torch.Generator()
         learned = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(learned, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)

@@ -84,10 +84,14 @@ def evaluate(
     with terminal.errors_as_lines(), terminal.status("evaluating"):
         if (run / MANIFEST).is_file():
             manifest = read_manifest(run)
-            env, algo, seed = manifest["env"]["id"], f"{manifest['run']['algo']} in ONNX", manifest["run"].get("seed")
+            env = manifest["env"]["id"]
+            algo = f"{manifest['run']['algo']} in ONNX"
+            seed = manifest["run"].get("seed")
         else:
             description = read_description(run)
-            env, algo, seed = description["env"], description["algo"], description.get("seed")
+            env = description["env"]
+            algo = description["algo"]
+            seed = description.get("seed")
         result = run_evaluation(env, run, split, output)
     terminal.print_result(f"{env}, {algo}, seed {seed}", result)
 
@@ -170,7 +174,7 @@ def validate(
 
             lines, failed = replay(Path(what)).lines(), False
         else:
-            from sd_gym.agents.experiment.env_checker import check_env
+            from sd_gym.envs.checker import check_env
 
             checks = check_env(what, terminal.settings_of(set_))
             lines, failed = [check.line() for check in checks], not all(check.passed for check in checks)

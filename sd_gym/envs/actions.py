@@ -156,10 +156,10 @@ def number_of_decisions(nvec: Array) -> int:
 
 
 class StageActions:
-    """Which components of a decision each step of an episode makes, and their places in an action.
+    """The actions of the stages: which components of a decision each stage decides, and their places in an action.
 
-    All steps have the same action space, that of the largest step. Components that a step lacks are ignored; a choice
-    that a component lacks counts as its last choice. Both are masked.
+    All stages share one action space, that of the largest stage. Components that a stage lacks are ignored. A choice
+    above a component's last one counts as its last one. ``masks`` forbids both.
 
     Args:
         components: For each stage, the components that it decides. Their places in an action are in this order.
@@ -173,7 +173,8 @@ class StageActions:
     """
 
     def __init__(self, components: Sequence[Array], nvec: Array, *, level: int = -1) -> None:
-        self.components, self._nvec = list(components), nvec
+        self.components = list(components)
+        self._nvec = nvec
         widest = max(int((own != level).sum()) for own in components)
         self._places = places = [np.where(own == level, widest, np.arange(len(own))) for own in components]
         self.is_whole = all(np.array_equal(own, np.arange(len(nvec))) for own in (*components, *places))
@@ -208,10 +209,10 @@ class StageActions:
         return self.to_decisions(flat[:, : len(self.components)].argmax(axis=1), choices)
 
     def logit_indices(self) -> tuple[Array | None, int]:
-        """Indices of an action's choices in a decision's N logits, int64 ``[stages, sum(choices)]``; and N.
+        """Where an action's choices are among a decision's N logits, int64 ``[stages, sum(choices)]``; and N.
 
-        The indices are ``None`` if an action is the whole decision. Index N is a choice that is certain, since the
-        stage does not have this component; index N + 1 is a choice that is never made.
+        ``None`` instead of the indices if an action is the whole decision. Two further indices stand for what a stage
+        lacks: N for the only choice of a missing component (probability 1), N + 1 for a missing choice (probability 0).
         """
         ends = np.cumsum(self._nvec)
         certain, never = int(ends[-1]), int(ends[-1]) + 1

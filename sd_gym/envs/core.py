@@ -85,9 +85,10 @@ class BackboneCore(Core[BackboneSplit]):
         return self.backbone.head.can_exit(self.backbone.board)
 
     def _stage_actions(self) -> StageActions:
-        """Each stage decides its switches, which are first in an action; ``first`` also the token level, which is last.
+        """In an action the stage's switches come first.
 
-        At ``answer`` the first component of an action is whether to go on.
+        The stage ``first`` also decides the token level, which is last. The stage ``answer`` has one component: whether
+        to go on.
         """
         level = len(self.mask_nvec) - 1
         others = {"first": [level], ANSWER: [level + 1]}  # components that are no switches
@@ -132,7 +133,10 @@ class BackboneCore(Core[BackboneSplit]):
 
         ``None`` if a policy needs the env: the observation or token ranking is a user's own, or tokens rank at random.
         """
-        config, backbone, ranking, observation = self.config, self.backbone, self._ranking, self.observation
+        config = self.config
+        backbone = self.backbone
+        ranking = self._ranking
+        observation = self.observation
         if not isinstance(observation, Pooled | Tokens) or (ranking is not None and not ranking.is_exported):
             return None
         train, name = self.split("train"), config.backbone.name
@@ -146,19 +150,20 @@ class BackboneCore(Core[BackboneSplit]):
             "token_types": train.encoded.token_type_ids is not None,
         }
         context = train.encoded.context_mask if self.has_answer_stage else None  # spans alone have a context
-        stages = self.stage_observer
-        is_staged = isinstance(stages, BackboneStageObserver)
-        statistics = stages if is_staged else observation
+        stages, token_statistics = self.stage_observer, None
+        statistics = observation
+        if isinstance(stages, BackboneStageObserver):
+            statistics = stages
+            if isinstance(observation, Tokens):
+                token_statistics = observation.mean, observation.deviation
         return Export(
-            config,
-            described,
-            statistics.mean,
-            statistics.deviation,
+            env=config,
+            backbone=described,
+            mean=statistics.mean,
+            deviation=statistics.deviation,
             rarity=train.rarity if ranking is not None and ranking.needs_rarity else None,
             protection=None if ranking is None else _rule_for(train, train.tokens.droppable),
-            token_statistics=(observation.mean, observation.deviation)
-            if is_staged and isinstance(observation, Tokens)
-            else None,
+            token_statistics=token_statistics,
             ranking_costs_flops=ranking is not None and ranking.costs_flops,
             # Without the first token, which stands for no answer.
             context=None if context is None else _rule_for(train, np.pad(context.numpy()[:, 1:], ((0, 0), (1, 0)))),

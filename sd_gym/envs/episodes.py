@@ -26,7 +26,8 @@ class Episodes:
     """
 
     def __init__(self, core: Core, n: int) -> None:
-        self.core, self.objective = core, Objective(core.config.reward)
+        self.core = core
+        self.objective = Objective(core.config.reward)
         self._split: Split | None = None
         self.rows, self.stage = np.zeros((2, n), dtype=np.int64)  # after its last stage an episode is over
         self.decisions = np.zeros((n, len(core.nvec)), dtype=np.int64)  # 0, to run, where nothing is decided yet
@@ -67,7 +68,9 @@ class Episodes:
     def begin(self, envs: Array, rows: Array) -> None:
         """Start new episodes of some envs, on these instances."""
         self.rows[envs] = rows
-        self.stage[envs], self.decisions[envs], self.paid[envs] = 0, 0, 0
+        self.stage[envs] = 0
+        self.decisions[envs] = 0
+        self.paid[envs] = 0
         self._known[envs], self._state = False, None
 
     def decide(self, envs: Array, choices: Array) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -40,34 +41,58 @@ class Outcome:
 class Scores(Protocol):
     """Quality of rows ``[n]`` of a split under decisions ``[n, components]``; float64 ``[n]`` each."""
 
-    # The highest quality that an instance can have or lose: 1, but more if a class counts more.
     @property
-    def highest(self) -> float: ...
-    # Quality under the decisions, and dense quality; the pass goes on from the state ``resume_from``, if given.
-    def quality(self, rows: Array, decisions: Array, resume_from: Any = None) -> tuple[Array, Array]: ...
-    # Quality under the decisions; nothing is cached.
-    def run(self, rows: Array, decisions: Array) -> Array: ...
-    # Quality, and the likelihood of the reference (0 in a table, which has no likelihoods).
-    def quality_and_likelihood(self, rows: Array, decisions: Array) -> tuple[Array, Array]: ...
-    # The same under each of several decisions, each float64 [n, masks].
-    def under_all(self, rows: Array, masks: Array) -> tuple[Array, Array]: ...
-    # Compute the dense quality of all rows.
-    def score_dense(self, on_batch: Callable[[], None] = ...) -> None: ...
-    # The metrics of a report, by name.
-    def metrics(self, rows: Array, decisions: Array) -> dict[str, float]: ...
+    def highest(self) -> float:
+        """The highest quality that an instance can have or lose: 1, but more if a class counts more."""
+        ...
+
+    def quality(self, rows: Array, decisions: Array, resume_from: Any = None) -> tuple[Array, Array]:
+        """Quality under the decisions, and dense quality; the pass resumes from the state ``resume_from``, if given."""
+        ...
+
+    def run(self, rows: Array, decisions: Array) -> Array:
+        """Quality under the decisions; nothing is cached."""
+        ...
+
+    def quality_and_likelihood(self, rows: Array, decisions: Array) -> tuple[Array, Array]:
+        """Quality, and the likelihood of the reference (0 in a table, which has no likelihoods)."""
+        ...
+
+    def under_all(self, rows: Array, masks: Array) -> tuple[Array, Array]:
+        """``quality_and_likelihood`` under each of several masks ``[masks, components]``, each ``[n, masks]``."""
+        ...
+
+    def score_dense(self, on_batch: Callable[[], None] = ...) -> None:
+        """Compute the dense quality of all rows; ``on_batch`` is called after each batch."""
+        ...
+
+    def metrics(self, rows: Array, decisions: Array) -> dict[str, float]:
+        """The metrics of a report, by name."""
+        ...
 
 
 class Costs(Protocol):
     """FLOPs of rows ``[n]`` of a split under decisions ``[n, components]``, int64 ``[n]``, with those of going on."""
 
-    # FLOPs over dense FLOPs, float64.
-    def flops_ratio(self, rows: Array, decisions: Array) -> Array: ...
-    def flops(self, rows: Array, decisions: Array) -> Array: ...
-    def dense_flops(self, rows: Array) -> Array: ...
-    # FLOPs of the head, which no decision skips.
-    def head_flops(self, rows: Array) -> Array: ...
-    # FLOPs of going on after decisions: what the answer stage adds.
-    def going_on(self, rows: Array, masks: Array) -> Array: ...
+    def flops_ratio(self, rows: Array, decisions: Array) -> Array:
+        """FLOPs over dense FLOPs, float64."""
+        ...
+
+    def flops(self, rows: Array, decisions: Array) -> Array:
+        """FLOPs under the decisions."""
+        ...
+
+    def dense_flops(self, rows: Array) -> Array:
+        """FLOPs of the dense backbone."""
+        ...
+
+    def head_flops(self, rows: Array) -> Array:
+        """FLOPs of the head, which no decision skips."""
+        ...
+
+    def going_on(self, rows: Array, masks: Array) -> Array:
+        """FLOPs of going on after masks: what the answer stage adds."""
+        ...
 
 
 class Split(Protocol):
@@ -76,24 +101,50 @@ class Split(Protocol):
     name: str  # train, validation or test
 
     @property
-    def ids(self) -> Array: ...  # strings [n] of dtype object
+    def ids(self) -> Array:
+        """Ids of the instances, strings ``[n]`` of dtype object."""
+        ...
+
     @property
-    def row_of(self) -> dict[str, int]: ...  # row of each instance, by its id
+    def row_of(self) -> dict[str, int]:
+        """Row of each instance, by its id."""
+        ...
+
     @property
-    def difficulty(self) -> Array: ...  # int64 [n]; 0 if unknown
+    def difficulty(self) -> Array:
+        """Level of each instance, int64 ``[n]``; 0 if unknown."""
+        ...
+
     @property
-    def levels(self) -> Array: ...  # difficulty for reports, int64 [n]
+    def levels(self) -> Array:
+        """Difficulty for reports, int64 ``[n]``."""
+        ...
+
     @property
-    def encoded(self) -> Any: ...  # source_length, int64 [n]; source_cut and target_cut, bool [n]
+    def encoded(self) -> Any:
+        """The tokenised instances: ``source_length``, int64 ``[n]``; ``source_cut``, ``target_cut``, bool ``[n]``."""
+        ...
+
     @property
-    def scoring(self) -> Scores: ...
+    def scoring(self) -> Scores:
+        """Quality under decisions."""
+        ...
+
     @property
-    def costs(self) -> Costs: ...
+    def costs(self) -> Costs:
+        """FLOPs under decisions."""
+        ...
+
     @property
-    def provenance(self) -> dict[str, Any]: ...  # which rows these are
+    def provenance(self) -> dict[str, Any]:
+        """Which rows these are."""
+        ...
+
     def __len__(self) -> int: ...
-    # Facts of each instance that are known before any decision, by name, each [n].
-    def facts(self) -> dict[str, Array]: ...
+
+    def facts(self) -> dict[str, Array]:
+        """Facts of each instance that are known before any decision, by name, each ``[n]``."""
+        ...
 
 
 def mean_flops(split: Split, rows: Array, decisions: Iterable[Array]) -> Array:
@@ -114,15 +165,26 @@ class StageObserver(Protocol[OfSplit]):
     judgements: int  # how often it does so in one episode
     answer_size: int  # values of the head's judgement of its answer, which end an observation; 0: no answer stage
 
-    # Observations of rows [n] at a stage after decisions [n, components], whose later components are ignored.
-    # resume_from: the state of the pass of the same rows at the stage before, if known. Also returns the state to go on
-    # from: None before the first layer, or where no backbone runs.
     def observe(
         self, split: OfSplit, rows: Array, stage: int, decisions: Array, resume_from: PassState | None
-    ) -> tuple[Observations, PassState | None]: ...
+    ) -> tuple[Observations, PassState | None]:
+        """The observations at a stage, and the state of the pass there.
+
+        Args:
+            split: The split of the instances.
+            rows: Which of its instances, ``[n]``.
+            stage: Index of the stage.
+            decisions: ``[n, components]``; components of this and later stages are ignored.
+            resume_from: State of the pass of the same rows at the stage before, if known.
+
+        Returns:
+            The observations, and the state from which the next stage resumes: ``None`` before the first layer, or where
+            no backbone runs.
+        """
+        ...
 
 
-class Core(Protocol[S]):
+class Core(ABC, Generic[S]):
     """Draws instances, observes them, and scores decisions on them; shared by all envs of the same configuration."""
 
     config: EnvConfig
@@ -136,6 +198,27 @@ class Core(Protocol[S]):
     data: Any  # which rows each split has
     switch_names: list[str]  # what each component of a decision but the last one skips
     highest_flops_ratio: float  # an upper bound of the FLOPs ratio
+
+    @cached_property
+    @abstractmethod
+    def stage_observer(self) -> StageObserver[S]:
+        """The observations at the stages; made when first used."""
+
+    @abstractmethod
+    def split(self, name: str) -> S:
+        """A split by name; raises ``ValueError`` for an unknown name."""
+
+    @abstractmethod
+    def to_masks(self, decisions: Array) -> Array:
+        """Decisions ``[n, components]`` as masks, int64 ``[n, switches + 1]``."""
+
+    @abstractmethod
+    def from_masks(self, masks: Array) -> Array:
+        """Masks ``[n, switches + 1]`` as decisions, int64 ``[n, components]``; ``ValueError`` for an unknown mask."""
+
+    @abstractmethod
+    def export(self) -> Export | None:
+        """What a policy needs outside of this env; ``None`` if it cannot leave it."""
 
     @property
     def observation_space(self) -> gym.Space:
@@ -226,14 +309,3 @@ class Core(Protocol[S]):
         decisions = self._decision_space.decisions(decisions, len(rows))
         quality, quality_ref = split.scoring.quality(rows, decisions, resume_from)
         return Outcome(quality, quality_ref, split.costs.flops_ratio(rows, decisions))
-
-    # The observations at the stages; made when first used.
-    @cached_property
-    def stage_observer(self) -> StageObserver[S]: ...
-    # A split by name; raises ValueError for an unknown name.
-    def split(self, name: str) -> S: ...
-    # Decisions [n, components] as masks, int64 [n, switches + 1]; and back: raises ValueError for an unknown mask.
-    def to_masks(self, decisions: Array) -> Array: ...
-    def from_masks(self, masks: Array) -> Array: ...
-    # What a policy needs outside of this env; None if it cannot leave it.
-    def export(self) -> Export | None: ...

@@ -35,7 +35,8 @@ class SwitchableVecEnv(VecEnv):
         self._actions: NDArray | None = None
         self._everywhere = np.ones(env.num_envs, dtype=np.bool_)
         self._started = time.monotonic()
-        self._returns, self._lengths = np.zeros(env.num_envs), np.zeros(env.num_envs, dtype=np.int64)
+        self._returns = np.zeros(env.num_envs)
+        self._lengths = np.zeros(env.num_envs, dtype=np.int64)
 
     def reset(self) -> Observations:
         """Observations of new instances, by the seed and options set before.

@@ -55,16 +55,19 @@ class SwitchableEnv(gym.Env):
 
         With several stages it is ``Box(-10, 10, (stages + 1 + 2 * width + 2,), float32)``: the stage (one-hot), the
         share of the FLOPs spent, mean and maximum of the hidden states there, their number and its logarithm. Where the
-        head can judge a layer, the log-odds of its answer follow (``BackboneStageObserver``). With ``observation="tokens"``
-        this is the entry ``stage`` of a ``Dict``, next to ``tokens`` and ``mask``.
+        head can judge a layer, the log-odds of its answer follow (``BackboneStageObserver``). With
+        ``observation="tokens"`` this is the entry ``stage`` of a ``Dict``, next to ``tokens`` and ``mask``.
 
     Reward:
         The config's ``objective`` with its ``epsilon``, ``penalty`` and ``cost_scale`` (``sd_gym.objectives``). The
-        default is lexicographic: ``1 - flops_ratio - penalty * cost / cost_scale`` with ``cost = quality_ref -
-        quality``, so a gained answer makes up for a lost one. With qualities in [0, 1] and no more FLOPs than dense it
-        lies in ``[-penalty / cost_scale, 1 + penalty / cost_scale]``. (Qualities exceed 1 with ``quality="balanced"``;
-        ranking tokens can cost more than it saves.) With ``gains="ignored"`` it lies in [-penalty, 1]. The same outcome
-        always has the same reward. A penalty that learns belongs to the agent (``ppo_lagrangian``) or to
+        default, ``lexicographic``, is ``1 - flops_ratio - penalty * cost / cost_scale`` with ``cost = quality_ref -
+        quality``. So a gained answer makes up for a lost one.
+
+        The reward lies in ``[-penalty / cost_scale, 1 + penalty / cost_scale]``; with ``gains="ignored"`` in
+        ``[-penalty, 1]``. It can lie outside in two cases: an answer counts more than 1 (``quality="balanced"``), or
+        ranking tokens costs more FLOPs than dropping them saves.
+
+        The same outcome always has the same reward. A learned penalty belongs to the agent (``ppo_lagrangian``) or to
         ``sd_gym.envs.wrappers.LagrangianWrapper``.
 
         ``vector_reward=True`` gives ``[quality, -flops_ratio]``, float32, within ``reward_space``, as in

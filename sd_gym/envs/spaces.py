@@ -47,7 +47,8 @@ class FirstStageObserver:
     judges, judgements, answer_size = False, 0, 0
 
     def __init__(self, core: Core) -> None:
-        self._core, self.space = core, core.observation.space
+        self._core = core
+        self.space = core.observation.space
 
     def observe(
         self, split: Any, rows: Array, stage: int, decisions: Array, resume_from: object
@@ -121,10 +122,14 @@ class Tokens(Observation):
 
         self.length = core.config.backbone.max_source_length
         split = core.split("train")
-        count, total, squares = 0, np.zeros(1), np.zeros(1)
+        count = 0
+        total = np.zeros(1)
+        squares = np.zeros(1)
         for _, hidden, mask in self._embedded(split, np.arange(min(len(split), STATISTICS_SIZE))):
             tokens = hidden[mask.bool()].cpu().numpy().astype(np.float64)
-            count, total, squares = count + len(tokens), total + tokens.sum(axis=0), squares + (tokens**2).sum(axis=0)
+            count = count + len(tokens)
+            total = total + tokens.sum(axis=0)
+            squares = squares + (tokens**2).sum(axis=0)
         mean = total / count
         self.mean = mean.astype(np.float32)
         self.deviation = deviation_of(np.sqrt(np.maximum(squares / count - mean**2, 0)))

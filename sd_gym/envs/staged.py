@@ -40,7 +40,8 @@ class BackboneStageObserver:
     """
 
     def __init__(self, core: Core[BackboneSplit], columns: list[slice]) -> None:
-        self.names, self.columns = core.stages, columns
+        self.names = core.stages
+        self.columns = columns
         self.judges = core.can_exit
         self.judgements = self.judges * sum(name not in ("first", ANSWER) for name in self.names)
         self.answer_size = len(core.backbone.head.judgement) if core.has_answer_stage else 0
@@ -49,7 +50,8 @@ class BackboneStageObserver:
         features = np.concatenate(
             [np.stack(list(self._dense(split, part))) for part in np.split(rows, rows[PASS_ROWS::PASS_ROWS])], axis=1
         )
-        self.mean, self.deviation = features.mean(axis=1), deviation_of(features.std(axis=1))
+        self.mean = features.mean(axis=1)
+        self.deviation = deviation_of(features.std(axis=1))
         judged = slice(features.shape[2] - self.answer_size, None)  # not standardised: too sure in a dense pass
         self.mean[:, judged], self.deviation[:, judged] = 0, 1
         size = len(self.names) + 1 + features.shape[2]

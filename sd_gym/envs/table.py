@@ -45,7 +45,8 @@ class TableObservation:
     """The observations that were made with the table, reduced by its ``projection`` if it has one."""
 
     def __init__(self, described: dict[str, Any], projection: Projection | None, stages: int) -> None:
-        self.projection, self.flops = projection, 0 if projection is None else stages * projection.flops
+        self.projection = projection
+        self.flops = 0 if projection is None else stages * projection.flops
         self.shape = tuple(described["shape"])
         low, high = (np.full(self.shape, described[key], dtype=np.float32) for key in ("low", "high"))
         self.space = gym.spaces.Box(low, high, dtype=np.float32)
@@ -59,9 +60,13 @@ class TableStageObserver:
     """The ``StageObserver`` of a table with several stages: the observations that were made with it."""
 
     def __init__(self, core: TableCore, ways: list[int], judgements: int) -> None:
-        self.space, self.judgements, self.judges = core.observation.space, judgements, judgements > 0
+        self.space = core.observation.space
+        self.judgements = judgements
+        self.judges = judgements > 0
         self.answer_size = len(core.description["judgement"]) if core.has_answer_stage else 0
-        self._ways, self._stages, self._masks_of = ways, len(core.stages), core.masks_of
+        self._ways = ways
+        self._stages = len(core.stages)
+        self._masks_of = core.masks_of
 
     def observe(
         self, split: TableSplit, rows: Array, stage: int, decisions: Array, resume_from: object
@@ -91,7 +96,9 @@ class TableSplit:
     """
 
     def __init__(self, core: TableCore, name: str) -> None:
-        self.core, self.name, self.config = core, name, core.config
+        self.core = core
+        self.name = name
+        self.config = core.config
         self._described = core.description["splits"][name]
         self.tensors = map_arrays(core.folder / f"{name}.safetensors")
         texts = read_json(core.folder / f"{name}.json")
@@ -174,12 +181,15 @@ class TableCore(Core[TableSplit]):
     """
 
     def __init__(self, config: EnvConfig) -> None:
-        self.config, self.folder = config, table_folder(config.table or "")
+        self.config = config
+        self.folder = table_folder(config.table or "")
         self.description = described = read_table(self.folder)
         self.mask_nvec = np.array(described["nvec"], dtype=np.int64)
         self.exhaustive = not described.get("chosen")
         self.masks = all_decisions(self.mask_nvec) if self.exhaustive else self._codebook()
-        all_ways, units, at_once = described.get("ways"), described.get("units", {}), list(config.stages) == ["first"]
+        all_ways = described.get("ways")
+        units = described.get("units", {})
+        at_once = list(config.stages) == ["first"]
         self._ways = ways = None if at_once else all_ways
         self.stages = list(described["stages"]) if ways else ["first"]
         sizes = all_ways or units.get("sizes") or [len(self.masks)]
@@ -285,14 +295,14 @@ class TableCore(Core[TableSplit]):
         with naming_damage(self.folder):
             protection, context = described["protection"], described.get("context")
             return Export(
-                self.config.model_copy(update=env),
-                {key: value for key, value in described["backbone"].items() if key != "switches"},
-                arrays["mean"],
-                arrays["deviation"],
-                arrays.get("rarity"),
-                protection and TokenRule.from_json(protection),
-                None if self.exhaustive else self.joined(self.to_masks(of_table), of_table[:, -1]),
-                self.observation.projection,
+                env=self.config.model_copy(update=env),
+                backbone={key: value for key, value in described["backbone"].items() if key != "switches"},
+                mean=arrays["mean"],
+                deviation=arrays["deviation"],
+                rarity=arrays.get("rarity"),
+                protection=protection and TokenRule.from_json(protection),
+                masks=None if self.exhaustive else self.joined(self.to_masks(of_table), of_table[:, -1]),
+                projection=self.observation.projection,
                 context=context and TokenRule.from_json(context),
                 ranking_costs_flops=RANKINGS.find(self.config.tokens.ranking).costs_flops,
             )

@@ -28,8 +28,11 @@ class TableScoring:
     """
 
     def __init__(self, tensors: dict[str, Array], masks: int, masks_of: MasksOf, *, is_balanced: bool = False) -> None:
-        self._codes, self._values = tensors["quality"], tensors.get("quality_values")
-        self._masks, self._masks_of, self._is_packed = masks, masks_of, is_packed(tensors)
+        self._codes = tensors["quality"]
+        self._values = tensors.get("quality_values")
+        self._masks = masks
+        self._masks_of = masks_of
+        self._is_packed = is_packed(tensors)
         self._dense = self._at(np.arange(len(self._codes)), np.zeros(1, dtype=np.int64))
         # The weight of a class that no mask answers right is not known.
         self.highest = 1.0 if self._values is None or not is_balanced else max(1.0, float(self._values.max()))
@@ -92,10 +95,15 @@ class TableCosts:
         goes_on: Callable[[Array], Array],
         points: Sequence[int],
     ) -> None:
-        self._masks_of, self._goes_on, self._masks, self._points = masks_of, goes_on, masks, points
+        self._masks_of = masks_of
+        self._goes_on = goes_on
+        self._masks = masks
+        self._points = points
         self._costs_of = tensors["costs"]  # row of each instance in the costs
-        self._always, self._switched = tensors["always"], tensors["switched"]
-        self._runs, self._level = 1 - masks[:, :-1], masks[:, -1]
+        self._always = tensors["always"]
+        self._switched = tensors["switched"]
+        self._runs = 1 - masks[:, :-1]
+        self._level = masks[:, -1]
         self._dense = self._always[:, 0] + self._switched[:, 0].sum(axis=1)
 
     @cached_property
@@ -118,7 +126,9 @@ class TableCosts:
 
     def flops_ratio(self, rows: Array, decisions: Array) -> Array:
         """FLOPs under the decisions over dense FLOPs, float64 ``[n]``."""
-        masks, costs, goes_on = self._masks_of(decisions), self._costs_of[rows], self._goes_on(decisions)
+        masks = self._masks_of(decisions)
+        costs = self._costs_of[rows]
+        goes_on = self._goes_on(decisions)
         ratio = self._ratio[costs, masks]
         return ratio + goes_on * self._going_on[costs, masks] / self._dense[costs] if goes_on.any() else ratio
 

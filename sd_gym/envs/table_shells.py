@@ -73,7 +73,9 @@ class TableEnv(SwitchableEnv):
         return self._observation(), self._info(np.zeros_like(self.core.mask_nvec), None)
 
     def _outcome(self, decisions: Array) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        core, split, row = self.core, self._split, int(self._episode.rows[0])
+        core = self.core
+        split = self._split
+        row = int(self._episode.rows[0])
         if core.is_staged:
             return super()._outcome(decisions)
         number = int(core.masks_of(decisions)[0])

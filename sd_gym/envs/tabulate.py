@@ -108,7 +108,9 @@ class TableMaker:
         """
         self._check()
         with locked(self.folder):
-            core, folder, exported = self.core, self.folder, self.core.export()
+            core = self.core
+            folder = self.folder
+            exported = self.core.export()
             description = self._description(exported)
             if self._begin(description, resume):
                 return
@@ -131,7 +133,9 @@ class TableMaker:
             shutil.rmtree(folder / PARTS)
 
     def _check(self) -> None:
-        core, space, pca = self.core, self.core.observation_space, self.pca
+        core = self.core
+        space = self.core.observation_space
+        pca = self.pca
         if not isinstance(space, gym.spaces.Box):
             raise ConfigError(
                 f"{core.config.id}: the observations of a table are one array, such as observation=pooled; got "
@@ -169,7 +173,9 @@ class TableMaker:
         return read_projection(file)
 
     def _description(self, exported: Export | None) -> dict[str, Any]:
-        core, masks, ways = self.core, self.masks, self.ways
+        core = self.core
+        masks = self.masks
+        ways = self.ways
         config = core.config.model_dump()
         is_numbered = masks is not None and ways is None and self.units is None
         config["action"], config["codebook"] = "discrete" if is_numbered else "multi_discrete", None
@@ -251,7 +257,9 @@ class TableMaker:
     def _write_split(
         self, split: BackboneSplit, parts: list[dict[str, Array]], masks: Array, reduce: Projection | None
     ) -> None:
-        core, n, encoded = self.core, len(split), split.encoded
+        core = self.core
+        n = len(split)
+        encoded = split.encoded
         undecided = np.zeros((n, len(core.nvec)), dtype=np.int64)
         observed = np.asarray(core.stage_observer.observe(split, np.arange(n), 0, undecided, None)[0])
         split.dense_loss = _merged(parts, DENSE_LOSS, n)
@@ -308,7 +316,9 @@ def _write_chunks(
 def _write_chunk(
     chunk: _Chunk, core: Core[BackboneSplit], masks: Array, ways: list[int], bf16: bool, reduce: Projection | None
 ) -> _Chunk:
-    split, rows, arrays = core.split(chunk.split), chunk.rows, dict[str, Array]()
+    split = core.split(chunk.split)
+    rows = chunk.rows
+    arrays = dict[str, Array]()
     # Another process may run this, so it sets the precision itself.
     with torch.autocast(core.backbone.model.device.type, torch.bfloat16, enabled=bf16):
         if core.has_answer_stage:

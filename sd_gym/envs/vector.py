@@ -146,25 +146,27 @@ class SwitchableVectorEnv(VectorEnv):
                 'reset(options={"reset_mask": terminated}) before the next step()'
             )
         choices = self.core.actions.decisions(actions, n)
-        deciding, reset = np.flatnonzero(~over), np.flatnonzero(over)
-        episodes.decide(deciding, choices)
-        ended, rewards = episodes.over, episodes.no_rewards(n)
-        ended[reset] = False
-        done, going = np.flatnonzero(ended), deciding[~ended[deciding]]
-        outcome, rewards[done] = episodes.results(done)
-        under_way, rewards[going] = episodes.results(going)
+        acting = np.flatnonzero(~over)
+        resetting = np.flatnonzero(over)  # in NEXT_STEP; empty in the other modes
+        episodes.decide(acting, choices)
+        terminated = episodes.over
+        terminated[resetting] = False
+        done, going = np.flatnonzero(terminated), acting[~terminated[acting]]
+        rewards = episodes.no_rewards(n)
+        done_infos, rewards[done] = episodes.results(done)
+        going_infos, rewards[going] = episodes.results(going)
         if self.autoreset_mode == AutoresetMode.SAME_STEP:
-            self._show(ended, (done, outcome), rewards)
+            self._show(terminated, (done, done_infos), rewards)
             final = {}
             if len(done):
-                final = final_infos(ended, unbatched(episodes.observe()), outcome)
+                final = final_infos(terminated, unbatched(episodes.observe()), done_infos)
                 episodes.begin(done, self._random_rows(done))
-            infos = infos_of_all(n, (done, episodes.infos(done)), (going, under_way)) | final
+            infos = infos_of_all(n, (done, episodes.infos(done)), (going, going_infos)) | final
         else:
-            episodes.begin(reset, self._random_rows(reset))
-            self._show(ended, (done, outcome), rewards)
-            infos = infos_of_all(n, (done, outcome), (going, under_way), (reset, episodes.infos(reset)))
-        return episodes.observe(), rewards, ended, np.zeros(n, dtype=np.bool_), infos
+            episodes.begin(resetting, self._random_rows(resetting))
+            self._show(terminated, (done, done_infos), rewards)
+            infos = infos_of_all(n, (done, done_infos), (going, going_infos), (resetting, episodes.infos(resetting)))
+        return episodes.observe(), rewards, terminated, np.zeros(n, dtype=np.bool_), infos
 
     def action_masks(self) -> NDArray:
         """Choices that are allowed, bool ``[num_envs, choices]``; see ``SwitchableEnv.action_masks``."""
@@ -191,7 +193,8 @@ class SwitchableVectorEnv(VectorEnv):
         """Restore what ``state`` returned; returns the observations to decide on next."""
         random, episodes = state["random"], self._episodes
         self._np_random = _generator(random) if isinstance(random, dict) else tuple(map(_generator, random))
-        episodes.split, episodes.rows = self.core.split(state["split"]), np.array(state["rows"])
+        episodes.split = self.core.split(state["split"])
+        episodes.rows = np.array(state["rows"])
         episodes.load_state(state["episodes"])
         self._show(np.zeros(self.num_envs, dtype=np.bool_))
         return episodes.observe()
@@ -246,7 +249,8 @@ class SwitchableVectorEnv(VectorEnv):
             new = seed[env] if env in envs else None
             if new is not None or generators[env] is None:
                 generators[env], seeds[env] = seeding.np_random(new)
-        self._np_random, self._np_random_seed = tuple(generators), tuple(seeds)
+        self._np_random = tuple(generators)
+        self._np_random_seed = tuple(seeds)
 
     def _random_rows(self, envs: NDArray) -> NDArray:
         """New rows for some envs: from the common generator, or each from the env's own."""

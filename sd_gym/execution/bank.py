@@ -79,7 +79,8 @@ class Bank:
     """
 
     def __init__(self, board: Switchboard, *, compiles: bool = False) -> None:
-        self._board, self.compiles = board, compiles
+        self._board = board
+        self.compiles = compiles
         if compiles:  # all masks share the code of one class, which is compiled only 8 times by default
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * MODELS)
         self._of = lru_cache(MODELS)(self._make)
@@ -182,7 +183,9 @@ class _NoAttention(nn.Module):
 
     def __init__(self, adds_residual: bool, passes_bias: bool, counts: int | None) -> None:
         super().__init__()
-        self._adds_residual, self._passes_bias, self._counts = adds_residual, passes_bias, counts
+        self._adds_residual = adds_residual
+        self._passes_bias = passes_bias
+        self._counts = counts
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple:
         _count_positions(self._counts, hidden_states, args, kwargs)
@@ -195,7 +198,8 @@ class _PassedLayer(nn.Module):
 
     def __init__(self, norms: list[nn.Module], counts: int | None) -> None:
         super().__init__()
-        self._norms, self._counts = nn.ModuleList(norms), counts
+        self._norms = nn.ModuleList(norms)
+        self._counts = counts
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         _count_positions(self._counts, hidden_states, args, kwargs)

@@ -40,8 +40,13 @@ def checked_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
 
 def _problems(config: EnvConfig) -> Iterator[tuple[str, str]]:
     """Keys whose values do not fit the others, each with the reason."""
-    task, quality, metric = TASKS.find(config.task), config.quality, METRICS.find(config.quality.metric)
-    shares, stages, action, kinds = list(config.tokens.shares), list(config.stages), config.action, config.candidates
+    task = TASKS.find(config.task)
+    quality = config.quality
+    metric = METRICS.find(config.quality.metric)
+    shares = list(config.tokens.shares)
+    stages = list(config.stages)
+    action = config.action
+    kinds = config.candidates
     if quality.metric not in task.metrics and not metric.own:
         yield "quality.metric", f"{config.task} is measured by {', '.join(task.metrics)}; got {quality.metric!r}"
     if quality.kind == "metric" and (quality.metric == "exact_match" or metric.of_text is None):

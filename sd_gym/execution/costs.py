@@ -17,9 +17,12 @@ class Costs:
     """
 
     def __init__(self, backbone: Backbone, encoded: Encoded, tokens: TokenDropping, num_beams: int) -> None:
-        self._backbone, self._encoded, self._tokens = backbone, encoded, tokens
+        self._backbone = backbone
+        self._encoded = encoded
+        self._tokens = tokens
         self._beams = 1 if backbone.head.judges_passes else num_beams
-        self.resume_points, self._components = backbone.head.resume_points(backbone.board), len(backbone.board) + 1
+        self.resume_points = backbone.head.resume_points(backbone.board)
+        self._components = len(backbone.board) + 1
         everything = np.arange(len(encoded))
         self._always, self._switched = self._costs(everything, np.zeros(len(encoded), dtype=np.int64))
 
@@ -30,7 +33,9 @@ class Costs:
     def reading_ratio(self, rows: Array, decisions: Array) -> Array:
         """``flops_ratio`` of an answer of one token, as its length is not known in advance."""
         length, kept = self._encoded.source_length[rows], self._tokens.kept_length(rows, decisions[:, -1])
-        head, flops, ranking = self._backbone.head, self._backbone.flops, self._ranking(length, kept)
+        head = self._backbone.head
+        flops = self._backbone.flops
+        ranking = self._ranking(length, kept)
         return reading_ratio(head, flops, length, kept, decisions[:, :-1], ranking)
 
     def dense_flops(self, rows: Array) -> Array:
@@ -61,7 +66,9 @@ class Costs:
 
     def by_level(self) -> tuple[Array, Array]:
         """FLOPs that no switch saves, int64 ``[n, levels]``, and those of each switch, ``[n, levels, switches]``."""
-        rows, always, switched = np.arange(len(self._encoded)), [], []
+        rows = np.arange(len(self._encoded))
+        always = []
+        switched = []
         nothing = np.zeros((len(rows), self._components), dtype=np.int64)
         for level in range(len(self._tokens.shares)):
             nothing[:, -1] = level

@@ -17,13 +17,18 @@ from sd_gym.switch.stages import EVERY_LAYER, StageReached
 class MaskTree:
     """The tree of masks on one batch, depth first: masks that agree on their first switches share that part of a pass.
 
-    A skipped sublayer leaves the hidden states as they are, so a layer can be run one sublayer after the other: all
-    4,096 masks of 12 switches take 4,095 sublayers. (Of two stacks, with norms that run anyway as DistilBERT's, or if
-    tokens are dropped, a layer is run as a whole.) Where the head reads the first position alone, so does the last
-    feed-forward block.
+    A skipped sublayer leaves the hidden states as they are. So the tree can branch within a layer: all 4,096 masks of
+    12 switches take 4,095 sublayers. It branches only between layers in three cases: with two stacks, with norms that
+    run even if their sublayer is skipped (DistilBERT), and if tokens are dropped.
 
-    ``keep`` are the tokens that the batch keeps (``None``: all), ``masks`` are ``[masks, switches]``. ``on_logits`` is
-    called with the index of each mask and the batch's logits under it, in any order.
+    Where the head reads the first position alone, the last feed-forward block runs on that position alone.
+
+    Args:
+        backbone: The backbone to run.
+        inputs: Its inputs for the batch.
+        keep: The tokens that the batch keeps, bool ``[n, length]``; ``None``: all.
+        masks: ``[masks, switches]``, 1 = skip.
+        on_logits: Called with the index of each mask and the batch's logits under it, in any order.
     """
 
     def __init__(
@@ -34,8 +39,12 @@ class MaskTree:
         masks: Array,
         on_logits: Callable[[int, Tensor], None],
     ) -> None:
-        self._backbone, self._board = backbone, backbone.board
-        self._inputs, self._keep, self._masks, self._on_logits = inputs, keep, masks, on_logits
+        self._backbone = backbone
+        self._board = backbone.board
+        self._inputs = inputs
+        self._keep = keep
+        self._masks = masks
+        self._on_logits = on_logits
         switches, stacks = self._board.switches, self._board.architecture.stacks
         self._by_sublayer = keep is None and len(stacks) == 1 and stacks[0].passes_through
         layers = self._board.decided_at([EVERY_LAYER]).items()
@@ -59,7 +68,7 @@ class MaskTree:
             self.run_masks(picked[group.ravel() == choice], columns.start, state)
 
     def _run(self, mask: Array, done: int, end: int, state: PassState | None) -> PassState:
-        """The state before switch ``end``, from the state ``state`` before switch ``done``."""
+        """The state before switch ``end``, from ``state``, that before switch ``done``."""
         stage, columns = self._layer_of[end]
         if state is not None and self._by_sublayer and mask[done:end].all():
             return replace(state, stage=stage)

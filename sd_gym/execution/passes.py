@@ -44,9 +44,14 @@ class Passes:
         tokens: TokenDropping,
         settings: BackboneConfig,
     ) -> None:
-        self.backbone, self.head, self.instances, self.encoded = backbone, backbone.head, instances, encoded
+        self.backbone = backbone
+        self.head = backbone.head
+        self.instances = instances
+        self.encoded = encoded
         self.max_target_length = settings.max_target_length
-        self._tokens, self._num_beams, self._stop = tokens, settings.num_beams, settings.stop
+        self._tokens = tokens
+        self._num_beams = settings.num_beams
+        self._stop = settings.stop
         self.generated = np.ones(len(encoded), dtype=np.int64)  # tokens of each row's last text, with its end
         self.finished = np.ones(len(encoded), dtype=np.bool_)  # whether that text ended by itself
 
@@ -280,7 +285,9 @@ class Passes:
 
         Decisions on switches from the stage on do not count.
         """
-        board, inputs, skip = self.backbone.board, self.inputs(rows), decisions[:, :-1]
+        board = self.backbone.board
+        inputs = self.inputs(rows)
+        skip = decisions[:, :-1]
         keep, mask = self._keep_of(rows, decisions, inputs), inputs["attention_mask"]
         return board.run_to(stage, lambda: self.backbone.logits(inputs), skip, keep, mask=mask, resume_from=resume_from)
 
@@ -313,7 +320,9 @@ class Passes:
         reads_input = np.array([switch.reads_input for switch in self.backbone.board.switches])
         _, decoded, _ = self.head.lengths(kept, self.encoded.target_length[rows][:, None], kept)
         length = np.where(reads_input, kept, decoded)
-        width, plain, group = self.backbone.model.config.hidden_size, self.bank is not None, np.zeros(len(rows), int)
+        width = self.backbone.model.config.hidden_size
+        plain = self.bank is not None
+        group = np.zeros(len(rows), int)
         if self.bank is not None and self.bank.compiles:
             group = np.unique(decisions, axis=0, return_inverse=True)[1].ravel()
         for own in (np.flatnonzero(group == number) for number in np.unique(group)):

@@ -28,8 +28,11 @@ class Scoring:
     """
 
     def __init__(self, settings: QualityConfig, passes: Passes) -> None:
-        self._settings, self._passes, self._head = settings, passes, passes.head
-        self._instances, self._encoded = passes.instances, passes.encoded
+        self._settings = settings
+        self._passes = passes
+        self._head = passes.head
+        self._instances = passes.instances
+        self._encoded = passes.encoded
         self._measure = self._head.measured_by(settings.kind)
         self._dense: tuple[dict[Key, float], Array] | None = None  # dense qualities and likelihoods of all rows
         self._judged = OrderedDict[tuple[bytes, bytes], Array]()  # of batches of rows and masks
@@ -63,8 +66,8 @@ class Scoring:
     def judged(self, rows: Array, masks: Array, resume_from: PassState | None = None) -> Array:
         """The head's judgement of its answers under masks ``[n, switches + 1]``, float64 ``[n, values]``.
 
-        Passes resume from the state ``resume_from``. Their qualities are cached, and the judgement of the last batches:
-        a threshold may depend on its last bits, which are the same only in the same batch.
+        Passes resume from the state ``resume_from``. The qualities are cached, and so are the judgements of the last
+        batches. A threshold may depend on a judgement's last bits, which are equal only in the same batch.
         """
         batch = rows.tobytes(), masks.tobytes()
         if batch not in self._judged:
@@ -153,8 +156,8 @@ class Scoring:
         A likelihood counts as one plus the logarithm of its ratio to the dense one, between 0 and 2. So dense has 1, a
         loss of 0.01 is one percent of perplexity, and no instance loses more than 1.
 
-        Rows of about the same length, or of the same decision, run together; or they resume from the state
-        ``resume_from``.
+        Rows of about the same length, or of the same decision, run together. With ``resume_from``, all rows resume from
+        that state in one pass.
         """
         decisions = self._answering(decisions)
         if self._measure.score is None:

@@ -40,8 +40,11 @@ class BackboneSplit:
 
     def __init__(self, config: EnvConfig, name: str, data: Splits, backbone: Backbone | None = None) -> None:
         self.backbone = backbone or load_backbone(config.backbone.name, config.backbone.device)
-        self.config, self.name, self._data = config, name, data
-        self.head, self.task = self.backbone.head, TASKS.find(config.task)
+        self.config = config
+        self.name = name
+        self._data = data
+        self.head = self.backbone.head
+        self.task = TASKS.find(config.task)
         without_labels = name in answered_densely(config)
         try:
             self.reading = self.head.prompting(config.backbone)
@@ -73,7 +76,8 @@ class BackboneSplit:
 
     def _set_rows(self, instances: Instances, encoded: Encoded) -> None:
         config, backbone = self.config, self.backbone
-        self.instances, self.encoded = instances, encoded
+        self.instances = instances
+        self.encoded = encoded
         board, tokenizer = backbone.board, backbone.tokenizer
         self.tokens = TokenDropping(
             instances, encoded, board, tokenizer, self.head, self.reading, config.tokens, rarity=lambda: self.rarity
@@ -87,7 +91,9 @@ class BackboneSplit:
 
     def _check_output(self) -> None:
         """Raise ValueError if the head's kind of output does not fit the task, ``backbone.answers`` or the metric."""
-        config, name, gives = self.config, self.reading.name, self.head.gives
+        config = self.config
+        name = self.reading.name
+        gives = self.head.gives
         if gives not in self.task.gives:
             needed = f"{config.task} needs a {' or a '.join(self.task.gives)}"
             remedy = f"'sd-gym prepare --env {config.id}' makes one that does"

@@ -17,9 +17,9 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_gym.backbones.heads import Head, flops_share, head_of
 from sd_gym.going_on import going_on_flops, resumed_from
+from sd_gym.inference.rollout import Keep, StagedRollout
 from sd_gym.inference.second_answers import final_output, final_texts, generate_arguments, pass_arguments, setting
 from sd_gym.policy.artefact import SkipPolicy
-from sd_gym.policy.rollout import Keep, StagedRollout
 from sd_gym.switch import FlopsModel, PassState, Switchboard, first_layer_input
 from sd_gym.switch.model_patches import CONTINUOUS, ending
 
@@ -104,10 +104,12 @@ class Attached:
     """Replaces ``forward`` and ``generate`` of one model; ``policy`` may be replaced by another policy for it."""
 
     def __init__(self, model: PreTrainedModel, policy: SkipPolicy) -> None:
-        self.model, self.policy = model, policy
+        self.model = model
+        self.policy = policy
         self._head = head_of(model)
         existing: Switchboard | None = vars(model).get("_switchboard")
-        self._owns_board, self.board = existing is None, existing or Switchboard(model)
+        self._owns_board = existing is None
+        self.board = existing or Switchboard(model)
         self._flops = FlopsModel(self.board)
         self._decisions = Decisions(self._head, self._flops)
         methods = {
@@ -250,7 +252,9 @@ class Attached:
             keep = self._kept(shown, level)
             return keep, shown.kept_length(keep, length).cpu().numpy()
 
-        model, lengths, run = (self.board, self._head, self._flops), length.cpu().numpy(), self._inner["forward"]
+        model = (self.board, self._head, self._flops)
+        lengths = length.cpu().numpy()
+        run = self._inner["forward"]
         return StagedRollout(self.policy, *model, lengths, keeps, lambda: run(**inputs).logits, first)
 
     def _kept(self, shown: _PolicyInput, level: NDArray) -> Tensor | None:
@@ -265,7 +269,8 @@ class Attached:
         self._decisions.record(skip, decisions[:, -1], (length, shown.kept_length(keep, length)), ranked)
         if went_on is not None:
             points = self._head.resume_points(self.board)
-            self._decisions.went_on, self._decisions.resumed = went_on, resumed_from(decisions, points)
+            self._decisions.went_on = went_on
+            self._decisions.resumed = resumed_from(decisions, points)
         return skip, keep
 
     def _continued(self, cache: Cache, *args: Any, **kwargs: Any) -> Any:
@@ -367,7 +372,8 @@ class Decisions(local):
     """The decisions of an attached model's last call in this thread; ``None`` before the first call."""
 
     def __init__(self, head: Head, flops: FlopsModel) -> None:
-        self._head, self._flops = head, flops
+        self._head = head
+        self._flops = flops
         self.skip: NDArray | None = None  # which row skipped which switch, bool ``[n, switches]``
         self.token_level: NDArray | None = None  # an index of the policy's token shares per row, int64 ``[n]``
         self.went_on: NDArray | None = None  # which row went on densely after its answer, bool ``[n]``
@@ -380,13 +386,19 @@ class Decisions(local):
 
     def record(self, skip: NDArray, token_level: NDArray, lengths: tuple[Tensor, Tensor], ranked: bool) -> None:
         """Store decisions; ``lengths``: of the inputs and of the tokens that stay, each ``[n]``."""
-        self.skip, self.token_level, self.went_on = skip, token_level, np.zeros(len(skip), dtype=np.bool_)
-        self._lengths, self._targets, self._beams, self._ranked = lengths, (None, None), 1, ranked
+        self.skip = skip
+        self.token_level = token_level
+        self.went_on = np.zeros(len(skip), dtype=np.bool_)
+        self._lengths = lengths
+        self._targets = (None, None)
+        self._beams = 1
+        self._ranked = ranked
         self.logits_to_keep = 0
 
     def record_target(self, length: int, again: int | None = None, *, beams: int = 1) -> None:
         """Store how many tokens were generated, or read as a target; ``again``: how many in rows that went on."""
-        self._targets, self._beams = (length, again or length), beams
+        self._targets = (length, again or length)
+        self._beams = beams
 
     @property
     def flops_ratio(self) -> NDArray:

@@ -93,7 +93,9 @@ def _deduplicated(nodes: Iterable[Any], outside: set[str]) -> list[Any]:
 
     ONNX Runtime does not merge them within branches.
     """
-    kept, first, same = list[Any](), dict[Any, Any](), dict[str, str]()
+    kept = list[Any]()
+    first = dict[Any, Any]()
+    same = dict[str, str]()
     for node in nodes:
         node.input[:] = [same.get(name, name) for name in node.input]
         attributes = sorted(attribute.SerializeToString() for attribute in node.attribute)

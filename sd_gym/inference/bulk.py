@@ -123,7 +123,8 @@ def run_file(
     made_by = {"policy (or operating point)": prints["policy"], "backbone": prints["backbone"]}
     bulk, part = Bulk(), Part(output, {**made_by, "--column": columns, "version of sd_gym": __version__})
     with part.held(rows, resume=resume):
-        bulk.before, bulk.malformed = part.answered, part.malformed
+        bulk.before = part.answered
+        bulk.malformed = part.malformed
         chunks = iter(lambda: list(islice(rows, chunk)), [])
         if on_cluster is None:
             answered = ((lines, _answered(model, lines, compare, batch_size)) for lines in chunks)

@@ -135,8 +135,12 @@ class _Writer:
     """Writes all files of an export into a folder."""
 
     def __init__(self, folder: Path, policy: SkipPolicy, model: SkippingModel, int8: bool) -> None:
-        self._folder, self._policy, self._model, self._int8 = folder, policy, model, int8
-        self._board, self._head = model.backbone.board, model.backbone.head
+        self._folder = folder
+        self._policy = policy
+        self._model = model
+        self._int8 = int8
+        self._board = model.backbone.board
+        self._head = model.backbone.head
         self._choices: Any = choices_of(policy)
         masks = masks_of(policy, self._choices)[:, :-1].astype(bool)
         with_dense = np.concatenate([np.zeros_like(masks[:1]), masks])
@@ -220,7 +224,9 @@ class _Writer:
 
     def _described(self) -> dict[str, Any]:
         policy, model = self._policy, self._model
-        config, tokenizer, card = model.config, model.tokenizer, policy.card
+        config = model.config
+        tokenizer = model.tokenizer
+        card = policy.card
         _, instance = _probe(model)
         always, switched = model.backbone.flops.costs(np.arange(3))  # a parabola in the number of tokens
         bend = (switched[2] - 2 * switched[1] + switched[0]) // 2
@@ -289,7 +295,8 @@ class _Weights:
     """One file with the weights of all graphs; equal weights are written once."""
 
     def __init__(self, file: Any) -> None:
-        self._file, self._offsets = file, dict[bytes, int]()
+        self._file = file
+        self._offsets = dict[bytes, int]()
 
     def write(self, graph: Any, path: Path) -> None:
         """Write a graph, and those of its weights that are new."""

@@ -53,7 +53,8 @@ class Switched(Graph):
     ) -> None:
         super().__init__()
         self.model = twin_of(board.model)
-        self._names, self._seen = dict[str, str](), dict[int, tuple[str, Tensor]]()
+        self._names = dict[str, str]()
+        self._seen = dict[int, tuple[str, Tensor]]()
         layers = _layers(board, self.model)
         for branch in branches:
             first = _module(layers, board.switches[branch[0]], 0)
@@ -125,7 +126,8 @@ class Decider(Graph):
             torch.from_numpy(values) for values in policy.token_statistics or (policy.mean, policy.deviation)
         ]
         self.size = 2 * board.model.config.hidden_size + 2
-        self.network, self.answers = _Network(policy, 0, self.size), policy.has_answer_stage
+        self.network = _Network(policy, 0, self.size)
+        self.answers = policy.has_answer_stage
         padded = np.pad(choices, ((0, 0), (0, int(self.answers))), constant_values=-1)
         likelihood = network.log_likelihood(torch.eye(sum(network.nvec)), torch.from_numpy(padded))
         self.register_buffer("chosen", likelihood)
@@ -146,7 +148,7 @@ class Decider(Graph):
         pooled, share = pooled_features(hidden, attention_mask), share[:, None]
         read = list[Tensor]()
         if self.encoder is not None:
-            hidden, mask = hidden[:, : self.max_source_length], attention_mask[:, : self.longest]
+            hidden, mask = hidden[:, : self.max_source_length], attention_mask[:, : self.max_source_length]
             tokens = standardised(hidden.float(), *self.token_statistics) * mask[:, :, None]
             read = [(self.encoder.read(tokens, mask) - self.encoder.mean) / self.encoder.deviation]
         scores = self.network([pooled, *_unknown(self.network.judged, share)], read, share) @ self.chosen
@@ -163,8 +165,11 @@ class AnswerDecider(Graph):
 
     def __init__(self, policy: SkipPolicy, head: Head, pooled: int, logits: Tensor) -> None:
         super().__init__()
-        self.network, self.head, self.logits = _Network(policy, 1, pooled), head, logits
-        self.sizes, self.others = [pooled], self.network.judged - len(head.judgement)
+        self.network = _Network(policy, 1, pooled)
+        self.head = head
+        self.logits = logits
+        self.sizes = [pooled]
+        self.others = self.network.judged - len(head.judgement)
         if isinstance(encoder := policy.learned.token_encoder, TokenEncoder):
             self.sizes.append(len(encoder.mean))
 
@@ -203,9 +208,11 @@ class _Network(nn.Module):
         table, self.network = policy.network, deepcopy(policy.learned)
         self.projection: Projection | None = table.projection if isinstance(table, TablePolicy) else None
         self.sees_pooled = policy.is_staged or self.network.channels is None
-        self.network.channels, self.network.token_encoder = None, nn.Identity()
+        self.network.channels = None
+        self.network.token_encoder = nn.Identity()
         if self.network.per_stage:
-            self.network.body, self.network.per_stage = self.network.body.of_stage[number], False
+            self.network.body = self.network.body.of_stage[number]
+            self.network.per_stage = False
         of_stage = number if policy.is_staged else slice(None)
         self.mean, self.deviation = (torch.from_numpy(values[of_stage]) for values in (policy.mean, policy.deviation))
         self.stage = torch.eye(len(self.network.stages))[number] if policy.is_staged else None

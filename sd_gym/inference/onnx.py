@@ -122,11 +122,13 @@ class OnnxModel(TextModel):
     ) -> None:
         self.folder = folder = folder.resolve()  # graphs are opened later
         self.manifest = manifest = read_manifest(folder)
-        self._providers, self._options = list(providers), session_options
+        self._providers = list(providers)
+        self._options = session_options
         points = [OperatingPoint(**point) for point in manifest["operating_points"]]
         self.margin = np.float32(margin_for(points, max_loss=max_loss, max_flops=max_flops))
         self.masks, choices = np.array(manifest["masks"], dtype=bool), manifest["choices"]
-        self._mask_of_choice, self._cautious = np.array(choices["mask"]), np.array(choices["cautious"], np.float32)
+        self._mask_of_choice = np.array(choices["mask"])
+        self._cautious = np.array(choices["cautious"], np.float32)
         self._resumed_from, switches = np.array(manifest["resumed_from"]), len(manifest["switches"])
         self._count_flops(np.arange(manifest["cut"]["length"] + 1))
         self.has_answer_stage: bool = manifest["looks_at_answer"]
@@ -141,9 +143,11 @@ class OnnxModel(TextModel):
         self._skips = [flags(mask, 0) | {STATES: np.zeros((0, 0, 0), np.float32)} for mask in self.masks]
         self._resumes = [flags(np.arange(switches) < first, first) for first in self._resumed_from]
         self.task, self.metric, self.reference = (manifest[key] for key in ("task", "metric", "reference"))
-        self.fields, self.names = tuple(manifest["fields"]), dict(enumerate(manifest["names"]))
+        self.fields = tuple(manifest["fields"])
+        self.names = dict(enumerate(manifest["names"]))
         self.optional, hashes = manifest["optional"], manifest["files"]
-        self.head, self.label_range = manifest["head"], manifest["env"]["quality"]["label_range"]
+        self.head = manifest["head"]
+        self.label_range = manifest["env"]["quality"]["label_range"]
         self.fingerprints = {"policy": f"{hashes[MANIFEST]}, margin {self.margin}", "backbone": hashes[WEIGHTS]}
         self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
         self._tokenizer.no_padding()
@@ -157,7 +161,9 @@ class OnnxModel(TextModel):
             raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
         rows = self.encoded(texts)
         length = np.array([len(row) for row in rows])
-        number, own, went_on = np.full(len(rows), DENSE), np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
+        number = np.full(len(rows), DENSE)
+        own = np.zeros(len(rows))
+        went_on = np.zeros(len(rows), dtype=bool)
         seen: NDArray | None = None
         if not dense:
             for part in _parts(np.arange(len(rows)), length, DECIDED):

@@ -46,10 +46,14 @@ class Part:
     """
 
     def __init__(self, output: Path, made_by: dict[str, str | dict[str, str]]) -> None:
-        self._output, self._folder = output, output.with_name(output.name + ".part")
-        self._file, self._state = self._folder / ANSWERS, State(made_by=made_by)
-        self._rows, self._written = hashlib.sha256(), hashlib.sha256()
-        self.answered, self.malformed = 0, list[Line]()
+        self._output = output
+        self._folder = output.with_name(output.name + ".part")
+        self._file = self._folder / ANSWERS
+        self._state = State(made_by=made_by)
+        self._rows = hashlib.sha256()
+        self._written = hashlib.sha256()
+        self.answered = 0
+        self.malformed = list[Line]()
 
     @contextmanager
     def held(self, rows: Iterator[Line], *, resume: bool) -> Iterator[None]:
@@ -88,7 +92,8 @@ class Part:
             os.fsync(file.fileno())
         self._count(lines)
         self._written.update(content)
-        self._state.line, self._state.size = lines[-1].number, self._state.size + len(content)
+        self._state.line = lines[-1].number
+        self._state.size = self._state.size + len(content)
         self._write_state()
 
     def complete(self) -> None:

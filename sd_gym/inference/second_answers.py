@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from sd_gym.backbones.heads import Head
 from sd_gym.backbones.heads.seq2seq import judged_text
-from sd_gym.policy.rollout import StagedRollout
+from sd_gym.inference.rollout import StagedRollout
 
 REFUSED_ARGUMENTS = ("labels", "cache", "past_key_values", "use_cache", "output_hidden_states", "output_attentions")
 Call = Callable[..., Any]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from sd_gym.execution.passes import PASS_TOKENS, Passes
 from sd_gym.execution.split import BackboneSplit
+from sd_gym.inference.rollout import Keep, StagedRollout
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.observations import Observations
-from sd_gym.policy.rollout import Keep, StagedRollout
 from sd_gym.switch import PassState, Switchboard
 from sd_gym.switch.context import Block
 
@@ -30,9 +30,15 @@ class StagedPasses(Passes):
     ) -> None:
         passes = split.passes  # without its bank: these run on the switchboard, so calls cost what they cost there
         super().__init__(split.backbone, split.instances, split.encoded, split.tokens, split.reading)
-        self.most, self.max_target_length, self.watch = passes.most, passes.max_target_length, passes.watch
-        self.generated, self.finished = passes.generated, passes.finished  # shared, as the split's costs count them
-        self._policy, self._first_input, self._known = policy, first_input, known
+        self.most = passes.most
+        self.max_target_length = passes.max_target_length
+        self.watch = passes.watch
+        # shared, as the split's costs count them
+        self.generated = passes.generated
+        self.finished = passes.finished
+        self._policy = policy
+        self._first_input = first_input
+        self._known = known
         self.masks = np.zeros((len(split), len(self.backbone.board) + 1), dtype=np.int64)  # the policy's decisions
         self.went_on = np.zeros(len(split), dtype=np.bool_)  # which rows went on after their answer
         self.first_generated = self.generated.copy()  # tokens of the texts before rows went on
@@ -145,7 +151,9 @@ class _Waiting:
 
     def taken(self, board: Switchboard) -> Iterator[tuple[int, NDArray, list[PassState]]]:
         """For each switch from which rows go on: it, their positions and states; then none of them waits any more."""
-        held, self._parts, self.tokens = self._parts, {}, 0
+        held = self._parts
+        self._parts = {}
+        self.tokens = 0
         for stage, parts in held.items():
             start = 0 if stage is None else board.decided_at([stage])[stage].start
             positions = np.concatenate([own for own, _ in parts])

@@ -49,7 +49,7 @@ class SkippingModel(TextModel):
         tokenizer: Its tokenizer.
         board: The switchboard of the model.
         gives: The kind of its answers: ``label``, ``score``, ``span`` or ``text``.
-        longest: Largest number of tokens of a generated answer.
+        max_target_length: Largest number of tokens of a generated answer.
     """
 
     def __init__(
@@ -84,10 +84,13 @@ class SkippingModel(TextModel):
         if dtype is not None:  # transformers hides the signature
             self.model.to(_checked_dtype(dtype))  # pyright: ignore[reportArgumentType]
         self.board, head = self.backbone.board, self.backbone.head
-        self.head, self.gives = head.name, "text" if head.gives == "text" else head.name
+        self.head = head.name
+        self.gives = "text" if head.gives == "text" else head.name
         self.max_target_length = self.config.backbone.max_target_length
-        self.task, self._task = self.config.task, TASKS.find(self.config.task)
-        self.fields, self.reference = self._task.inputs, self._task.reference
+        self.task = self.config.task
+        self._task = TASKS.find(self.config.task)
+        self.fields = self._task.inputs
+        self.reference = self._task.reference
         self.optional, metric = self._task.optional is not None, self.config.quality.metric
         self.metric = metric if METRICS.find(metric).of_text is not None else "exact_match"
         self.label_range = self.config.quality.label_range

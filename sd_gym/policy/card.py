@@ -118,7 +118,9 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 def model_card(card: dict[str, Any], operating_points: Sequence[OperatingPoint]) -> str:
     """Markdown: what a policy saves, on which data, with which guarantee, and how to use it."""
-    env, backbone, result = card["env"], card["backbone"], card["result"]
+    env = card["env"]
+    backbone = card["backbone"]
+    result = card["result"]
     low, high = (100 * bound for bound in result["quality_difference_interval"])
     versions = "\n".join(
         f"| {point.margin:+.2f} | {point.flops_ratio:.1%} | {100 * point.loss:.2f} | {100 * point.highest_loss:.2f} | "

@@ -23,7 +23,9 @@ class Group(NamedTuple):
 
 def groups_of(nvec: list[int]) -> list[Group]:
     """The components in as few groups as possible."""
-    groups, component, column = [], 0, 0
+    groups = []
+    component = 0
+    column = 0
     for size, equal in groupby(nvec):
         count = len(list(equal))
         groups.append(Group(slice(component, component + count), slice(column, column + count * size), size))

@@ -70,8 +70,8 @@ class DecisionPolicy(nn.Module):
         per_stage: Whether each of several stages has its own hidden layers.
         channels: Channels of the ``TokenEncoder``; ``None``: observations are flat.
         token_width: Width of a token, with tokens and several stages; else ``None``.
-        graded: Whether each choice of a component goes on from the one before it, so that a margin counts for each of
-            them (``with_margin``). Else it counts once, for all choices but the first.
+        graded: Whether a component's choices are ordered, each skipping more than the one before. A margin then counts
+            once for each step up (``with_margin``). Else it counts once, for all choices but the first.
 
     Attributes:
         token_encoder: From tokens to features; the identity for flat observations.
@@ -113,11 +113,18 @@ class DecisionPolicy(nn.Module):
             raise ValueError(f"expected token_width with tokens and several stages, and only then; got {got}")
         if per_stage and (len(stages) == 1 or network is not None):
             raise ValueError("per_stage=True: expected several stages, and no network")
-        self.observation_size, self.stages = observation_size, list(stages)
-        self.nvec, self.switches = [int(size) for size in nvec], list(switches)
-        self.blind, self.noise = blind, noise
-        self.network, self.hidden, self.per_stage = network, hidden, per_stage
-        self.channels, self.token_width, self.graded = channels, token_width, graded
+        self.observation_size = observation_size
+        self.stages = list(stages)
+        self.nvec = [int(size) for size in nvec]
+        self.switches = list(switches)
+        self.blind = blind
+        self.noise = noise
+        self.network = network
+        self.hidden = hidden
+        self.per_stage = per_stage
+        self.channels = channels
+        self.token_width = token_width
+        self.graded = graded
         features = observation_size
         if channels is None:
             self.token_encoder = nn.Identity()
@@ -220,7 +227,7 @@ class DecisionPolicy(nn.Module):
 
     @_deciding
     def preference(self, observations: Observations) -> NDArray:
-        """Margins near which decisions change (``with_margin``), in log-odds, float32 ``[n, margins]``.
+        """The margins at which decisions change (``with_margin``), in log-odds, float32 ``[n, margins]``.
 
         At the answer stage there is one, that of accepting against going on. Otherwise each component has one, that of
         its best choice against running; if ``graded``, each choice has one, against the choice before it. Not finite
@@ -244,8 +251,9 @@ class DecisionPolicy(nn.Module):
     def with_margin(self, margin: float) -> DecisionPolicy:
         """A copy that skips only where it prefers skipping by more than ``margin`` in log-odds.
 
-        With an answer stage, it accepts an answer only where it prefers accepting by more than ``margin``. Its masks
-        hardly change (``EARLIER_MARGIN_SHARE``), since the answer tells more about the risk. A blind policy skips less instead.
+        With an answer stage, it accepts an answer only where it prefers accepting by more than ``margin``. At earlier
+        stages only ``EARLIER_MARGIN_SHARE`` of the margin counts, since the answer tells more about the risk. A blind
+        policy, which sees no answer, skips less instead.
         """
         copy = deepcopy(self)
         with torch.no_grad():

@@ -37,7 +37,9 @@ class TablePolicy:
     flops_per_token: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        masks, projection, size = self.masks, self.projection, self.network.observation_size
+        masks = self.masks
+        projection = self.projection
+        size = self.network.observation_size
         if masks is None and (self.nvec, self.switches) != (self.network.nvec, self.network.switches):
             raise ValueError("expected masks, as the network does not decide on the switches")
         if masks is not None:

@@ -29,7 +29,8 @@ class TokenEncoder(nn.Module):
         super().__init__()
         self.convolution = nn.Conv1d(width, channels, KERNEL_SIZE, padding=KERNEL_SIZE // 2)
         size = 2 * channels + 1
-        self.stage_size, self.size = stage_size, stage_size + size
+        self.stage_size = stage_size
+        self.size = stage_size + size
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("deviation", torch.ones(size))
 

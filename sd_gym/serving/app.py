@@ -74,8 +74,12 @@ class Service:
         settings: Settings,
         dial: ServerDial | None = None,
     ) -> None:
-        self.engine, self.points, self.settings, self._limits = engine, points, settings, limits
-        self._thread, self._served = InThread(engine), engine.served
+        self.engine = engine
+        self.points = points
+        self.settings = settings
+        self._limits = limits
+        self._thread = InThread(engine)
+        self._served = engine.served
         self.dial = dial or Fixed(points.default)
         self.metrics = Metrics(lambda: self.batcher.queued if self.batcher else 0)
         self.batcher: Batcher | None = None
@@ -297,7 +301,9 @@ def _failed(error: Exception, *, openai: bool) -> Response:
         case RefusedError():
             status, kind = error.status, error.kind
         case QueueFullError():
-            status, kind, headers = 429, "Overloaded", {"Retry-After": str(error.retry_after)}
+            status = 429
+            kind = "Overloaded"
+            headers = {"Retry-After": str(error.retry_after)}
         case ClosedError():
             status, kind = 503, "Unhealthy"
         case LateError():

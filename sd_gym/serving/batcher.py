@@ -94,7 +94,8 @@ class Pace:
 
     def forget(self) -> None:
         """Expect a percent less: refused groups are not measured, so one long pause could refuse all later ones."""
-        self.mean, self.deviation = 0.99 * self.mean, 0.99 * self.deviation
+        self.mean = 0.99 * self.mean
+        self.deviation = 0.99 * self.deviation
 
     @property
     def slow(self) -> float:
@@ -139,11 +140,16 @@ class Batcher:
         dial: ServerDial = Fixed(),  # noqa: B008  (it never changes)
         on_group: Callable[[Group], None] = lambda group: None,
     ) -> None:
-        self._engine, self._limits, self._cost, self._dial, self._on_group = engine, limits, cost, dial, on_group
+        self._engine = engine
+        self._limits = limits
+        self._cost = cost
+        self._dial = dial
+        self._on_group = on_group
         self.queued = 0  # number of waiting rows
         self._new: list[_Entry] = []  # not decided yet
         self._queue: list[_Entry] = []  # by deadline
-        self._wake, self._closed = asyncio.Event(), False
+        self._wake = asyncio.Event()
+        self._closed = False
         self._arrivals: deque[float] = deque()  # when the rows of the last ``dial.window`` seconds arrived
         self._paces: dict[Hashable, Pace] = {}
 

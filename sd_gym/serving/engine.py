@@ -113,7 +113,9 @@ class BlockingEngine(ABC):
     groups_masks = True  # whether rows are grouped by mask
 
     def __init__(self, model: Any, points: OperatingPoints, dialled: Sequence[int]) -> None:
-        self.model, self._points, self._dialled = model, points.points, dialled
+        self.model = model
+        self._points = points.points
+        self._dialled = dialled
 
     def checked(self, given: Any) -> list[str]:
         """See ``TextModel``."""
@@ -142,7 +144,8 @@ class InThread:
 
     def __init__(self, engine: BlockingEngine) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
-        self.prepare, self.run = partial(self.call, engine.prepare), partial(self.call, engine.run)
+        self.prepare = partial(self.call, engine.prepare)
+        self.run = partial(self.call, engine.run)
         self.stop = self._thread.shutdown
 
     async def call(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -275,7 +278,9 @@ class GraphEngine(BlockingEngine):
 
     def run(self, rows: list[Row], point: int) -> list[Served]:
         """Answer rows that share a mask at an operating point."""
-        model, asked, encoded = self.model, [row.content[0] for row in rows], [row.content[1] for row in rows]
+        model = self.model
+        asked = [row.content[0] for row in rows]
+        encoded = [row.content[1] for row in rows]
         number, observed = np.full(len(rows), rows[0].masks[point]), np.stack([row.content[2] for row in rows])
         model.margin = np.float32(self._points[point if asked[0].point is None else asked[0].point].margin)
         values, went_on = model.run_policy(number[0], model.batch(encoded), observed)

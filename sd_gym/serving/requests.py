@@ -19,7 +19,8 @@ class RefusedError(Exception):
 
     def __init__(self, status: int, message: str, kind: str = "Validation") -> None:
         super().__init__(message)
-        self.status, self.kind = status, kind
+        self.status = status
+        self.kind = kind
 
 
 class Body(BaseModel):

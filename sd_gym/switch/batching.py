@@ -81,8 +81,11 @@ class _Batch:
     """A batch and the costs of dividing it; ``runs`` and ``lengths`` are ``[n, switches]``."""
 
     def __init__(self, runs: NDArray, lengths: NDArray, width: int, steps: int, plain: bool) -> None:
-        self._runs, self._lengths, self._steps = runs, lengths, steps
-        self._call, self._mixing = (PLAIN_CALL if plain else CALL) / width, MIXING / width
+        self._runs = runs
+        self._lengths = lengths
+        self._steps = steps
+        self._call = (PLAIN_CALL if plain else CALL) / width
+        self._mixing = MIXING / width
         self._decisions, group = np.unique(runs, axis=0, return_inverse=True)
         self._group = group.reshape(-1)
 
@@ -109,7 +112,9 @@ class _Batch:
         """Two passes: the shorter rows and the longer rows."""
         if len(rows) < 2:
             return _Plan(np.inf, [rows])
-        runs, lengths, size = self._runs[rows], self._lengths[rows], np.arange(1, len(rows) + 1)
+        runs = self._runs[rows]
+        lengths = self._lengths[rows]
+        size = np.arange(1, len(rows) + 1)
         shorter = self._cost(runs.cumsum(axis=0), size, np.maximum.accumulate(lengths))
         longer = self._cost(_suffix_accumulate(runs), size[::-1], _suffix_accumulate(lengths, np.maximum))
         both = shorter[:-1] + longer[1:]

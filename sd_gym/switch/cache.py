@@ -20,7 +20,10 @@ class RowSubsetLayer(CacheLayerMixin):
     """
 
     def __init__(self, inner: DynamicLayer, rows: Tensor | None, batch: int, tag: Any) -> None:
-        self.inner, self.rows, self.batch, self.tag = inner, rows, batch, tag
+        self.inner = inner
+        self.rows = rows
+        self.batch = batch
+        self.tag = tag
         self.is_open = False  # whether the decision of ``tag`` is in force; otherwise reading and writing are refused
         self.length = 0  # positions so far, dropped tokens included
 

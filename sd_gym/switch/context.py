@@ -39,7 +39,10 @@ class MethodPatch:
     """
 
     def __init__(self, target: Any, name: str, scope: Scope, run: Callable[..., Any]) -> None:
-        self.target, self.name, self.scope, self.run = target, name, scope, run
+        self.target = target
+        self.name = name
+        self.scope = scope
+        self.run = run
         self.replaced: Callable[..., Any] | None = None  # another tool's patch that this one replaces
         self.is_installed = False
         self.is_lost = False  # whether another tool has replaced it
@@ -267,13 +270,16 @@ class Block:
     """A ``with`` block in which a decision is in force."""
 
     def __init__(self, scope: Scope, decision: Decision | None) -> None:
-        self._scope, self._decision = scope, decision
+        self._scope = scope
+        self._decision = decision
         self._entry: _Entry | None = None
 
     def __enter__(self) -> None:
         if self._entry is not None:
             raise RuntimeError("this block is already open; call decide() again for another one")
-        scope, decision, frame = self._scope, self._decision, sys._getframe(1)
+        scope = self._scope
+        decision = self._decision
+        frame = sys._getframe(1)
         if decision is not None and not torch.is_inference_mode_enabled():
             decision.replays = replays(frame)
         self._entry = entry = _Entry(scope, decision, _generator(frame), scope.entry())

@@ -108,7 +108,9 @@ class Patches:
         return len(self._patches) - 1
 
     def _add_modules(self, patch: SublayerPatch) -> _Needs:
-        switch, paths, attention = patch.switch, patch.switch.sublayer.modules, patch.switch.sublayer.attention
+        switch = patch.switch
+        paths = patch.switch.sublayer.modules
+        attention = patch.switch.sublayer.attention
         indices = [
             self._add(
                 module, "forward", partial(patch.run, Place(path == paths[0], path == paths[-1], path == attention))

@@ -27,7 +27,9 @@ class SublayerPatch:
     """Replaces the modules of switch ``number`` of a model while a decision is in force."""
 
     def __init__(self, number: int, switch: Switch, model: PreTrainedModel) -> None:
-        self.number, self.switch, self.model = number, switch, model
+        self.number = number
+        self.switch = switch
+        self.model = model
         self._attends_input = switch.reads_input and switch.sublayer.output is not None
         self._tags_cache = switch.tags_cache
 

@@ -182,7 +182,9 @@ class TokenPass:
     ) -> None:
         hidden = hidden_states(args, kwargs)
         self.query_length = hidden.shape[1]  # positions of the pass, dropped ones included
-        self._tokens, self._additive, self._causal = tokens, additive, causal
+        self._tokens = tokens
+        self._additive = additive
+        self._causal = causal
         cache = cache_among(args, kwargs)
         past = cache.get_seq_length() if cache is not None else 0
         self._whole = not past  # otherwise the cache holds the input, and the pass a step or another turn

@@ -26,7 +26,8 @@ class Instances(list[Instance]):
 
     def __init__(self, instances: Iterable[Instance] = (), *, file: str = "", part: str = "") -> None:
         super().__init__(instances)
-        self.file, self.part = file, part
+        self.file = file
+        self.part = part
         self.rows: list[int] = list(range(len(self)))  # their row numbers in the file, from 0
         self.left_out = 0  # rows left out because a needed text is empty
         self.dropped = 0  # rows left out because they are also in another split (overlap: drop)

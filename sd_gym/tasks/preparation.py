@@ -327,7 +327,9 @@ def _batches(split: EncodedSplit, batch_size: int, seed: int, accelerator: Accel
     Every 50 batches are sorted by length and shuffled again.
     """
     random, turn = np.random.default_rng(seed), itertools.cycle(range(accelerator.num_processes))
-    window, lengths, levels = 50 * batch_size, split.encoded.source_length, len(split.tokens.shares)
+    window = 50 * batch_size
+    lengths = split.encoded.source_length
+    levels = len(split.tokens.shares)
     while True:
         order = random.permutation(len(lengths))
         for start in range(0, len(order), window):

@@ -74,7 +74,8 @@ class FunctionRanking(TokenRanking):
     """Ranks by a function that costs no FLOPs; see ``register_ranking``."""
 
     def __init__(self, function: ScoreTokens, *, is_exported: bool = False) -> None:
-        self._function, self.is_exported = function, is_exported
+        self._function = function
+        self.is_exported = is_exported
 
     def scores(self, encoded: Encoded, board: Switchboard, rarity: Callable[[], NDArray]) -> NDArray:
         """The values of the function."""

@@ -31,7 +31,9 @@ class Splits:
         self, data: DataConfig, task: str, backbone: str | None = None, *, unlabelled: Collection[str] = ()
     ) -> None:
         check_splits(data)
-        self._data, self._task, self._unlabelled = data, task, unlabelled
+        self._data = data
+        self._task = task
+        self._unlabelled = unlabelled
         self._of_backbone = np.empty(0, dtype=np.int64) if backbone is None else backbone_rows(backbone)
         self._read: dict[str, Instances | Exception] = {}
 

@@ -34,9 +34,16 @@ class TokenDropping:
         tokens: TokensConfig,
         rarity: Callable[[], NDArray],
     ) -> None:
-        self.shares, self.ranking = np.array(tokens.shares), RANKINGS.find(tokens.ranking)
-        self._instances, self._encoded, self._board, self._tokenizer = instances, encoded, board, tokenizer
-        self._head, self._backbone, self._ranked_by, self._rarity = head, backbone, tokens.ranking, rarity
+        self.shares = np.array(tokens.shares)
+        self.ranking = RANKINGS.find(tokens.ranking)
+        self._instances = instances
+        self._encoded = encoded
+        self._board = board
+        self._tokenizer = tokenizer
+        self._head = head
+        self._backbone = backbone
+        self._ranked_by = tokens.ranking
+        self._rarity = rarity
 
     @cached_property
     def droppable(self) -> NDArray:

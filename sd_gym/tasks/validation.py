@@ -63,7 +63,9 @@ class MeanQuality:
 
         If the ``importance`` of each layer is known, the rate is the share of layers skipped, the least important ones.
         """
-        n, generator, layers = len(self.split.encoded), torch.Generator(), layers_of(self.board)
+        n = len(self.split.encoded)
+        generator = torch.Generator()
+        layers = layers_of(self.board)
 
         def skip(rate: float) -> Tensor:
             if importance is not None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import sd_gym
 from sd_gym.going_on import answer_masks
 from sd_gym.inference import staged_passes
+from sd_gym.inference.rollout import StagedRollout
 from sd_gym.inference.staged_passes import StagedPasses
-from sd_gym.policy.rollout import StagedRollout
 from sd_gym.switch import PassState
 from tests.envs.conftest import trained
 from tests.serving.test_engine import few_masks

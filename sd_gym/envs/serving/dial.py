@@ -27,7 +27,8 @@ class Network:
     """
 
     def __init__(self, layers: Sequence[tuple[Array, Array]], draws: bool = False) -> None:
-        self.layers, self.draws = list(layers), draws
+        self.layers = list(layers)
+        self.draws = draws
 
     def choose(self, observed: Array, random: np.random.Generator) -> Array:
         """Points, int64 ``[..., n]``, from features, float ``[..., n, 4]``."""
@@ -68,8 +69,11 @@ class Dial:
             raise ValueError(f"expected layers from {len(FEATURES)} to {len(config.points)} numbers, got {shapes}")
         if not all(np.isfinite(values).all() for values in chain(*network.layers, [expected_loss])):
             raise ValueError("expected finite weights and losses")
-        self.config, self.expected_loss, self.network = config, expected_loss, network
-        self._recent_loss, self._random = 0.0, np.random.default_rng(0)
+        self.config = config
+        self.expected_loss = expected_loss
+        self.network = network
+        self._recent_loss = 0.0
+        self._random = np.random.default_rng(0)
 
     @classmethod
     def load(cls, folder: str | Path) -> Dial:

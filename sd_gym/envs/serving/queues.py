@@ -113,20 +113,24 @@ class Queues:
     """
 
     def __init__(self, config: ServingConfig, n: int) -> None:
-        self.config, self.n, points = config, n, len(config.points)
+        self.config = config
+        self.n = n
+        points = len(config.points)
         self.actions = Actions(gym.spaces.Discrete(points), np.array([points]), f"one of {points} operating points")
         self.observation_space = gym.spaces.Box(-BOUND, BOUND, (len(FEATURES),), np.float32)
         self._a, self._b = (
             np.array([getattr(point, key) for point in config.points]) for key in ("per_request", "per_group")
         )
         self._expected = expected_loss(config)
-        self._envs, self._places = np.arange(n), np.arange(config.max_batch)
+        self._envs = np.arange(n)
+        self._places = np.arange(config.max_batch)
         self._times = np.zeros((n, config.requests + 1))  # of arrivals, [n, requests + 1]; the last one is a sentinel
         self._rows = np.zeros((n, config.requests + config.max_batch), dtype=np.int64)
         self._first = self._envs * (config.requests + 1)
         self._span = 0.0  # seconds between the origins of two queues in ``_flat``
         self._flat = np.zeros(0)  # arrivals of all queues, ascending, so that one search is enough
-        self.now, self.recent_loss = np.zeros(n), np.zeros(n)
+        self.now = np.zeros(n)
+        self.recent_loss = np.zeros(n)
         self.head = np.full(n, config.requests)  # the oldest waiting request
         self.waiting = np.zeros(n, dtype=np.int64)
         self._split = ""
@@ -148,7 +152,9 @@ class Queues:
             self._rows[env, : config.requests] = random.integers(rows, size=config.requests)
         self._span = self._times[:, -1].max() + 1
         self._flat = (self._times + self._envs[:, None] * self._span).ravel()
-        self.now[envs], self.recent_loss[envs], self.head[envs] = 0.0, 0.0, 0
+        self.now[envs] = 0.0
+        self.recent_loss[envs] = 0.0
+        self.head[envs] = 0
         self._wait_for_requests()
 
     def observe(self) -> Array:
@@ -160,7 +166,9 @@ class Queues:
 
     def serve(self, points: Array) -> dict[str, Array]:
         """Run a group in each queue at operating points, int64; returns the infos of the step."""
-        config, before, end = self.config, self.head, self.head + self.waiting
+        config = self.config
+        before = self.head
+        end = self.head + self.waiting
         a, b = self._a[points], self._b[points]
         size = self._refuse_late(end, a, b)
         group = np.take_along_axis(self._rows, self.head[:, None] + self._places, axis=1)

@@ -77,7 +77,8 @@ class ServingEnv(gym.Env[Array, Any]):
         self.config = make_serving_config(config_file, overrides)
         self.render_mode = render_mode
         self._queues = Queues(self.config, 1)
-        self.observation_space, self.action_space = self._queues.observation_space, self._queues.actions.space
+        self.observation_space = self._queues.observation_space
+        self.action_space = self._queues.actions.space
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
         """Draw the requests of an episode; see the class for ``options``.
@@ -120,9 +121,11 @@ class ServingVectorEnv(VectorEnv[Array, Any, Array]):
         check_num_envs(num_envs)
         check_render_mode(render_mode, [])
         self.config = make_serving_config(config_file, overrides)
-        self.num_envs, self.render_mode = num_envs, render_mode
+        self.num_envs = num_envs
+        self.render_mode = render_mode
         self._queues = queues = Queues(self.config, num_envs)
-        self.single_observation_space, self.single_action_space = queues.observation_space, queues.actions.space
+        self.single_observation_space = queues.observation_space
+        self.single_action_space = queues.actions.space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._randoms = [seeding.np_random()[0] for _ in range(num_envs)]

@@ -1,10 +1,10 @@
 """``sd-gym validate`` of an env."""
 
 import pytest
-from sd_gym.agents.experiment.env_checker import check_env
 from typer.testing import CliRunner
 
 from sd_gym.cli import app
+from sd_gym.envs.checker import check_env
 
 CUSTOM = "SD/Classification-Custom-v0"
 

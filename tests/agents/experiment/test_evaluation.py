@@ -146,7 +146,7 @@ def test_a_policy_that_looks_at_answers_is_timed_going_on(settings):
         executed = split.costs.executed_flops(rows, decisions, parts) + len(rows) * policy.flops
         model = core.backbone.model
         artefact = export(core, policy, (), {})
-        run = evaluation._timed_runs(core, policy, artefact, split, rows, len(rows))[1]
+        run = evaluation._timed_runs(core, policy, artefact, split, rows, len(rows))[1]["time_ratio"]
         model.set_attn_implementation("eager")
         try:
             with torch.inference_mode(), FlopCounterMode(display=False) as counter:

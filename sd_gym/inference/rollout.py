@@ -9,10 +9,10 @@ from torch import Tensor
 
 from sd_gym.backbones.heads import Head, reading_ratio
 from sd_gym.going_on import ANSWER
+from sd_gym.inference.resumption import Resumption
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.features import log_odds, pooled_features, stage_observation, token_observations
 from sd_gym.policy.observations import Observations
-from sd_gym.policy.resumption import Resumption
 from sd_gym.switch import FlopsModel, PassState, Switchboard
 from sd_gym.switch.context import Block
 
@@ -47,9 +47,17 @@ class StagedRollout:
         first: tuple[Tensor, Tensor] | None = None,
         known: NDArray | None = None,
     ) -> None:
-        self._policy, self._board, self._head, self._flops = policy, board, head, flops
-        self._length, self._keeps, self._judge, self._first, self._known = length, keeps, judge, first, known
-        self._judges, self._answer_size = head.can_exit(board), len(head.judgement) * policy.has_answer_stage
+        self._policy = policy
+        self._board = board
+        self._head = head
+        self._flops = flops
+        self._length = length
+        self._keeps = keeps
+        self._judge = judge
+        self._first = first
+        self._known = known
+        self._judges = head.can_exit(board)
+        self._answer_size = len(head.judgement) * policy.has_answer_stage
         self._columns = board.decided_at(policy.stages_of_pass)
         self._passing = self._columns  # the switches of each stage at which the pass stops
         self._resumption: Resumption | None = None

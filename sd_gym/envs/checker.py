@@ -145,7 +145,9 @@ def _episode(
     env: SwitchableEnv, act: Callable[[], Any], *, seed: int | None = None, options: dict[str, Any] | None = None
 ) -> Episode:
     observation, info = env.reset(seed=seed, options=options)
-    observations, total, over = [observation], 0.0, False
+    observations = [observation]
+    total = 0.0
+    over = False
     while not over:
         observation, reward, over, _, info = env.step(act())
         observations.append(observation)
