@@ -31,7 +31,7 @@ from sd_gym.envs.serving.arrivals import arrival_times
 from sd_gym.envs.serving.config import ServingConfig
 from sd_gym.envs.serving.dial import Dial, Network
 from sd_gym.serving.app import Settings
-from sd_gym.serving.batcher import Limits
+from sd_gym.serving.grouping import Limits
 from sd_gym.serving.server import run, service
 
 

@@ -27,8 +27,8 @@ import sd_gym
 from sd_gym.envs.serving.config import serving_config
 from sd_gym.envs.table_files import table_folder
 from sd_gym.serving.app import Settings
-from sd_gym.serving.batcher import Limits
 from sd_gym.serving.engine import Asked, BlockingEngine
+from sd_gym.serving.grouping import Limits
 from sd_gym.serving.server import service
 
 SIZES = (1, 2, 4, 8, 16, 32)

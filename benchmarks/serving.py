@@ -34,8 +34,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sd_gym.serving.app import Service, Settings
-from sd_gym.serving.batcher import Limits, PassCost, Row
 from sd_gym.serving.engine import Asked, BlockingEngine, GraphEngine, Served, TextEngine
+from sd_gym.serving.grouping import Limits, PassCost, Row
 from sd_gym.serving.server import run, service, timeout_of
 
 ARMS = ("dense", "dense, by length", "one mask", "policy, ungrouped", "policy, grouped")

@@ -51,7 +51,7 @@ MODULES = [
     "sd_gym.policy",
 ]
 MODULES += ["sd_gym.switch", "sd_gym.inference.texts", "sd_gym.inference.onnx", "sd_gym.objectives"]
-MODULES += ["sd_gym.serving.server", "sd_gym.serving.batcher", "sd_gym.serving.dial"]
+MODULES += ["sd_gym.serving.server", "sd_gym.serving.batcher", "sd_gym.serving.grouping", "sd_gym.serving.dial"]
 
 
 CURVE = """

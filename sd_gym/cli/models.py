@@ -258,7 +258,7 @@ def serve(
             raise ValueError(f"sd-gym serve needs {', '.join(lacking)}: pip install 'sd-gym[serve]'")
         with terminal.status("loading"):
             from sd_gym.serving.app import Settings
-            from sd_gym.serving.batcher import Limits
+            from sd_gym.serving.grouping import Limits
             from sd_gym.serving.server import run as run_server
             from sd_gym.serving.server import service, timeout_of
 

@@ -18,9 +18,10 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from sd_gym.errors import DataError
-from sd_gym.serving.batcher import Batcher, ClosedError, LateError, Limits, QueueFullError
+from sd_gym.serving.batcher import Batcher, ClosedError, LateError, QueueFullError
 from sd_gym.serving.dial import Fixed, ServerDial
 from sd_gym.serving.engine import Asked, BlockingEngine, InThread, OperatingPoints, Served
+from sd_gym.serving.grouping import Limits
 from sd_gym.serving.metrics import Metrics
 from sd_gym.serving.requests import (
     Body,

@@ -5,12 +5,13 @@ The batcher does not depend on HTTP or torch. Its clock is the event loop's.
 
 import asyncio
 import math
-from collections import Counter, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from sd_gym.serving.dial import Fixed, ServerDial
+from sd_gym.serving.grouping import Limits, Paces, PassCost, Row, best_group
 
 
 class QueueFullError(Exception):
@@ -27,16 +28,6 @@ class ClosedError(Exception):
 
 class LateError(Exception):
     """The deadline has passed, or cannot be met any more."""
-
-
-class Row(NamedTuple):
-    """One input with its decisions."""
-
-    length: int  # in tokens
-    masks: Sequence[Hashable]  # one for each operating point
-    kind: Hashable  # only rows of the same kind can run together
-    content: Any  # what the engine needs to answer the input
-    is_dialled: bool = True  # whether the dial chooses its operating point, not its request
 
 
 class Engine(Protocol):
@@ -59,48 +50,6 @@ class Group(NamedTuple):
     waits: list[float]  # seconds of each row from its arrival to its start
     seconds: float  # seconds of running
     point: int  # the operating point
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of the queue and of a group."""
-
-    rows: int = 32  # most rows of a group
-    tokens: int = 8192  # most padded tokens of a group; a longer row runs alone
-    queued_rows: int = 1024
-    queued_tokens: int = 131_072
-    max_wait: float = 0.05  # seconds for which larger groups may overtake a row; then the earliest deadline is first
-
-
-class PassCost(NamedTuple):
-    """The overhead of a pass, in the number of tokens that take as long to compute."""
-
-    one_mask: float  # if its rows share a mask, finite; a row joins a group if it adds less padding than this
-    mixed: float = math.inf  # if they do not; infinite if they cannot run together
-    mixed_row: float = 0.0  # overhead of each row of a mixed pass
-
-
-@dataclass
-class Pace:
-    """Seconds per token of recent groups: moving averages of their mean and deviation, as of RFC 6298."""
-
-    mean: float
-    deviation: float = 0.0
-
-    def add(self, pace: float) -> None:
-        """Count a group."""
-        self.deviation += (abs(pace - self.mean) - self.deviation) / 4
-        self.mean += (pace - self.mean) / 8
-
-    def forget(self) -> None:
-        """Expect a percent less: refused groups are not measured, so one long pause could refuse all later ones."""
-        self.mean = 0.99 * self.mean
-        self.deviation = 0.99 * self.deviation
-
-    @property
-    def slow(self) -> float:
-        """A pace that few groups exceed."""
-        return self.mean + 2 * self.deviation
 
 
 @dataclass(eq=False)
@@ -151,7 +100,7 @@ class Batcher:
         self._wake = asyncio.Event()
         self._closed = False
         self._arrivals: deque[float] = deque()  # when the rows of the last ``dial.window`` seconds arrived
-        self._paces: dict[Hashable, Pace] = {}
+        self._paces = Paces(cost)
 
     def close(self) -> None:
         """Take no more requests; ``work`` ends when all accepted requests are answered."""
@@ -231,64 +180,32 @@ class Batcher:
         oldest = now - min(entry.arrived for entry in self._queue)
         point = self._dial.choose(len(self._queue), oldest, len(self._arrivals) / self._dial.window)
         while self._queue:
-            group, is_late = self._grouped(point, now), False
-            for entry in sorted(group, key=lambda entry: entry.deadline):
-                waiting = [member for member in group if member.waits]
-                if not waiting or entry.deadline >= now + self._expected_seconds(waiting, point):
-                    break
-                entry.finish(LateError())
-                is_late = True
+            overdue = (index for index, entry in enumerate(self._queue) if now - entry.arrived >= self._limits.max_wait)
+            rows = [entry.row for entry in self._queue]
+            chosen = best_group(rows, point, next(overdue, None), self._limits, self._cost)
+            group = [self._queue[index] for index in chosen]
+            is_late = self._refuse_late(group, point, now)
             leaving = set() if is_late else set(group)
             self._queue = [entry for entry in self._queue if entry.waits and entry not in leaving]
-            if is_late:
-                if pace := self._paces.get(self._pace_key_and_tokens(group, point)[0]):
-                    pace.forget()
-                continue
-            for entry in group:
-                entry.is_queued = False
-            self.queued -= len(group)
-            return group, point
+            if not is_late:
+                for entry in group:
+                    entry.is_queued = False
+                self.queued -= len(group)
+                return group, point
         return None
 
-    def _expected_seconds(self, group: list[_Entry], point: int) -> float:
-        """The time that few groups of this size exceed; 0 if none like it has run."""
-        key, tokens = self._pace_key_and_tokens(group, point)
-        return self._paces[key].slow * tokens if key in self._paces else 0.0
-
-    def _pace_key_and_tokens(self, group: list[_Entry], point: int) -> tuple[Hashable, float]:
-        """The key of a group's pace (operating point, kind and mask), and its tokens, overhead included."""
-        masks = {entry.row.masks[point] for entry in group}
-        tokens = len(group) * max(entry.row.length for entry in group)
-        if len(masks) == 1:
-            return (point, group[0].row.kind, *masks), tokens + self._cost.one_mask
-        return (point, group[0].row.kind), tokens + self._cost.mixed + self._cost.mixed_row * len(group)
-
-    def _grouped(self, point: int, now: float) -> list[_Entry]:
-        """The best group of queued rows at an operating point."""
-        first = next((entry for entry in self._queue if now - entry.arrived >= self._limits.max_wait), None)
-        if first is None:
-            count = Counter(entry.row.masks[point] for entry in self._queue)
-            first = max(self._queue, key=lambda entry: count[entry.row.masks[point]])  # earliest deadline if equal
-        of_kind = [entry for entry in self._queue if entry.row.kind == first.row.kind]
-        of_mask = [entry for entry in of_kind if entry.row.masks[point] == first.row.masks[point]]
-        group, mixed = self._filled(first, of_mask), self._filled(first, of_kind)
-        is_mixed_cheaper = self._cost.mixed / len(mixed) + self._cost.mixed_row < self._cost.one_mask / len(group)
-        return mixed if is_mixed_cheaper else group
-
-    def _filled(self, first: _Entry, candidates: list[_Entry]) -> list[_Entry]:
-        """``first`` and as many candidates of similar length as fit."""
-        group, longest = [first], first.row.length
-        for entry in candidates:
-            if len(group) == self._limits.rows:
+    def _refuse_late(self, group: list[_Entry], point: int, now: float) -> bool:
+        """Refuse entries, earliest deadline first, until the others can be in time; whether there were any."""
+        is_late = False
+        for entry in sorted(group, key=lambda entry: entry.deadline):
+            rows = [member.row for member in group if member.waits]
+            if not rows or entry.deadline >= now + self._paces.expected_seconds(rows, point):
                 break
-            length = max(longest, entry.row.length)
-            padded = (len(group) + 1) * length
-            added_padding = padded - len(group) * longest - entry.row.length
-            fits = padded <= self._limits.tokens
-            if entry is not first and fits and added_padding <= self._cost.one_mask:
-                group.append(entry)
-                longest = length
-        return group
+            entry.finish(LateError())
+            is_late = True
+        if is_late:
+            self._paces.refused([entry.row for entry in group], point)
+        return is_late
 
     async def _run(self, group: list[_Entry], point: int) -> None:
         loop = asyncio.get_running_loop()
@@ -300,9 +217,7 @@ class Batcher:
         answered = (row for row, answer in zip(rows, answers, strict=True) if not isinstance(answer, Exception))
         self._dial.answered(point, sum(row.is_dialled for row in answered))
         if not any(isinstance(answer, Exception) for answer in answers):
-            key, tokens = self._pace_key_and_tokens(group, point)
-            pace = (now - started) / tokens
-            self._paces.setdefault(key, Pace(pace)).add(pace)
+            self._paces.ran(rows, point, now - started)
         self._on_group(Group(rows, answers, [started - entry.arrived for entry in group], now - started, point))
 
     def _full(self) -> QueueFullError:

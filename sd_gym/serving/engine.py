@@ -22,7 +22,7 @@ from sd_gym.inference.choices import decided_masks
 from sd_gym.inference.onnx import OnnxModel
 from sd_gym.inference.texts import SkippingModel
 from sd_gym.operating_points import OperatingPoint, margin_for
-from sd_gym.serving.batcher import PassCost, Row
+from sd_gym.serving.grouping import PassCost, Row
 
 WARM_UP_TEXT = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
 WARM_UP_ROWS, WARM_UP_ROUNDS = (8, 24), 5

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from sd_gym.serving.app import Settings
-from sd_gym.serving.batcher import Limits
+from sd_gym.serving.grouping import Limits
 from sd_gym.serving.server import service, timeout_of
 
 

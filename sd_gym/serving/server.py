@@ -19,9 +19,9 @@ from sd_gym.inference.texts import load
 from sd_gym.operating_points import OperatingPoint, margin_for
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.serving.app import Service, Settings
-from sd_gym.serving.batcher import Limits
 from sd_gym.serving.dial import Trained
 from sd_gym.serving.engine import GraphEngine, OperatingPoints, TextEngine
+from sd_gym.serving.grouping import Limits
 
 CONNECTIONS = 4096  # more clients get 503
 KEEP_ALIVE = 75  # seconds that a connection may be idle: more than load balancers allow

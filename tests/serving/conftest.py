@@ -14,8 +14,8 @@ from starlette.testclient import TestClient
 from sd_gym.inference.answer import Answer, TextModel
 from sd_gym.operating_points import OperatingPoint
 from sd_gym.serving.app import Service, Settings
-from sd_gym.serving.batcher import Limits, PassCost, Row
 from sd_gym.serving.engine import Described, Served
+from sd_gym.serving.grouping import Limits, PassCost, Row
 
 
 class SimulatedLoop(asyncio.SelectorEventLoop):

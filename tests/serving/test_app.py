@@ -15,7 +15,7 @@ from starlette.requests import Request
 
 from sd_gym.serving import server
 from sd_gym.serving.app import Service, Settings, _cut
-from sd_gym.serving.batcher import Limits
+from sd_gym.serving.grouping import Limits
 from sd_gym.serving.ray_app import _Replica
 from sd_gym.serving.requests import Predict, RefusedError, body_of
 from tests.serving.conftest import StubPoints, client_of

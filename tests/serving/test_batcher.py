@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd_gym.serving.batcher import Batcher, ClosedError, Fixed, LateError, Limits, PassCost, QueueFullError
+from sd_gym.serving.batcher import Batcher, ClosedError, Fixed, LateError, QueueFullError
+from sd_gym.serving.grouping import Limits, PassCost
 from tests.serving.conftest import CountingEngine, simulate
 
 LIMITS = Limits(rows=4, tokens=60, queued_rows=12, queued_tokens=200, max_wait=2.0)

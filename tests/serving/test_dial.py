@@ -16,8 +16,8 @@ from sd_gym.envs.serving.config import Point, serving_config
 from sd_gym.envs.serving.dial import Dial, Network
 from sd_gym.operating_points import OperatingPoint
 from sd_gym.serving.app import Settings
-from sd_gym.serving.batcher import Limits
 from sd_gym.serving.dial import Trained
+from sd_gym.serving.grouping import Limits
 from sd_gym.serving.server import service
 from tests.envs.conftest import trained
 from tests.serving.conftest import client_of

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import sd_gym
 from sd_gym.operating_points import OperatingPoint
 from sd_gym.serving.app import Settings
-from sd_gym.serving.batcher import Limits
 from sd_gym.serving.engine import Asked, GraphEngine, OperatingPoints, TextEngine
+from sd_gym.serving.grouping import Limits
 from sd_gym.serving.server import service
 from tests.envs.conftest import trained
 from tests.serving.conftest import client_of
