@@ -120,23 +120,8 @@ def prepare_backbone(
         reading = head_of(model).prompting(backbone)
         parts = _parts(splits, backbone.name, rows, skip_logits)
         encoded = _encoded(splits, parts, data.unanswerable, board, tokenizer, reading, tokens)
-        settings = {
-            MARKER: __version__,
-            "backbone": reading.name,
-            "source": data.model_dump(),
-            "task": task,
-            **asdict(recipe),
-            "processes": accelerator.num_processes,
-            "mixed_precision": accelerator.mixed_precision,
-            **{key: getattr(reading, key) for key in ("prompt", "stop", "max_source_length", "max_target_length")},
-            "token_shares": list(tokens.shares),
-            "token_ranking": tokens.ranking,
-            "label_range": label_range,
-            "data": {name: splits[name].identity for name in SPLITS if name in splits},
-            "rows": {name: split.provenance for name, split in encoded.items()},
-            "backbone_rows": encoded["backbone"].instances.hash,
-            "policy": None if skip_logits is None else _hash(skip_logits),
-        }
+        own = {"task": task, "label_range": label_range, "policy": None if skip_logits is None else _hash(skip_logits)}
+        settings = own | _settings(data, reading, recipe, tokens, accelerator) | _rows(splits, encoded)
         if first:
             if interrupted is not None:
                 check_unchanged(output, interrupted["data"], splits)
@@ -168,8 +153,7 @@ def prepare_backbone(
         importance = _importance(board, encoded["held out"], recipe, accelerator)  # with the weights that were kept
         after = mean.by_rate(importance), mean.by_share()
         board.remove()
-        report = {
-            **settings,
+        report = settings | {
             "steps_done": history.step,
             "validation": [{"step": step, "quality": value} for step, value in history.validation],
             "measure": head_of(model).validated_by[1],
@@ -272,6 +256,32 @@ def _encoded(
         if name in splits:
             encode(splits[name])
     return encoded
+
+
+def _settings(
+    data: DataConfig, reading: BackboneConfig, recipe: Recipe, tokens: TokensConfig, accelerator: Accelerator
+) -> dict[str, Any]:
+    """What a preparation is made with, for its report and to compare when it is resumed."""
+    return {
+        MARKER: __version__,
+        "backbone": reading.name,
+        "source": data.model_dump(),
+        **asdict(recipe),
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        **{key: getattr(reading, key) for key in ("prompt", "stop", "max_source_length", "max_target_length")},
+        "token_shares": list(tokens.shares),
+        "token_ranking": tokens.ranking,
+    }
+
+
+def _rows(splits: Splits, encoded: Mapping[str, EncodedSplit]) -> dict[str, Any]:
+    """Which data and rows a preparation is made with."""
+    return {
+        "data": {name: splits[name].identity for name in SPLITS if name in splits},
+        "rows": {name: split.provenance for name, split in encoded.items()},
+        "backbone_rows": encoded["backbone"].instances.hash,
+    }
 
 
 @contextmanager
