@@ -45,6 +45,7 @@ TIMES_DENSE = 5.0  # of dense's latency of one request: the limit of p99
 OVERLOADED = 503, 504  # a full queue, or a timeout in it
 BACKLOG = 400  # requests under way at which a rate is too high
 BURST = 16  # requests that arrive at once, in bursts
+ACCEPTS = -1e4  # a bias with which no answer is continued densely
 
 
 class AsTheyCome:
@@ -116,6 +117,8 @@ def _decide_always(engine: Any, mask: Any) -> None:
     if isinstance(engine, TextEngine):
         switches = len(engine.model.board) + 1
         decision = np.frombuffer(mask, dtype=np.int64) if mask else np.zeros(switches, dtype=np.int64)
+        for policy in engine._policies if engine.model.policy.has_answer_stage else ():
+            policy.learned.head.bias.data[-1] = ACCEPTS
         engine._masks = decision[None]
         changes = {
             "decided_at": lambda policies, split: np.tile(decision, (len(policies), len(split), 1)),
@@ -128,7 +131,7 @@ def _decide_always(engine: Any, mask: Any) -> None:
                 np.zeros((len(batch["input_ids"]), 0)),
             ),
             "own_flops": lambda length: np.zeros(len(length)),
-            "looks_at_answer": False,
+            "has_answer_stage": False,
         }
     for name, change in changes.items():
         getattr(engine.model, name)  # raises if it is called otherwise now

@@ -145,7 +145,8 @@ def time_ratio(
     """Time of deciding and of the switched backbone, over the time of the dense one, end to end.
 
     Rows run from tokenised texts to logits: single rows (``batch_size=1``), queues of ``TIMED_ROWS`` random rows in
-    passes of at most ``batch_size``, or ``TIMED_BULK_ROWS`` rows in passes of any size (``None``: in bulk).
+    passes of at most ``batch_size``, or ``TIMED_BULK_ROWS`` rows in passes of any size (``None``: in bulk; of generated
+    texts ``TIMED_ROWS``).
 
     The dense backbone takes rows as they come, each pass padded to its longest row; in bulk, by length. With the
     policy, a queue is observed and decided on. It then runs in the passes of the env: by decision, and by length where
@@ -161,10 +162,10 @@ def time_ratio(
         tokens that the policy keeps (``None`` if the env drops none).
     """
     split = core.split(split_name)
-    # A policy with an answer stage runs like an artefact: one pass, then the rest for rows that go on. Others run as in
-    # the env.
+    # A policy with several stages runs like an artefact: in passes by length, then the rest for rows that go on. Others
+    # run as in the env.
     artefact = None
-    if core.has_answer_stage and isinstance(policy, DecisionPolicy):
+    if core.is_staged and isinstance(policy, DecisionPolicy):
         artefact = export(core, policy, (), {})
     random, ratios = np.random.default_rng(0), list[dict[str, float]]()
     warm_up, least = (WARM_UP, LEAST_TIMED) if batch_size else (1, 1)
@@ -216,8 +217,9 @@ def _timed_runs(
         if artefact is None:
             list(core.decided_logits(unseen, everything, policy.decide))
             return
-        passes, decisions = StagedPasses(unseen, artefact, known=artefact.decides_first), skip_none
-        if artefact.decides_first:
+        known = artefact.decides_first and len(rows) > 1  # a single text is decided on in its pass
+        passes, decisions = StagedPasses(unseen, artefact, known=known), skip_none
+        if known:
             inputs = unseen.encoded.inputs(everything, backbone.model.device)
             first = first_layer_input(backbone.board, inputs), inputs["attention_mask"]
             decisions = artefact.network.decide(passes.observe_first(everything, *first))[:, : skip_none.shape[1]]

@@ -32,7 +32,8 @@ def result_tables(title: str, result: dict[str, Any]) -> Iterator[RenderableType
     if result["time"]:
         yield _dim(
             "time B: at most B texts of a queue run together, deciding included, over dense; dense by length: dense, "
-            "texts of similar length together; in bulk: over that"
+            "texts of similar length together"
+            + ("; in bulk: over that" if "in bulk" in result["time"] else "")
             + ("; dense, cut: on texts cut to what the policy keeps." if cut else ".")
         )
     low, high = result["quality_difference_interval"]
@@ -102,7 +103,7 @@ def _quality_and_cost(title: str, result: dict[str, Any]) -> Table:
     shared = (f", {count} of them also in {name}" for name, count in result["data"][split]["also_in"].items())
     table = Table(title=f"{title} ({split} split, {result['instances']} instances{''.join(shared)})")
     rewards = [key for key in ("return", "regret") if result.get(key) is not None]
-    for column in ("", "quality", "FLOPs", *rewards, *(f"time {size}" for size in times)):
+    for column in ("", "quality", "FLOPs", *rewards, *(f"time\n{size}" for size in times)):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
 
     def figures(values: dict[str, Any]) -> list[str]:
@@ -124,7 +125,8 @@ def _quality_and_cost(title: str, result: dict[str, Any]) -> Table:
     if last := result["last_policy"]:
         table.add_row("as learned", *figures(last), style="dim")
     for column in table.columns:  # a narrow terminal wraps lines, and cuts no figures
-        column.min_width = max(len(str(cell)) for cell in (column.header, *column.cells))
+        lines = (line for cell in (column.header, *column.cells) for line in str(cell).splitlines())
+        column.min_width = max(map(len, lines), default=0)
     return table
 
 

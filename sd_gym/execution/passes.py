@@ -311,7 +311,7 @@ class Passes:
 
     def _confidence(self, logits: torch.Tensor) -> torch.Tensor:
         confidence = self.head.confidence
-        assert confidence is not None  # callers check it (``sees_confidence``, ``can_exit``)
+        assert confidence is not None  # callers check it (``can_exit``)
         return confidence(logits)
 
     def planned(self, rows: Array, decisions: Array, steps: int = 0) -> Iterator[tuple[Array, dict[str, torch.Tensor]]]:

@@ -75,6 +75,7 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone, monkey
     result = run("train", "SD/Classification-Custom-v0", "--algo", "a2c", *options, *settings)
     assert result.exit_code == 0, result.output
     assert "│ dense " in result.output
+    assert max(len(line) for line in result.output.splitlines() if "│" in line) <= 80
     assert "different decisions used" in result.output
     assert "train: 32 instances, 32 of the 40 rows of train, from 0 to 37 of" in " ".join(result.output.split())
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 import sd_gym
 from sd_gym.going_on import answer_masks
-from sd_gym.inference import staged_passes
+from sd_gym.inference import rollout, staged_passes
 from sd_gym.inference.rollout import StagedRollout
 from sd_gym.inference.staged_passes import StagedPasses
+from sd_gym.policy import DecisionPolicy
 from sd_gym.switch import PassState
 from tests.envs.conftest import trained
 from tests.serving.test_engine import few_masks
@@ -70,9 +71,9 @@ def test_rows_of_a_mask_run_together_if_it_is_known_before_the_first_layer(task,
     model, ran = sd_gym.load(few_masks(artefact)), []
     choose = StagedRollout._choose
 
-    def chosen(rollout, state):
-        skip, keep = choose(rollout, state)
-        ran.append({one.tobytes() for one in rollout.decisions})
+    def chosen(own, state):
+        skip, keep = choose(own, state)
+        ran.append({one.tobytes() for one in own.decisions})
         return skip, keep
 
     monkeypatch.setattr(StagedRollout, "_choose", chosen)
@@ -80,6 +81,23 @@ def test_rows_of_a_mask_run_together_if_it_is_known_before_the_first_layer(task,
     assert len(masks) > 1
     assert sum(len(of_pass) > 1 for of_pass in ran) < len(masks)  # only where one mask ends and the next one begins
     assert len(ran) >= len(texts)
+
+
+def test_a_text_is_observed_once_and_its_mask_decided_once(tmp_path, tiny_tokenizer, monkeypatch):
+    *_, artefact, texts = trained("classification", None, tmp_path, tiny_tokenizer, stages=("first", "answer"))
+    model, observed, decided = sd_gym.load(few_masks(artefact)), [], []
+    inner, decide = rollout.pooled_features, DecisionPolicy.decide
+    monkeypatch.setattr(rollout, "pooled_features", lambda *given: observed.append(1) or inner(*given))
+    monkeypatch.setattr(DecisionPolicy, "decide", lambda *given: decided.append(len(given[1])) or decide(*given))
+    model(texts[:1])
+    assert (len(observed), sum(decided)) == (1, 2)  # the mask, and whether to accept its answer
+    decided.clear()
+    model(texts)
+    assert sum(decided) == 2 * len(texts)
+    observed.clear()
+    split = model.split([[text] for text in texts])
+    model.decided_at([model.policy, model.policy.with_margin(1.0)], split)
+    assert len(observed) == 1
 
 
 @given(st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=4), min_size=1, max_size=4), st.booleans(), st.data())

@@ -31,7 +31,7 @@ def learned(agent, orders, folder, steps, monkeypatch, observation="tokens", **s
     env = gym.make_vec(ENV, observation=observation, num_envs=32, penalty=3.0, **orders).unwrapped
     split = env.core.split("train")
 
-    def quality(rows, decisions, seen=None):
+    def quality(rows, decisions, resume_from=None):
         lost = is_negated(split, rows) & (decisions[:, 0] == 1)
         return 1.0 - lost, np.ones(len(rows))
 

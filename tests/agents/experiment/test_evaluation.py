@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sd_gym.execution.split
 import sd_gym.policy.features
 import sd_gym.switch
+from sd_gym.inference import rollout
 from sd_gym.inference.attach import attach, detach
 from sd_gym.tasks import ranking
 from tests.envs.conftest import looking
@@ -160,3 +161,26 @@ def test_a_policy_that_looks_at_answers_is_timed_going_on(settings):
         timed = time_ratio(core, policy, "test", size, batches=1)
         assert timed["time_ratio"] > 0
     assert timed["dense_by_length"] is None  # in bulk, dense is by length anyway
+
+
+def test_a_policy_with_stages_is_timed_in_passes_of_the_batch_size(settings):
+    core, sizes = gym.make("SD/Classification-Custom-v0", **settings, stages=["first", "encoder.1"]).unwrapped.core, []
+    hook = core.backbone.model.base_model.embeddings.register_forward_hook(lambda *given: sizes.append(len(given[2])))
+    try:
+        for size in (2, 1):
+            sizes.clear()
+            time_ratio(core, looking(core), "test", size, batches=1)
+            assert set(sizes) == {size}
+    finally:
+        hook.remove()
+
+
+def test_a_single_text_that_is_timed_is_observed_once(settings, monkeypatch):
+    core = gym.make("SD/Classification-Custom-v0", **settings, stages=["first", "answer"]).unwrapped.core
+    observed, inner = [], rollout.pooled_features
+    monkeypatch.setattr(rollout, "pooled_features", lambda *given: observed.append(1) or inner(*given))
+    policy = looking(core)
+    run = evaluation._timed_runs(core, policy, export(core, policy, (), {}), core.split("test"), np.arange(1), 1)[1]
+    with torch.inference_mode():
+        run["time_ratio"]()
+    assert len(observed) == 1

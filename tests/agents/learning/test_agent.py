@@ -36,7 +36,7 @@ def test_learns_to_look_at_its_input(name, make_env, tmp_path, monkeypatch):
     core = env.core
     positive = core.split("train").encoded.labels.numpy().astype(bool)
 
-    def score(split, rows, decisions, seen=None):
+    def score(split, rows, decisions, resume_from=None):
         right = (decisions[:, 0] == positive[rows]).astype(float)
         return Outcome(right, np.ones(len(rows)), np.full(len(rows), 0.5))
 
@@ -117,7 +117,7 @@ def test_a_loss_of_epsilon_is_a_success_and_any_more_is_none(name, make_env, tmp
     """Whether the env says so or an agent that scores by itself."""
     env = make_env(epsilon=0.25)
 
-    def score(split, rows, decisions, seen=None):
+    def score(split, rows, decisions, resume_from=None):
         lost = np.where(rows % 2, 0.25, 0.375)
         return Outcome(1 - lost, np.ones(len(rows)), np.full(len(rows), 0.5))
 

@@ -28,7 +28,7 @@ CONSTRAINED = {
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))]
 
 
-def score(split, rows, decisions, seen=None):
+def score(split, rows, decisions, resume_from=None):
     lost, ratio = LOST[decisions[:, 0], decisions[:, 1]], FLOPS[decisions[:, 0], decisions[:, 1]]
     reference = np.ones(len(rows))
     return Outcome(1 - lost, reference, ratio)

@@ -35,7 +35,7 @@ def hard(rows):
     return rows % 2
 
 
-def score(split, rows, decisions, seen=None):
+def score(split, rows, decisions, resume_from=None):
     early, late = decisions[:, EARLY], decisions[:, LATE]
     lost, reference = LOST[early, late, hard(rows)], np.ones(len(rows))
     return Outcome(1 - lost, reference, 1 - SAVED[early, late])

@@ -195,7 +195,7 @@ def test_order_is_told(orders, algo, tmp_path, monkeypatch):  # noqa: F811
     env = gym.make_vec(CUSTOM, observation="tokens", stages=STAGES, num_envs=32, penalty=3.0, **orders).unwrapped
     split = env.core.split("train")
 
-    def quality(rows, decisions, seen=None):
+    def quality(rows, decisions, resume_from=None):
         return 1.0 - (is_negated(split, rows) & (decisions[:, 0] == 1)), np.ones(len(rows))
 
     monkeypatch.setattr(split.scoring, "quality", quality)

@@ -14,7 +14,7 @@ def learned_from(monkeypatch, make_env, folder, steps, **settings):
     """Of each update: savings, losses, predicted savings, and the advantages that the library got."""
     env, updates = make_env(epsilon=0.1), []
 
-    def score(split, rows, decisions, seen=None):
+    def score(split, rows, decisions, resume_from=None):
         return Outcome(np.full(len(rows), 1 - LOST), np.ones(len(rows)), 1 - 0.9 * decisions[:, :-1].mean(axis=1))
 
     def train(algorithm):

@@ -38,7 +38,7 @@ def test_the_multiplier_rises_where_more_than_the_limit_is_lost(limit, rises, cu
     env.reset(seed=0)
     lost = 0.07  # of every instance, whatever is skipped
 
-    def score(split, rows, decisions, seen=None):
+    def score(split, rows, decisions, resume_from=None):
         reference, ratio = np.ones(len(rows)), np.full(len(rows), 0.5)
         return Outcome(reference - lost, reference, ratio)
 

@@ -24,7 +24,7 @@ def test_the_foresight_learns_shares_of_what_an_instance_can_lose(env, monkeypat
     agent = make_agent("reinforce", env, seed=0)
     monkeypatch.setattr(type(agent._split.scoring), "highest", 4.0)
 
-    def score(split, rows, decisions, seen=None):
+    def score(split, rows, decisions, resume_from=None):
         return Outcome(np.zeros(len(rows)), np.full(len(rows), 3.0), np.full(len(rows), 0.5))
 
     monkeypatch.setattr(env.core, "score", score)
@@ -46,7 +46,7 @@ def weighings(agent, score, steps, folder, monkeypatch):
 def test_gained_answers_make_up_for_lost_ones_in_the_barrier(env, tmp_path, monkeypatch):
     """Of four answers one is half lost and two are half gained."""
 
-    def score(split, rows, decisions, seen=None):
+    def score(split, rows, decisions, resume_from=None):
         lost = np.resize([1.0, -1.0, -1.0, 0.0], len(rows))
         return Outcome((1 - lost) / 2, np.full(len(rows), 0.5), np.full(len(rows), 0.5))
 
@@ -59,7 +59,7 @@ def test_gained_answers_make_up_for_lost_ones_in_the_barrier(env, tmp_path, monk
 def test_the_barrier_gets_gradients_of_different_instances(env, tmp_path, monkeypatch):
     """Noise has mean zero only in a product of independent estimates: here one half has losses, the other has none."""
 
-    def score(split, rows, decisions, seen=None):
+    def score(split, rows, decisions, resume_from=None):
         instance = np.arange(len(rows)) % env.num_envs  # each is scored several times
         lost = np.where(instance < env.num_envs // 2, decisions[:, 0], 0)
         return Outcome(1.0 - lost, np.ones(len(rows)), 1 - decisions[:, :-1].mean(axis=1))
@@ -75,7 +75,7 @@ def test_the_barrier_gets_gradients_of_different_instances(env, tmp_path, monkey
 def test_the_entropy_bonus_moves_decisions_towards_even_odds(env, tmp_path, monkeypatch):
     """All decisions lose and cost the same, so nothing else moves them."""
 
-    def score(split, rows, decisions, seen=None):
+    def score(split, rows, decisions, resume_from=None):
         return Outcome(np.ones(len(rows)), np.ones(len(rows)), np.full(len(rows), 0.5))
 
     monkeypatch.setattr(env.core, "score", score)
