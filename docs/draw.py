@@ -245,7 +245,7 @@ def draw_latency(colours: dict[str, str]) -> None:
     axes.set_xlabel("requests a second", fontsize=13)
     axes.set_ylabel("p99 latency, ms", fontsize=13)
     axes.set_yscale("log")
-    axes.set_yticks([30, 50, 100], ["30", "50", "100"])
+    axes.set_yticks([10, 30, 100, 300], ["10", "30", "100", "300"])
     axes.set_yticks([], minor=True)
     _legend(figure, axes, colours, 2)
     figure.subplots_adjust(bottom=0.36)
