@@ -199,10 +199,10 @@ class Core(ABC, Generic[S]):
     switch_names: list[str]  # what each component of a decision but the last one skips
     highest_flops_ratio: float  # an upper bound of the FLOPs ratio
 
-    @property
-    @abstractmethod
+    @cached_property
     def stage_observer(self) -> StageObserver[S]:
         """The observations at the stages; made when first used."""
+        raise NotImplementedError(f"{type(self).__name__} has no stage_observer")
 
     @abstractmethod
     def split(self, name: str) -> S:
