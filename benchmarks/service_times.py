@@ -72,6 +72,8 @@ def print_policy(args: argparse.Namespace) -> None:
         texts = [json.loads(line) for line in itertools.islice(lines, 1000)]
     served = service(args.served or args.run, Limits(), Settings(), allow_loss=args.allow_loss, threads=1)
     described = json.loads((args.run / "config.json").read_text())
+    if described["env_config"]["table"] is None:
+        raise SystemExit(f"{args.run} was not trained on a table, whose outcomes the queue needs: sd-gym tabulate")
     table = table_folder(described["env_config"]["table"]).resolve()
     print(
         f"# {args.id}: a queue in front of a server of the policy in {args.run.resolve().name}, simulated on a table."

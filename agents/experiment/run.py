@@ -46,7 +46,7 @@ from sd_gym.folders import contents, locked, other_content_error
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.card import FILE
 from sd_gym.registration import SERVING, all_ids, plain_id, serving_env_refused
-from sd_gym.registry import UnknownNameError, naming_imports, unknown
+from sd_gym.registry import UnknownNameError, naming_imports, nearest, unknown
 from sd_gym.tasks.ranking import STATISTICS_SIZE
 from sd_gym.tasks.splits import check_unchanged
 
@@ -61,7 +61,10 @@ def split_settings(algo: str, settings: dict[str, Any]) -> tuple[dict[str, Any],
     agent = {key: value for key, value in settings.items() if key not in env}
     if unknown_key := next((key for key in agent if key not in agent_keys), None):
         known = ", ".join(filter(is_setting, KEYS))
-        raise ValueError(f"unknown setting {unknown_key!r}. The env has {known}; {algo} has {', '.join(agent_keys)}.")
+        hint = nearest(unknown_key, [*filter(is_setting, KEYS), *agent_keys])
+        raise ValueError(
+            f"unknown setting {unknown_key!r}{hint} The env has {known}; {algo} has {', '.join(agent_keys)}."
+        )
     return env, agent
 
 

@@ -1,6 +1,7 @@
 """The charts of reports: quality and FLOPs, curves, single instances and profiles."""
 
 from collections.abc import Callable, Mapping, Sequence
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from sd_gym.agents.drawing.style import ALLOWED, INK, LOST, PAPER, RAN, SKIP_RATE, AgentStyle, flops_limit
 from sd_gym.agents.runs.folder import flops_with_policy
 from sd_gym.agents.runs.statistics import curve_interval, pareto_front
+
+LEGEND_WIDTH = 60  # letters that fit in the width of a picture
 
 
 class ExampleDecision(NamedTuple):
@@ -58,7 +61,7 @@ def draw_results(
     handles.append(Line2D([], [], **ALLOWED))
     axes.set(xlabel="FLOPs, % of dense", ylabel="quality against dense, points")
     axes.set_xlim(left=0, right=flops_limit(axes.dataLim.xmax))
-    axes.figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    _legend(axes, handles, 2)
 
 
 def draw_curves(
@@ -83,7 +86,7 @@ def draw_curves(
     quality.tick_params(labelbottom=False)
     flops.set(xlabel="decisions learned from", ylabel="FLOPs, % of dense", ylim=(0, flops_limit(flops.dataLim.ymax)))
     flops.locator_params(axis="x", nbins=5)
-    quality.figure.legend(*quality.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    _legend(quality, quality.get_legend_handles_labels()[0], 3)
 
 
 def _at_steps(
@@ -129,4 +132,12 @@ def draw_profiles(
         axes.fill_between(100 * thresholds, 100 * low, 100 * high, color=styles[name].color, alpha=0.15, linewidth=0)
         axes.plot(100 * thresholds, 100 * share, **styles[name]._asdict(), markersize=4, markevery=10, label=name)
     axes.set(xlabel="FLOPs saved with the quality kept, at least, %", ylabel="runs, %", ylim=(0, 103), xlim=(0, 100))
-    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    _legend(axes, axes.get_legend_handles_labels()[0], 3)
+
+
+def _legend(axes: Axes, handles: Sequence[Any], columns: int) -> None:
+    """A legend below, in at most so many columns, that is no wider than the picture."""
+    labels = [fill(handle.get_label(), LEGEND_WIDTH, break_on_hyphens=False) for handle in handles]
+    longest = max(len(line) for label in labels for line in label.splitlines())
+    columns = max(1, min(columns, LEGEND_WIDTH // (longest + 5)))  # the marker takes the room of five letters
+    axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns)

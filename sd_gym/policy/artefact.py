@@ -42,7 +42,7 @@ from sd_gym.switch import (
 TOKEN_STATISTICS = ("token_mean", "token_deviation")  # names of tensors
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SkipPolicy:
     """A policy that decides on raw inputs as it did in its env.
 
@@ -71,6 +71,12 @@ class SkipPolicy:
     token_statistics: tuple[NDArray, NDArray] | None = None
     ranking_costs_flops: bool = False
     context: TokenRule | None = None
+
+    def __repr__(self) -> str:
+        """One line: the env, the backbone, and among how many operating points it can be chosen."""
+        env, backbone = (self.card.get(part, {}) for part in ("env", "backbone"))
+        of_env = f"{env.get('id')} on {backbone.get('name')}"
+        return f"SkipPolicy({of_env}, {len(self.network.switches)} switches, {len(self.operating_points)} points)"
 
     @property
     def learned(self) -> DecisionPolicy:

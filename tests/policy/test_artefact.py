@@ -17,6 +17,8 @@ def test_what_is_no_artefact_is_refused(tmp_path, tiny_tokenizer):
     with pytest.raises(FileNotFoundError, match="expected one with skip_policy"):
         sd_gym.SkipPolicy.from_pretrained(tmp_path / "nowhere")
     *_, artefact, _ = trained("classification", "idf", tmp_path, tiny_tokenizer)
+    assert repr(artefact).startswith("SkipPolicy(SD/Classification-Custom-v0 on ")
+    assert len(repr(artefact).replace(str(tmp_path), "").splitlines()[0]) < 100
     folder = tmp_path / "artefact"
     card = json.loads((folder / "skip_policy.json").read_text())
     del card["files"], card["format"]
