@@ -67,7 +67,8 @@ def unknown(kind: str, name: str, known: list[str]) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: a suggestion of the nearest known one, or a full stop."""
-    near = difflib.get_close_matches(name, known, n=1)
+    known = sorted(known, key=len)
+    near = [one for one in known if name and one.startswith(name)] or difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else "."
 
 

@@ -46,6 +46,8 @@ def test_a_registry_knows_what_is_registered_and_guards_what_is_built_in():
         UnknownNameError, match=r"unknown thing 'mines'; did you mean 'mine'\? Known things: lazy, given"
     ):
         registry.find("mines")
+    with pytest.raises(UnknownNameError, match="did you mean 'given'"):  # it starts so
+        registry.find("g")
     with pytest.raises(UnknownNameError, match=r"unknown thing 'json:loads'.*--import MODULE_OR_FILE"):
         registry.find("json:loads")  # nothing is looked up in modules
 

@@ -33,7 +33,7 @@ class EarlyExit(PrivilegedAgent[AgentSettings]):
             raise NotApplicableError("early exit skips whole layers, and the env's candidates are not all sublayers")
         if not self.env.core.can_exit:
             raise NotApplicableError(
-                "early exit needs an encoder that classifies, which neither tables nor this env have"
+                "early exit and confidence need an encoder that classifies; neither tables nor this env have one"
             )
         self._known: dict[tuple[str, bytes], NDArray] = {}  # confidences of rows of a split
 

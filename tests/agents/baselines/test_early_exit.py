@@ -77,5 +77,5 @@ def test_confidence_has_a_threshold_for_each_stage(settings, monkeypatch):
 
 def test_early_exit_needs_a_classifier():
     env = gym.make_vec("SD/Classification-Mini-v0", num_envs=1, train_size=50).unwrapped
-    with pytest.raises(ValueError, match="needs an encoder that classifies"):
+    with pytest.raises(ValueError, match="early exit and confidence need an encoder that classifies"):
         make_agent("early-exit", env)

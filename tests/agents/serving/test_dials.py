@@ -94,6 +94,9 @@ def test_a_run_is_selected_compared_and_its_dial_loaded(tmp_path, monkeypatch):
         options = {"on_progress": lambda *progress: told.append(progress), "requests": 200, "load": 1.5}
         result = sd_gym.train(TREC, algo, tmp_path / algo, steps=1, **options)
         assert 0 < result["goodput"] <= 1
+        low, high = result["quality_difference_interval"]
+        assert low <= result["quality_difference"] <= high
+        assert result["quality"] - result["quality_ref"] == pytest.approx(result["quality_difference"])
     assert len(told) > 2
     assert all(decisions > 0 and figures == {} for decisions, figures in told)  # shown as a search
     rows = {
