@@ -187,7 +187,7 @@ def test_agents_learn_on_a_table(algo, table, tmp_path):
 
 def test_agents_that_look_at_the_backbone_say_so(full_table, small_table, tmp_path):
     for algo, table, words in (
-        ("early-exit", full_table, "which neither tables nor this env have"),
+        ("early-exit", full_table, "neither tables nor this env have one"),
         ("every-other", small_table, "this table has only some masks"),
     ):
         with pytest.raises(ValueError, match=words):
