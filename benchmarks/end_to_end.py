@@ -172,9 +172,8 @@ def add_rows(table: Table, run: Path, arguments: argparse.Namespace) -> None:
     dense = copy.deepcopy(load_backbone(core.config.backbone.name, core.config.backbone.device).model)
     dense._switchboard.remove()
     model = sd_gym.load(run)
-    has_pass = (
-        core.backbone.head.judges_passes or not model.policy.has_answer_stage
-    )  # else it judges generated texts alone
+    # A policy that judges generated texts has no single pass.
+    has_pass = core.backbone.head.judges_passes or not model.policy.has_answer_stage
     for generates in [False] * has_pass + [True] * core.backbone.model.can_generate():
         for size in arguments.batch_sizes:
             cells = batches(model, dense, core, size, arguments.pairs, generates=generates)

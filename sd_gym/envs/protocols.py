@@ -199,7 +199,7 @@ class Core(ABC, Generic[S]):
     switch_names: list[str]  # what each component of a decision but the last one skips
     highest_flops_ratio: float  # an upper bound of the FLOPs ratio
 
-    @cached_property
+    @cached_property  # type checkers refuse an abstract one
     def stage_observer(self) -> StageObserver[S]:
         """The observations at the stages; made when first used."""
         raise NotImplementedError(f"{type(self).__name__} has no stage_observer")

@@ -1,6 +1,7 @@
 """Inputs and answers, whatever runs the model: nothing here imports torch."""
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ class Answer(NamedTuple):
     went_on: bool = False  # whether what it skipped ran after all, because the policy rejected the first answer
 
 
-class TextModel:
+class TextModel(ABC):
     """A model that answers texts.
 
     Attributes:
@@ -80,8 +81,9 @@ class TextModel:
                 raise ValueError(f"input {number}: {error}") from None
         return self._answers(texts, dense, batch_size) if texts else []
 
+    @abstractmethod
     def _answers(self, texts: list[list[str]], dense: bool, batch_size: int | None) -> list[Answer]:
-        raise NotImplementedError
+        """The answers to texts that were checked; at least one."""
 
     def checked(self, given: Any) -> list[str]:
         """The texts of an input; ``ValueError`` if it is malformed, or no tokenizer can read one of its texts."""
