@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sd_gym.version import __version__
 
 if TYPE_CHECKING:
+    from sd_gym import onnx
     from sd_gym.agents.experiment.api import evaluate, train_all
     from sd_gym.agents.experiment.run import reduce, train
     from sd_gym.agents.experiment.tabulation import tabulate
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from sd_gym.agents.report.compare import compare
     from sd_gym.envs.listing import instances
     from sd_gym.execution.bank import bank
-    from sd_gym.inference import onnx
     from sd_gym.inference.attach import attach, detach
     from sd_gym.inference.bake import bake
     from sd_gym.inference.export import export
@@ -96,7 +96,7 @@ else:
 def __getattr__(name: str) -> Any:
     """Import names that need torch on demand."""
     if name == "onnx":
-        return import_module("sd_gym.inference.onnx")
+        return import_module("sd_gym.onnx")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'sd_gym' has no attribute {name!r}")
     return getattr(import_module(_MODULE_OF[name]), name)

@@ -6,7 +6,10 @@ import pytest
 import sd_gym
 from sd_gym.envs import ConfigError, SwitchableEnv, TableEnv
 from sd_gym.envs.listing import page_of
+from sd_gym.registration import SERVING
 from tests.conftest import write_env
+
+TABLES = [name for name in sd_gym.registered_ids() if "-Table-" in name and name not in SERVING]
 
 pytestmark = pytest.mark.usefixtures("own_names")
 
@@ -110,3 +113,9 @@ def test_yaml_files_that_are_no_envs(reviews, tiny_backbone, tmp_path):
         ConfigError, match=r"Own/Reviews-v0: unknown config key 'epsilom'; did you mean 'reward.epsilon'"
     ):
         gym.make(env_id)
+
+
+@pytest.mark.parametrize("env_id", TABLES)
+def test_the_page_of_a_table_names_its_action_space(env_id):
+    kinds = {"discrete": gym.spaces.Discrete, "multi_discrete": gym.spaces.MultiDiscrete}
+    assert isinstance(gym.make(env_id).action_space, kinds[page_of(env_id).facts["action"]])

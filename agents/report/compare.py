@@ -19,7 +19,7 @@ def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
     """Runs side by side, on the test split: ``sd-gym compare``.
 
     Args:
-        folders: Run folders, and folders that ``sd_gym.evaluate`` wrote.
+        folders: Run folders, folders of runs, and folders that ``sd_gym.evaluate`` wrote.
 
     Returns:
         A dictionary per env and agent, over its runs. Runs of one agent differ only in their seed; others have a

@@ -51,7 +51,7 @@ def write_report(folders: Iterable[str | Path], output: str | Path, *, also: boo
     It needs neither backbones nor data, and agents of your own need not be registered.
 
     Args:
-        folders: Folders of runs and results of ``sd_gym.evaluate``.
+        folders: Run folders, folders of runs, and results of ``sd_gym.evaluate``.
         output: The page, an HTML file.
         also: Whether to write also a Markdown file, a CSV file with a line per run, and PNG files.
 

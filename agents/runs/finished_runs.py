@@ -92,12 +92,12 @@ def _by_settings(agent: str, runs: list[Run]) -> list[tuple[str, list[Run]]]:
 def finished_runs(folders: Iterable[str | Path]) -> list[Run]:
     """The runs with a result on the test split; raises and warns as ``compare``."""
     different: dict[Path, Path] = {}
-    given = [Path(folder) for folder in folders]
+    given = [run for folder in folders for run in _runs_in(Path(folder))]
     again = [folder for folder in given if different.setdefault(folder.resolve(), folder) is not folder]
     if again:
         names = ", ".join(sorted({str(folder.resolve()) for folder in again}))
         warnings.warn(f"{len(again)} of the folders were given before; counted once: {names}", stacklevel=3)
-    finished = [folder for folder in different.values() if all((folder / file).exists() for file in FILES)]
+    finished = [folder for folder in different.values() if _is_finished(folder)]
     runs = [Run(folder, read_description(folder), read_result(folder)) for folder in finished]
     tested = {run.folder: run for run in runs if run.result["split"] == "test"}
     others = ", ".join(str(folder) for folder in different.values() if folder not in tested)
@@ -106,3 +106,13 @@ def finished_runs(folders: Iterable[str | Path]) -> list[Run]:
     if others:
         warnings.warn(f"ignored, as they hold no result.json of a test split: {others}", stacklevel=3)
     return list(tested.values())
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The finished runs inside a folder, such as that of a comparison; the folder itself if it is one or has none."""
+    inside = [] if _is_finished(folder) else sorted(file.parent for file in folder.rglob("result.json"))
+    return [run for run in inside if _is_finished(run)] or [folder]
+
+
+def _is_finished(folder: Path) -> bool:
+    return all((folder / file).exists() for file in FILES)

@@ -152,7 +152,8 @@ def _read_config(name: str) -> tuple[PretrainedConfig, type[Head] | None, str, d
             raise BackboneError(f"the backbone {name!r}: {what} cannot be read ({one_line(error)})") from error
         raise FileNotFoundError(
             f"cannot load the backbone {name!r}: it is no local folder, and loading it from the Hugging Face "
-            "hub failed. Without network, pass the path of a local copy as backbone=..."
+            "hub failed. Without network, pass the path of a local copy as backbone=... (in training on the command "
+            "line --set backbone=...)"
         ) from error
     architecture_of(config.model_type)
     architectures = [str(name) for name in config.architectures or []]

@@ -11,7 +11,7 @@ from sd_gym.cli.terminal import Confidence, Imports, Ray, Settings
 
 
 def compare(
-    what: Annotated[list[str], Argument(metavar="ENV...|RUN...", help="Env ids to train on, or run folders.")],
+    what: Annotated[list[str], Argument(metavar="ENV...|RUN...", help="Env ids to train on, or folders of runs.")],
     algos: Annotated[str, Option(metavar="NAME,...", help="With envs: agents to train.")] = "ppo,a2c,reinforce",
     controls: Annotated[bool, Option(help="With envs: also train the controls and a blind first agent.")] = True,
     seeds: Annotated[int, Option(min=1, help="With envs: seeds per agent.")] = 10,
@@ -111,7 +111,7 @@ def _print_comparison(folders: list[Path], *, as_markdown: bool) -> None:
 
 
 def report(
-    runs: Annotated[list[Path], Argument(help="Run folders; other folders are ignored.")],
+    runs: Annotated[list[Path], Argument(help="Run folders, or folders of runs; others are ignored.")],
     output: Annotated[Path, Option("--output", "-o", help="The page to write.")] = Path("report.html"),
     also: Annotated[bool, Option(help="Also write Markdown, a CSV file of all runs, and pictures as PNG.")] = False,
 ) -> None:

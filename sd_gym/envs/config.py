@@ -30,7 +30,8 @@ def make_config(values: Mapping[str, Any], origin: str) -> EnvConfig:
         if values.get(key, "") is None:
             raise ConfigError(
                 f"{origin}: {example!r} has no value; pass it, as in "
-                f"gym.make({values.get('id', 'ID')!r}, dataset='reviews.jsonl', backbone='my-model')"
+                f"gym.make({values.get('id', 'ID')!r}, dataset='reviews.jsonl', backbone='my-model'), or on the "
+                "command line --set dataset=reviews.jsonl --set backbone=my-model"
             )
     from sd_gym.execution.config import checked_config  # imports torch, which an env of a table does not need
 
@@ -47,7 +48,8 @@ def _table_config(values: dict[str, Any], origin: str) -> EnvConfig:
     if values.get("table") is None:
         raise ConfigError(
             f"{origin}: 'table' has no value; pass the folder of one, as in gym.make({values.get('id', 'ID')!r}, "
-            "table='my-table'); sd-gym tabulate ENV --output my-table makes one"
+            "table='my-table'), or on the command line --set table=my-table; sd-gym tabulate ENV --output my-table "
+            "makes one"
         )
     if not isinstance(values["table"], str | Path):
         raise ConfigError(f"{origin}: config key 'table': expected the folder of a table; got {short(values['table'])}")

@@ -67,6 +67,9 @@ def page_of(env_id: str) -> Page:
             counts = [f"{split['instances']:,} {name}" for name, split in description["splits"].items()]
         facts["instances"] = ", ".join(counts)
     facts |= {name: str(values[key]) for name, key in _FACTS.items() if values.get(key) is not None}
+    if description is not None and description.get("chosen"):  # not all decisions of the original env
+        at_once = description.get("ways") and list(values["stages"]) == ["first"]
+        facts["action"] = "multi_discrete" if description.get("units") or at_once else "discrete"
     about, versions = _comment(file, env_id)
     return Page(about, versions, facts)
 

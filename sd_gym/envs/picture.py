@@ -203,7 +203,7 @@ def _token_levels(draw: ImageDraw.ImageDraw, scene: Scene, top: int) -> None:
 
 def _answers(draw: ImageDraw.ImageDraw, scene: Scene, top: int) -> None:
     result = scene.result
-    answer = ("no decision yet", FAINT) if result is None else (result.answer or NOTHING, INK)
+    answer = ("no answer yet", FAINT) if result is None else (result.answer or NOTHING, INK)
     for label, (text, colour) in (("Answer", answer), ("Right answer", (scene.reference or NOTHING, INK))):
         _heading(draw, top, label)
         marked = MarkedText(text, np.full(len(text), READ, dtype=np.int8))
@@ -218,8 +218,8 @@ def _figures(draw: ImageDraw.ImageDraw, result: Result | None, top: int) -> None
     draw.rectangle((left, top, right, top + 24), SKIPPED)
     _heading(draw, top + 58, "Quality")
     if result is None:
-        draw.text((left, top + 29), "no decision yet", FAINT, font(14))
-        draw.text((left, top + 58), "no decision yet", FAINT, font(16))
+        draw.text((left, top + 29), "no answer yet", FAINT, font(14))
+        draw.text((left, top + 58), "no answer yet", FAINT, font(16))
         return
     draw.rectangle((left, top, left + round((right - left) * min(1.0, result.flops_ratio)), top + 24), RAN)
     draw.text((left, top + 29), f"{result.flops_ratio:.1%} of the dense backbone's{went_on(result)}", INK, font(14))

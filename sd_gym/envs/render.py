@@ -54,7 +54,7 @@ class Scene:
     reference: str  # the right answer
     switches: list[str]  # names of the switches, as ``encoder.0.attention``
     token_shares: tuple[float, ...]  # share of the tokens that each token level drops
-    result: Result | None  # ``None``: nothing is decided yet
+    result: Result | None  # ``None``: the last stage has not decided yet
 
     @property
     def skip(self) -> NDArray:
@@ -110,7 +110,7 @@ def as_lines(scene: Scene) -> str:
         *(f"text:      {_marked(text)}" for text in scene.texts),
     ]
     if result is None:
-        return "\n".join([*lines, reference, "no decision yet"])
+        return "\n".join([*lines, reference, "no answer yet"])
     bar = "#" * round(BAR * min(1.0, result.flops_ratio))
     lines += [
         f"answer:    {result.answer or NOTHING}",

@@ -225,7 +225,7 @@ class SkipPolicy:
         if backbone["is_local"] and name not in BUNDLED and not Path(name).exists():
             raise FileNotFoundError(
                 f"the backbone of this policy, {name!r}, was a local folder in training, which does not exist here; "
-                f"pass the path of the same {backbone['model_type']} as backbone=..."
+                f"pass the path of the same {backbone['model_type']} as backbone=... (--backbone on the command line)"
             )
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:

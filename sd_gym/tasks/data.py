@@ -247,7 +247,8 @@ def _read_hub(data: DataConfig, base: str, split: str) -> Rows:
             ) from error
         raise FileNotFoundError(
             f"cannot load the split {base!r} of {data.dataset!r}: it is no local file or folder, and loading "
-            "it from the Hugging Face hub failed. Without network, pass the path of a local copy as dataset=..."
+            "it from the Hugging Face hub failed. Without network, pass the path of a local copy as dataset=... "
+            "(on the command line --set dataset=...)"
         ) from error
     if base not in known:
         raise _no_split(data, base, split, known)

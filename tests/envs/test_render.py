@@ -24,7 +24,7 @@ def test_lines_say_what_happened():
     _, info = env.reset(seed=0)
     first, *_, last = env.render().splitlines()
     assert first == "encoder af af af af af af | decoder acf acf acf acf acf acf"
-    assert last == "no decision yet"
+    assert last == "no answer yet"
     _, reward, *_, info = env.step(action_for(env, [0, 3, 13], level=1))
     first, *lines = env.render().splitlines()
     assert first == "encoder .f a. af af af af | decoder a.f acf acf acf acf acf"
@@ -98,7 +98,7 @@ def test_a_vector_env_shows_what_single_ones_do():
 
 
 def test_each_env_shows_what_it_last_did_in_every_autoreset_mode():
-    decided, undecided = "reward:", "no decision yet"
+    decided, undecided = "reward:", "no answer yet"
     arguments = {"num_envs": 2, "render_mode": "ansi", **SMALL}
     zeros = np.zeros((2, len(gym.make(SUMMARIZATION, **SMALL).action_space.nvec)), dtype=np.int64)
 

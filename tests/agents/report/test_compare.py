@@ -116,3 +116,11 @@ def test_rows_of_validation_in_the_test_are_told(run):
         folder = run("first", splits={"validation": "train[-10:]", "test": "train[-6:]"}, overlap="allow")
     (row,) = sd_gym.compare([folder])
     assert row["agent"] == "random (6 of its 6 test rows in validation)"
+
+
+def test_a_folder_of_runs_stands_for_its_runs(run, tmp_path):
+    first, second = run("runs/random-0"), run("runs/deeper/random-1", 1)
+    assert agents([tmp_path / "runs"]) == {"random": 2}
+    assert agents([tmp_path / "runs" / "deeper", first]) == {"random": 2}
+    with pytest.warns(UserWarning, match=f"1 of the folders were given before; counted once: {second}$"):
+        assert agents([tmp_path / "runs", second]) == {"random": 2}
