@@ -65,6 +65,8 @@ def deploy(run, texts, masks=8):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     home = Path("runs/adaptive")
     print(learn(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else minilm(), home)["guarantee"])
     deploy(home / "run", ["a lovely film", "not as good as it could have been"])

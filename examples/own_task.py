@@ -48,4 +48,6 @@ sd_gym.register_metric("chrf", of_text=chrf)
 sd_gym.register_ranking("frequent-first", frequent_first)
 sd_gym.register_task("translation", TextToText("german", "english", metrics=("chrf", "exact_match")))
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     print(main(*sys.argv[1:3])["metrics"])

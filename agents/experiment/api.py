@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.experiment import run
@@ -250,11 +251,26 @@ def _policy_like(policy: Any, flops: int | None, core: Core) -> PolicyLike | Spl
         )
 
     def decide(observations: Any) -> NDArray:
-        return core.stage_actions.observed_to_decisions(
-            observations, core.actions.decisions(act(observations), len(unbatched(observations)))
-        )
+        try:
+            choices = core.actions.decisions(act(observations), len(unbatched(observations)))
+        except ValueError as error:
+            raise ValueError(f"{error}".rstrip(".") + _other_spaces(policy, core)) from error
+        return core.stage_actions.observed_to_decisions(observations, choices)
 
     return _PolicyFunction(decide, getattr(policy, "flops", None) if flops is None else flops)
+
+
+def _other_spaces(model: Any, core: Core) -> str:
+    """In words, which spaces of a model of Stable-Baselines3 are not the env's; empty if none."""
+    own = getattr(model, "observation_space", None), getattr(model, "action_space", None)
+    of_env = core.observation_space, core.actions.space
+    differ = [
+        f"{space} (the env has {expected})"
+        for space, expected in zip(own, of_env, strict=True)
+        if isinstance(space, gym.Space) and space != expected
+    ]
+    remedy = "pass the settings of its env, such as action, observation or stages"
+    return f". The model was trained on {' and '.join(differ)}; {remedy}" if differ else ""
 
 
 class _Origin(NamedTuple):

@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, ValidationError
 from sd_gym.agents.learning.decisions import Version, versions
 from sd_gym.agents.learning.warm_start import staged_from_single, staged_from_tokens
 from stable_baselines3.common.logger import Logger
@@ -21,6 +21,7 @@ from sd_gym.config import StrictModel
 from sd_gym.envs.protocols import SCORES, Core
 from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.envs.vector import SwitchableVectorEnv
+from sd_gym.errors import first_problem
 from sd_gym.policy import HIDDEN, DecisionPolicy, blinded
 from sd_gym.policy.choices import Noise
 from sd_gym.policy.networks import hidden_layers
@@ -35,9 +36,20 @@ TOKENS_DROPPED = 0.1  # initial rate at which the second of two token levels is 
 START_FIELDS = ("stages", "observation_size", "channels", "token_width", "nvec", "switches", "network", "hidden")
 INFO_KEYS = (*SCORES, "is_success")
 
+Values = TypeVar("Values", bound=StrictModel)
+
 
 class NotApplicableError(ValueError):
     """An agent that does not apply to an env, such as early exit to text generation; this is no defect."""
+
+
+def checked_settings(kind: type[Values], values: dict[str, Any], owner: str) -> Values:
+    """Settings of an agent, its ``owner``; ``ValueError`` with the name of the first one that is wrong."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        name, problem = first_problem(error)
+        raise ValueError(f"setting {name!r} of {owner}: {problem}" if name else f"{owner}: {problem}") from error
 
 
 class AgentSettings(StrictModel):
@@ -132,7 +144,7 @@ class BaseAgent(ABC, Generic[SettingsT]):
         if key := next((key for key in settings if key not in known), None):
             hint = nearest(key, known)
             raise ValueError(f"unknown setting {key!r} of {cls.__name__}{hint} Known: {', '.join(known)}.")
-        return cls.Settings(**settings)
+        return checked_settings(cls.Settings, settings, cls.__name__)
 
     @abstractmethod
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:

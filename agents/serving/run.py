@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray as Array
-from sd_gym.agents.learning.agent import NotApplicableError
+from sd_gym.agents.learning.agent import NotApplicableError, checked_settings
 from sd_gym.agents.runs.folder import run_description
 from sd_gym.agents.runs.guarantee import guarantee, measured_loss
 from sd_gym.agents.runs.statistics import bootstrap_interval, pareto_front
@@ -45,7 +45,7 @@ def split_settings(algo: str, settings: dict[str, Any]) -> tuple[dict[str, Any],
     if algo not in LEARNERS:
         return settings, None
     own = {key: value for key, value in settings.items() if key in DialSettings.model_fields}
-    return {key: value for key, value in settings.items() if key not in own}, DialSettings(**own)
+    return {key: value for key, value in settings.items() if key not in own}, checked_settings(DialSettings, own, algo)
 
 
 def describe(

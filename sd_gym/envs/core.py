@@ -51,7 +51,7 @@ class BackboneCore(Core[BackboneSplit]):
         try:
             decided_at = board.decided_at(stages_of_pass(config.stages))
         except ValueError as error:
-            raise ConfigError(f"{config.id}: config key 'stages': {error}") from error
+            raise ConfigError(f"{config.id}: config key 'stages': {error}; {ANSWER!r} may be the last one") from error
         if answers and not self.backbone.head.judgement:
             raise ConfigError(
                 f"{config.id}: config key 'stages': at the stage {ANSWER} the head judges its answer, but the backbone "

@@ -12,7 +12,7 @@ def test_names_and_settings_are_checked(env):
         make_agent("reinforc", env)
     with pytest.raises(ValueError, match=r"unknown setting 'learning_rat' of PPOAgent; did you mean 'learning_rate'"):
         make_agent("ppo", env, learning_rat=1)
-    with pytest.raises(ValueError, match="greater than 0"):
+    with pytest.raises(ValueError, match="setting 'learning_rate' of PPOAgent: Input should be greater than 0, got -1"):
         make_agent("ppo", env, learning_rate=-1)
     with pytest.raises(ValueError, match=r"unknown setting 'foo'. The env has task.*; ppo has num_envs"):
         split_settings("ppo", {"foo": 1})

@@ -189,7 +189,7 @@ def test_texts_that_go_on_from_the_last_look_are_those_of_a_whole_generate(last,
 
 
 def test_wrong_stages_are_named():
-    with pytest.raises(ConfigError, match=r"'stages': there is no stage 'encoder.9'.*choose from"):
+    with pytest.raises(ConfigError, match=r"'stages': there is no stage 'encoder.9'.*choose from.*'answer' may be"):
         mini("Classification", stages=["encoder.9"])
     with pytest.raises(ConfigError, match="'stages': several stages are decided with action multi_discrete"):
         mini("Classification", stages=["first", "decoder"], action="discrete", codebook="mini_classification.json")

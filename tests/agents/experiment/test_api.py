@@ -69,6 +69,8 @@ def test_a_model_of_stable_baselines3_is_evaluated_as_its_agent(custom, tmp_path
     decisions, _ = model.predict(vector.core.observe(split, np.arange(len(split))), deterministic=True)
     ratio = vector.core.score(split, np.arange(len(split)), decisions).flops_ratio
     assert result["flops_ratio"] == pytest.approx(ratio.mean())
+    with pytest.raises(ValueError, match=r"trained on MultiDiscrete.* \(the env has MultiBinary\(6\)\)"):
+        sd_gym.evaluate(CUSTOM, model, action="multi_binary", **custom)
 
 
 def test_what_is_written_stands_beside_runs(custom, tmp_path):
