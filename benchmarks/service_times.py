@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 import sd_gym
+from sd_gym.backbones.load import load_own_backbone
 from sd_gym.envs.serving.config import serving_config
 from sd_gym.envs.table_files import table_folder
 from sd_gym.serving.app import Settings
@@ -59,7 +60,7 @@ def main() -> None:
 
 def print_masks(args: argparse.Namespace) -> None:
     """The points of an env whose points are masks."""
-    model = AutoModelForSequenceClassification.from_pretrained(args.backbone, trust_remote_code=False).eval()
+    model = load_own_backbone(args.backbone, "cpu").model
     masks = [list(point.mask or ()) for point in serving_config(args.env, {}).points]
     for mask, model_of_mask in zip(masks, sd_gym.bank(model, masks), strict=True):
         per_request, per_group = fitted(least_seconds(model_of_mask, args.tokens))

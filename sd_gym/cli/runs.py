@@ -39,7 +39,7 @@ def train(
     """
     imported = terminal.import_all(imports)
     with terminal.errors_as_lines(), terminal.progress_bar() as progress:
-        bar = progress.add_task("loading", total=steps, figures="")
+        bar = progress.add_task("loading", total=None, figures="")
 
         def on_progress(done: int, figures: dict[str, float]) -> None:
             state, shown = "learning" if done < steps else "evaluating", terminal.figures_text(figures)
