@@ -22,7 +22,7 @@ def plot_run(result: dict[str, Any], switches: list[str], file: Path) -> None:
         _draw_history(quality, flops, result)
         rates = right.subplots()
         draw_skip_rates(rates, result["by_difficulty"], switches)
-        rates.set_title("Skip rate of each switch, test split")
+        rates.set_title("How often each switch runs, test split")
         write_png(picture, file)
 
 
@@ -74,5 +74,5 @@ def _draw_history(quality: Axes, flops: Axes, result: dict[str, Any]) -> None:
     if len(steps) < 2:  # the axis would have ticks between whole decisions
         flops.set_xticks([end])
     quality.set(ylabel="quality against dense, points", title="Quality and FLOPs")
-    quality.legend(loc="best")
+    quality.figure.legend(*quality.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     flops.set(xlabel="decisions learned from", ylabel="FLOPs, % of dense", ylim=(0, flops_limit(flops.dataLim.ymax)))
