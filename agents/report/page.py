@@ -131,7 +131,7 @@ def _points(agent: AgentRuns) -> list[NDArray]:
 def _level_pictures(number: str, env: EnvRuns) -> list[Picture]:
     pictures = []
     for n, agent in enumerate(env.agents[:MOST_LEVEL_PICTURES] if env.switches else []):
-        caption = f"{agent.name}: how often each switch runs at each difficulty, mean over its runs ({len(agent.runs)})."
+        caption = f"{agent.name}: how often each switch runs by difficulty, mean over its runs ({len(agent.runs)})."
         picture = plot_skip_rates(agent.levels, env.switches)
         pictures.append(Picture(f"{number}-skipped-{n}", caption, picture))
     return pictures
