@@ -1,6 +1,8 @@
 """The core as a ``gymnasium.vector.VectorEnv``."""
 
+import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 import gymnasium as gym
@@ -66,8 +68,8 @@ class SwitchableVectorEnv(VectorEnv):
         * v0: first version.
 
     Raises:
-        ValueError: If the autoreset mode is unknown, or ``num_envs`` is below 1. Other errors are those of
-            ``SwitchableEnv``.
+        ValueError: If the autoreset mode is unknown, or loses episodes in RLlib; or ``num_envs`` is below 1. Other errors
+            are those of ``SwitchableEnv``.
     """
 
     metadata = METADATA | {"autoreset_mode": AutoresetMode.SAME_STEP}
@@ -84,10 +86,7 @@ class SwitchableVectorEnv(VectorEnv):
     ) -> None:
         check_num_envs(num_envs)
         check_render_mode(render_mode, type(self).metadata["render_modes"])
-        if autoreset_mode not in [*AutoresetMode, *(mode.value for mode in AutoresetMode)]:
-            known = ", ".join(mode.value for mode in AutoresetMode)
-            raise ValueError(f"autoreset_mode must be one of {known}, got {autoreset_mode!r}")
-        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.autoreset_mode = _checked_mode(autoreset_mode)
         self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
         self.config = load_config(config_file, overrides)
         self.core = shared_core(self.config)
@@ -264,3 +263,25 @@ def _generator(state: dict[str, Any]) -> np.random.Generator:
     generator, _ = seeding.np_random(0)
     generator.bit_generator.state = state
     return generator
+
+
+def _checked_mode(given: str | AutoresetMode) -> AutoresetMode:
+    """The autoreset mode; ``ValueError`` if it is unknown, or RLlib would lose episodes in it."""
+    if given not in [*AutoresetMode, *(mode.value for mode in AutoresetMode)]:
+        known = ", ".join(mode.value for mode in AutoresetMode)
+        raise ValueError(f"autoreset_mode must be one of {known}, got {given!r}")
+    mode = AutoresetMode(given)
+    if mode == AutoresetMode.SAME_STEP and _is_called_by("ray.rllib.env."):
+        raise ValueError(
+            "RLlib's sampler loses every second one-step episode under autoreset_mode 'SameStep'; add "
+            '"autoreset_mode": "NextStep" to env_config'
+        )
+    return mode
+
+
+def _is_called_by(package: str) -> bool:
+    """Whether a module of a package is among the callers: RLlib does not tell an env that it steps it."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and not frame.f_globals.get("__name__", "").startswith(package):
+        frame = frame.f_back
+    return frame is not None

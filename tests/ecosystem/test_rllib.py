@@ -40,3 +40,12 @@ def test_ppo_learns(mode, keys):
     algorithm.stop()
     assert runners["num_env_steps_sampled"] == runners["num_episodes"] == 64
     assert runners["episode_len_mean"] == 1
+
+
+def test_the_mode_that_loses_episodes_is_refused():
+    from ray.rllib.algorithms.ppo import PPOConfig
+
+    config = PPOConfig().environment(ID, env_config=SMALL)
+    config = config.env_runners(num_env_runners=0, gym_env_vectorize_mode="vector_entry_point")
+    with pytest.raises(ValueError, match="add \"autoreset_mode\": \"NextStep\" to env_config"):
+        config.build_algo()

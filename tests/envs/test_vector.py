@@ -60,6 +60,14 @@ def test_the_mode_belongs_to_the_env_not_to_the_class(spelled):
         make_vec("never")
 
 
+def test_rllib_is_told_that_it_would_lose_episodes():
+    sampler = {"__name__": "ray.rllib.env.single_agent_env_runner", "make_vec": make_vec}
+    with pytest.raises(ValueError, match="loses every second one-step episode"):
+        exec("make_vec()", sampler)
+    exec("env = make_vec('NextStep')", sampler)
+    assert sampler["env"].num_envs == N
+
+
 def test_vector_kwargs_reach_the_vectorizers_of_gymnasium():
     keys = {"autoreset_mode": AutoresetMode.SAME_STEP, "observation_mode": "same", "copy": True}
     theirs = gym.make_vec(ID, num_envs=N, vectorization_mode="sync", vector_kwargs=keys, **SMALL)
