@@ -68,8 +68,8 @@ class SwitchableVectorEnv(VectorEnv):
         * v0: first version.
 
     Raises:
-        ValueError: If the autoreset mode is unknown, or loses episodes in RLlib; or ``num_envs`` is below 1. Other errors
-            are those of ``SwitchableEnv``.
+        ValueError: If the autoreset mode is unknown, or loses episodes in RLlib, or ``num_envs`` is below 1. Other
+            errors are those of ``SwitchableEnv``.
     """
 
     metadata = METADATA | {"autoreset_mode": AutoresetMode.SAME_STEP}

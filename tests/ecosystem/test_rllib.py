@@ -47,5 +47,5 @@ def test_the_mode_that_loses_episodes_is_refused():
 
     config = PPOConfig().environment(ID, env_config=SMALL)
     config = config.env_runners(num_env_runners=0, gym_env_vectorize_mode="vector_entry_point")
-    with pytest.raises(ValueError, match="add \"autoreset_mode\": \"NextStep\" to env_config"):
+    with pytest.raises(ValueError, match='add "autoreset_mode": "NextStep" to env_config'):
         config.build_algo()
