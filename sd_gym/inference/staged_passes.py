@@ -111,6 +111,17 @@ class StagedPasses(Passes):
         """What the policy observes of rows before the first layer, whose input ``hidden`` is ``[n, length, width]``."""
         return self._rollout(rows, {}, lambda keep: keep, None).observe_first(hidden, mask)
 
+    def rejected(self, rows: NDArray, masks: NDArray, judged: NDArray, hidden: Tensor, mask: Tensor) -> NDArray:
+        """Which rows go on after their answers under masks ``[n, switches + 1]``, bool ``[n]``.
+
+        ``judged``: the head's judgement, ``[n, values]``; ``hidden`` and ``mask`` as of ``observe_first``.
+        """
+        rollout = self._rollout(rows, {}, lambda keep: keep, None)
+        rollout.observe_first(hidden, mask)
+        rollout.decisions = masks
+        rollout.answered(judged)
+        return rollout.went_on
+
     def _rollout(
         self, rows: NDArray, inputs: dict[str, Tensor], in_pass: Callable[[NDArray], Keep], decisions: NDArray | None
     ) -> StagedRollout:

@@ -101,7 +101,7 @@ class SkippingModel(TextModel):
         split.passes.most = batch_size
         if dense:
             return self.answered(split, None)
-        if self.policy.is_staged and len(texts) == 1:  # it decides in the pass, as there is nothing to group
+        if self.policy.is_staged and len(texts) == 1 and not self._bank.compiles:  # in the pass: nothing to group
             return self.answered(split, self._no_skips(split), known=False)
         return self.answered(split, self.decided_at([self.policy], split)[0])
 
@@ -145,16 +145,20 @@ class SkippingModel(TextModel):
         rows = np.arange(len(split))
         decisions = self._no_skips(split) if decided is None else decided
         went_on = np.zeros(len(split), dtype=np.bool_)
-        if self.policy.is_staged and decided is not None:
+        if decided is None or not self.policy.is_staged:
+            answers = split.passes.answers(rows, decisions)
+            costs = first_costs = self.costs(split)
+        elif self._bank.compiles:
+            answers, went_on = self._compiled_answers(split, decisions)
+            costs = first_costs = self.costs(split)
+        else:
             known = known and self.policy.decides_first
             passes = StagedPasses(split, self.policy, self._float32_input, known=known)
             answers = passes.answers(rows, decisions)
             decisions, went_on = passes.masks, passes.went_on
             costs, first_costs = self.costs(split), self.costs(split, passes.first_generated)
-        else:
-            answers = split.passes.answers(rows, decisions)
-            costs = first_costs = self.costs(split)
-        flops = first_costs.flops(rows, decisions) + went_on * costs.going_on(rows, decisions)
+        again = costs.dense_flops(rows) if self._bank.compiles else costs.going_on(rows, decisions)
+        flops = first_costs.flops(rows, decisions) + went_on * again
         if decided is not None:
             flops = flops + self.own_flops(split)
         ratio, unknown_id = flops / costs.dense_flops(rows), -1 if self.unknown_token is None else self.unknown_token
@@ -163,6 +167,24 @@ class SkippingModel(TextModel):
             Answer(answer, row[:-1].astype(bool), int(row[-1]), float(share), int(count), bool(again))
             for answer, row, share, count, again in zip(answers, decisions, ratio, unknown, went_on, strict=True)
         ]
+
+    def _compiled_answers(self, split: BackboneSplit, masks: NDArray) -> tuple[list[str], NDArray]:
+        """The answers under masks ``[n, switches + 1]``, and which rows went on, bool ``[n]``.
+
+        Compiled models give no states to go on from, so these rows run densely from the start.
+        """
+        rows = np.arange(len(split))
+        answers, judged = split.passes.answers_and_judgement(rows, masks)
+        went_on, staged = np.zeros(len(rows), dtype=np.bool_), StagedPasses(split, self.policy)
+        for part in np.split(rows, range(BATCH, len(rows), BATCH)):
+            inputs = split.encoded.inputs(part, self.model.device)
+            first = self._first_input(inputs), inputs["attention_mask"]
+            went_on[part] = staged.rejected(part, masks[part], judged[part], *first)
+        again = np.flatnonzero(went_on)
+        dense = split.passes.answers(again, np.zeros_like(masks[again])) if len(again) else []
+        for row, answer in zip(again.tolist(), dense, strict=True):
+            answers[row] = answer
+        return answers, went_on
 
     @torch.inference_mode()
     def _first_input(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -231,7 +253,8 @@ def load(
         max_flops: See ``attach``.
         check_weights: See ``attach``.
         compile: Whether ``torch.compile`` compiles the model of each mask, when it is first run (tens of seconds): once
-            for single inputs, once for batches, of any length. For a policy of few masks that generates no texts.
+            for single inputs, once for batches, of any length. For a policy that decides among few masks before the
+            first layer, and gives no texts. Rows that go on after their answer run densely from the start.
         dtype: What the backbone computes in: ``float32``, ``bfloat16`` or ``float16``; ``None``: what it is stored in.
             Before the first layer the policy decides in float32, on a copy of the embeddings. To measure quality in
             ``dtype``, save the backbone in it, and pass that folder as ``backbone=`` to ``sd_gym.evaluate``.
@@ -260,10 +283,10 @@ def _checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def _check_compiles(policy: SkipPolicy, head: Head) -> None:
-    """Raise ``ValueError`` if a policy has stages or too many masks to compile a model for each, or generates."""
-    if policy.is_staged:
-        stages = ", ".join(policy.network.stages)
-        raise ValueError(f"compile=True is for policies that decide once; this has the stages {stages}: leave it out")
+    """Raise ``ValueError`` if a policy decides in the pass, has too many masks to compile each, or generates."""
+    if not policy.decides_first:
+        stages = ", ".join(policy.stages_of_pass)
+        raise ValueError(f"compile=True is for policies that decide at 'first'; this decides at {stages}: leave it out")
     masks = decided_masks(policy)
     if masks is None or len(masks) > MODELS or masks[:, -1].any():
         expected = f"compile=True is for a choice of at most {MODELS} masks that drop no tokens"

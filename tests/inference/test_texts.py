@@ -14,6 +14,7 @@ from sd_gym.backbones import load
 from sd_gym.tasks import cache
 from tests.conftest import save
 from tests.envs.conftest import trained
+from tests.serving.test_engine import few_masks
 
 
 def test_who_loads_owns_its_model(tmp_path, tiny_tokenizer):
@@ -101,10 +102,33 @@ def test_what_is_answered_is_kept_in_no_cache(model, tmp_path, monkeypatch):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_policy_of_several_stages_is_not_compiled(tmp_path, tiny_tokenizer):
-    *_, artefact, _ = trained("classification", None, tmp_path, tiny_tokenizer, stages=("first", "answer"))
-    with pytest.raises(ValueError, match="has the stages first, answer: leave it out"):
+def test_a_policy_that_decides_in_the_pass_is_not_compiled(tmp_path, tiny_tokenizer):
+    *_, artefact, _ = trained("classification", None, tmp_path, tiny_tokenizer, stages=("first", "encoder.1"))
+    with pytest.raises(ValueError, match=r"this decides at first, encoder\.1: leave it out"):
         sd_gym.load(artefact, compile=True)
+
+
+@pytest.mark.parametrize("task", ["classification", "extracted"])
+def test_compiled_models_go_on_as_the_others_do(task, tmp_path, tiny_tokenizer, monkeypatch):
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    *_, artefact, texts = trained(task, None, tmp_path, tiny_tokenizer, stages=("first", "answer"))
+    policy = few_masks(artefact)
+    compiled, model = sd_gym.load(policy, compile=True), sd_gym.load(policy)
+    dense = model(texts, dense=True)
+    for inputs in (texts, texts[:1], texts[-1:]):
+        wanted, came = model(inputs), compiled(inputs)
+        assert [one.answer for one in came] == [one.answer for one in wanted]
+        assert [one.went_on for one in came] == [one.went_on for one in wanted]
+        np.testing.assert_array_equal([one.skip for one in came], [one.skip for one in wanted])
+        for one, eager in zip(came, wanted, strict=True):
+            assert one.flops_ratio >= eager.flops_ratio if one.went_on else one.flops_ratio == eager.flops_ratio
+            assert one.flops_ratio > 1 or not one.went_on
+    answers = model(texts)
+    assert 0 < sum(one.went_on for one in answers) < len(texts)
+    assert all(one.answer == right.answer for one, right in zip(answers, dense, strict=True) if one.went_on)
+    masks = {tuple(one.skip) for one in answers}
+    assert 1 < len(masks) <= counter.frame_count <= 2 * (1 + len(masks))
 
 
 @torch._dynamo.config.patch(recompile_limit=1)  # usually 8, and all masks count together
