@@ -12,6 +12,7 @@ from sd_gym.agents.runs.folder import flops_with_policy
 from sd_gym.agents.runs.guarantee import in_points
 
 IN_TITLE = "env", "dense quality", "test rows"  # columns of a comparison
+NARROW = 100  # characters; in a narrower terminal each column is as narrow as its longest word
 COUNTED = {  # changes to rows of a split
     "left_out": "rows left out (an empty text)",
     "dropped": "rows left out (they are in a later split too)",
@@ -60,8 +61,8 @@ def result_tables(title: str, result: dict[str, Any]) -> Iterator[RenderableType
     yield _dim(f"Power: {power}")
 
 
-def comparison_tables(rows: list[list[str]]) -> Iterator[Table]:
-    """Rows of ``compare.COLUMNS``: a table for each env, with a title, so that it is narrow."""
+def comparison_tables(rows: list[list[str]], width: int) -> Iterator[Table]:
+    """Rows of ``compare.COLUMNS``: a table for each env, with a title, for a terminal of ``width`` characters."""
 
     def broken(cell: str) -> str:  # text in brackets gets its own line
         return cell.replace(" (", "\n(")
@@ -77,7 +78,8 @@ def comparison_tables(rows: list[list[str]]) -> Iterator[Table]:
         shown = [number for number in known if number not in keys]
         for number in shown:
             words = " ".join([COLUMNS[number], *(row[number] for row in group)]).split()
-            table.add_column(broken(COLUMNS[number]), min_width=max(map(len, words)))
+            longest = max(map(len, words))  # in a narrow terminal rich would share out more characters than there are
+            table.add_column(broken(COLUMNS[number]), min_width=longest, max_width=longest if width < NARROW else None)
         for row in group:
             table.add_row(*(broken(row[number]) for number in shown))
         yield table

@@ -106,7 +106,7 @@ def _print_comparison(folders: list[Path], *, as_markdown: bool) -> None:
     if as_markdown:
         print(results.markdown(results.COLUMNS, rows))
     else:
-        for table in comparison_tables(rows):
+        for table in comparison_tables(rows, terminal.console.width):
             terminal.console.print(table, crop=False)  # a narrow terminal wraps it, and a file has all columns
 
 

@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+from rich.console import Console
+from sd_gym.agents.report.terminal import comparison_tables
 from typer.testing import CliRunner
 
 import sd_gym
@@ -124,3 +126,23 @@ def test_a_folder_of_runs_stands_for_its_runs(run, tmp_path):
     assert agents([tmp_path / "runs" / "deeper", first]) == {"random": 2}
     with pytest.warns(UserWarning, match=f"1 of the folders were given before; counted once: {second}$"):
         assert agents([tmp_path / "runs", second]) == {"random": 2}
+
+
+def test_a_comparison_fits_a_terminal_of_80_characters():
+    cells = [
+        "SD/Env-v0",
+        "blind-ppo",
+        "1000, hash c638061ae3259524",
+        "92.8%",
+        "-1.90 (-2.10, -3.49 to -0.70)",
+        "-",
+        "-",
+    ]
+    cells += ["85.8% (100.0%)", "61.0% (-17.25)", "-0.237", "2.598", "-5.61", "85% / 86%", "-", "171 to 237", "0 of 2"]
+    console = Console(width=80)
+    with console.capture() as printed:
+        for table in comparison_tables([cells], console.width):
+            console.print(table, crop=False)
+    lines = printed.get().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("(-17.25)" in line for line in lines)
