@@ -5,6 +5,7 @@ from typing import Any
 from sd_gym.agents.learning.agent import AgentSettings, BaseAgent
 from sd_gym.agents.runs.folder import BLIND
 
+from sd_gym.config import is_key
 from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.registry import Registry, UnknownNameError, unknown
 
@@ -39,7 +40,8 @@ def register_agent(name: str, cls: type[BaseAgent]) -> None:
 
     Raises:
         TypeError: If ``cls`` is no subclass of ``sd_gym.agents.Agent`` or ``sd_gym.agents.PrivilegedAgent``.
-        ValueError: If the name is one of the project's, or begins with ``blind-``.
+        ValueError: If the name is one of the project's or begins with ``blind-``, or a setting has the name of a key
+            of the env's config.
     """
     if not (isinstance(cls, type) and issubclass(cls, BaseAgent)):
         raise TypeError(
@@ -49,6 +51,8 @@ def register_agent(name: str, cls: type[BaseAgent]) -> None:
         raise ValueError(
             f"the agent {name!r} needs another name: {BLIND}NAME is the agent NAME with zeroed observations"
         )
+    if keys := [key for key in cls.Settings.model_fields if is_key(key)]:
+        raise ValueError(f"the agent {name!r}: its setting {keys[0]!r} is a key of the env; choose another name for it")
     AGENTS.register(name, cls)
 
 

@@ -191,9 +191,9 @@ def evaluate(
                 description["env_config"]["reward"]["objective"] = was.reward.objective
             if select:
                 description["confidence"] = confidence
-            write_json(folder / "config.json", description)
         result = run.measure(selection, evaluated, split, splits, folder, last)
         if folder is not None:
+            write_json(folder / "config.json", description)
             run.write_result(result, core, folder)
         return result
 

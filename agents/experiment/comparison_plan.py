@@ -14,13 +14,15 @@ from sd_gym.agents.baselines.static import StaticAgent
 from sd_gym.agents.experiment.run import OnProgress, check_same_run, is_setting, split_settings, train
 from sd_gym.agents.imitation.agent import ImitationAgent
 from sd_gym.agents.registry import agent_class, agent_names, is_control, make_settings
-from sd_gym.agents.runs.folder import BLIND, STARTS, read_description
+from sd_gym.agents.runs.folder import BLIND, STARTS, check_backbone, origins, read_description
 from sd_gym.agents.runs.verdict import CONFIDENCE
 from sd_gym.agents.serving import run as dials
 
 from sd_gym.envs.config import load_config, parse_yaml
 from sd_gym.envs.serving.config import serving_config
+from sd_gym.envs.shared import shared_core
 from sd_gym.registration import SERVING, config_of, plain_id
+from sd_gym.tasks.splits import check_unchanged
 
 CONTROLS = ("hull", "early-exit", "random", "hash", "dense")  # of every comparison, with a blind agent
 FROM_INFIX = "-from-"
@@ -62,23 +64,41 @@ class PlannedRun:
         train(self.env, self.algo, self.folder, resume=True, **names, **options)
 
     def is_finished(self) -> bool:
-        """Whether the folder holds this run, finished; raises ``ValueError`` if it holds another one."""
+        """Whether the folder holds this run, finished; ``ValueError`` if it holds another one, or on other data."""
         if not (self.folder / "result.json").exists():
             return False
+        was = read_description(self.folder)
         if self.env in SERVING:
             values = self.steps, self.seed, self.settings, self.confidence
-            now = dials.describe(self.env, self.algo, *values)
-        else:
-            of_env, of_agent = split_settings(self.algo, self.settings)
-            now = {key: getattr(self, key) for key in ("env", "algo", "steps", "seed", "confidence")}
-            now["env_config"] = load_config(config_of(self.env), of_env).model_dump()
-            now["env_config"]["backbone"].pop("device")
-            now["agent_settings"] = make_settings(self.algo, of_agent).model_dump()
-        was = read_description(self.folder)
-        for settings in (was["agent_settings"], now["agent_settings"]):  # the same folder may be given by another path
-            settings |= {key: Path(settings[key]).name for key in STARTS if settings.get(key) is not None}
+            check_same_run(self.folder, was, dials.describe(self.env, self.algo, *values))
+            return True
+        of_env, of_agent = split_settings(self.algo, self.settings)
+        config = load_config(config_of(self.env), of_env)
+        now = {key: getattr(self, key) for key in ("env", "algo", "steps", "seed", "confidence")}
+        now["env_config"] = config.model_dump()
+        now["env_config"]["backbone"].pop("device")
+        now["agent_settings"] = make_settings(self.algo, of_agent).model_dump()
+        _name_starts(was, now)
         check_same_run(self.folder, was, now)
+        core = shared_core(config.model_copy(update={"backbone": config.backbone.model_copy(update={"device": "cpu"})}))
+        check_unchanged(self.folder, was["data"], core.data)
+        check_backbone(self.folder, was["weights"], core.backbone)
         return True
+
+
+def _name_starts(was: dict[str, Any], now: dict[str, Any]) -> None:
+    """Replace the folders of the runs that a run starts from, which may have moved, by what these runs are."""
+    present, seeds = origins(now["agent_settings"])
+    before = was.get("origins", {})
+    for key, folder in ((key, now["agent_settings"].get(key)) for key in STARTS):
+        if folder is not None and key in before and Path(folder, "config.json").is_file():
+            was["agent_settings"][key] = f"{before[key]}, {was['origin_seeds'][key]}"
+            now["agent_settings"][key] = f"{present[key]}, {seeds[key]}"
+        elif (
+            folder is not None and was["agent_settings"].get(key) is not None
+        ):  # it is gone: its name is all that is known
+            for description in (was, now):
+                description["agent_settings"][key] = Path(description["agent_settings"][key]).name
 
 
 def _as_yaml(value: Any) -> str:

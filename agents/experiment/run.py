@@ -28,7 +28,7 @@ from sd_gym.agents.learning.decisions import (
     versions,
 )
 from sd_gym.agents.registry import agent_class, is_control, make_agent, make_settings
-from sd_gym.agents.runs.folder import check_backbone, origins, read_description, run_description
+from sd_gym.agents.runs.folder import STARTS, check_backbone, origins, read_description, run_description
 from sd_gym.agents.runs.guarantee import measured_loss
 from sd_gym.agents.runs.verdict import CONFIDENCE
 from sd_gym.agents.serving import run as dials
@@ -41,6 +41,7 @@ from sd_gym.envs.protocols import SCORES, Core, Observations
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import joined
 from sd_gym.envs.vector import SwitchableVectorEnv
+from sd_gym.errors import short
 from sd_gym.files import as_json, damaged_checkpoint, read_checkpoint, write_checkpoint, write_json
 from sd_gym.folders import contents, locked, other_content_error
 from sd_gym.policy import DecisionPolicy
@@ -51,6 +52,7 @@ from sd_gym.tasks.ranking import STATISTICS_SIZE
 from sd_gym.tasks.splits import check_unchanged
 
 VALIDATIONS = 8  # during training
+MOST = 2**32 - 1  # largest seed of all libraries
 TIMED_BATCH_SIZES = {"1": 1, "8": 8, "32": 32, "in bulk": None}
 
 
@@ -113,11 +115,11 @@ def train(
     Raises:
         FileExistsError: If the folder holds a finished run, an interrupted one without ``resume``, or anything else;
             ``FolderInUseError`` if another process uses it.
-        ValueError: If a name or setting is unknown, ``steps`` is below 1, the data of a split are malformed, or the run
-            to resume is another one, on other data, or damaged.
+        ValueError: If a name or setting is unknown, ``steps`` is below 1, ``seed`` is negative or above 2^32 - 1, the
+            data of a split are malformed, the run to start from learned on validation or test rows, or the run to
+            resume is another one, on other data, or damaged.
     """
-    if steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {steps}")
+    steps, seed = whole_number("steps", steps, 1), whole_number("seed", seed, 0)
     env_id = plain_id(env_id)
     folder = default_folder(env_id, algo, seed) if output is None else Path(output)
     with locked(folder):
@@ -132,6 +134,14 @@ def train(
         names = {"env": env_id, "algo": algo, "control": is_control(algo), "steps": steps, "seed": seed}
         names |= {"confidence": confidence, "imports": list(imports)}
         return _train(agent, folder, names, unfinished, on_progress)
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """An argument as an integer, which NumPy's are, too; ``ValueError`` if it is none, or out of range."""
+    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_whole or not least <= value <= MOST:
+        raise ValueError(f"{name}: expected a whole number from {least} to {MOST:,}, got {short(value)}")
+    return int(value)
 
 
 def default_folder(env_id: str, algo: str, seed: int) -> Path:
@@ -165,6 +175,8 @@ def _train(
     description = run_description(names, core.config, core.backbone, core.data)
     description["agent_settings"] = agent.settings.model_dump()
     description["origins"], description["origin_seeds"] = origins(description["agent_settings"])
+    _check_origins(description)
+    _check_objective(description["env_config"]["reward"]["objective"])
     if unfinished is not None:
         check_same_run(folder, unfinished, description)
         check_unchanged(folder, unfinished["data"], core.data)
@@ -205,6 +217,30 @@ def _train(
     logger.close()
     checkpoint.unlink(missing_ok=True)
     return result
+
+
+def _check_origins(description: dict[str, Any]) -> None:
+    """Raise ``ValueError`` if a run to start from learned on rows that this run is selected or tested on."""
+    for key in STARTS:
+        folder = description["agent_settings"].get(key)
+        if folder is None or not Path(folder, "config.json").is_file():
+            continue
+        learned = read_description(Path(folder))["data"].get("train")
+        for split in ("validation", "test"):
+            if learned is not None and learned["hash"] == description["data"][split]["hash"]:
+                raise ValueError(
+                    f"{key}={folder}: this run learned on the rows of this env's {split} split, so the guarantee would "
+                    "not hold; start from a run on the training split"
+                )
+
+
+def _check_objective(name: str) -> None:
+    """Raise ``ValueError`` for a function that its name does not tell from others: a run keeps the name alone."""
+    if "<" in name:
+        raise ValueError(
+            f"the objective {name} has no name of its own, by which runs are told apart; register it "
+            "(sd_gym.register_objective) and pass its name"
+        )
 
 
 def _selected(agent: BaseAgent, selection: Selection) -> tuple[PolicyLike | SplitPolicy, dict[str, Any] | None]:

@@ -21,6 +21,7 @@ from sd_gym.envs.serving.shells import ServingVectorEnv
 
 PRICES = 0.05, 2.0  # cost of a lost quality of epsilon, in answers
 VERSIONS = 24  # of a network, one per price
+FIRST_SEED = 10_000_000  # of the arrivals to learn on; those for selection and test are below
 SEEDS_OF_A_RUN = 1000
 OnProgress = Callable[[int, dict[str, float]], None]  # called with (steps so far, figures to show)
 
@@ -55,7 +56,7 @@ class PricedQueues(SwitchableVecEnv):
         self._config = env.config
         self._loss = expected_loss(env.config)
         self._random = np.random.default_rng(seed)
-        self._first = seed * SEEDS_OF_A_RUN
+        self._first = FIRST_SEED + seed * SEEDS_OF_A_RUN
         self._prices = self._draw_prices()
 
     def reset(self) -> Array:

@@ -5,6 +5,7 @@ other rows. ``sd-gym prepare`` takes a part of the training split, and saves whi
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from sd_gym.data.instance import Instance
 from sd_gym.files import map_arrays, write_arrays
 
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # of somebody's model
 ROWS = "backbone_rows.safetensors"  # in the folder of a prepared backbone: ``hashes``, int64 [rows], sorted
 
 
@@ -49,15 +51,30 @@ def write_backbone_rows(folder: Path, hashes: NDArray[np.int64]) -> None:
 
 
 def backbone_rows(backbone: str) -> NDArray[np.int64]:
-    """Hashes of the rows that a backbone was prepared on, int64 ``[rows]``; empty if its folder has no file of them.
+    """Hashes of the rows that a backbone was prepared on, int64 ``[rows]``; empty if there is no file of them.
+
+    Args:
+        backbone: A folder, or an id of the Hugging Face hub, whose file is loaded.
 
     Raises:
         ValueError: If the file is damaged.
     """
-    file = Path(backbone) / ROWS
-    if not file.is_file():
+    file = _file_of(backbone)
+    if file is None:
         return np.empty(0, dtype=np.int64)
     hashes = map_arrays(file).get("hashes")
     if hashes is None or hashes.dtype != np.int64 or hashes.ndim != 1:
         raise ValueError(f"{file} is damaged: expected hashes, int64 [rows]; prepare the backbone again")
     return np.array(hashes)
+
+
+def _file_of(backbone: str) -> Path | None:
+    """The file with the rows of a backbone; ``None`` if it has none, or the hub cannot be reached."""
+    if Path(backbone).exists() or not HUB_ID.fullmatch(backbone):
+        file = Path(backbone) / ROWS
+        return file if file.is_file() else None
+    from transformers.utils import cached_file  # takes seconds, and most backbones are folders
+
+    missing = dict.fromkeys(("missing_entries", "connection_errors", "gated_repo"), False)
+    found = cached_file(backbone, ROWS, **{f"_raise_exceptions_for_{kind}": value for kind, value in missing.items()})
+    return None if found is None else Path(found)

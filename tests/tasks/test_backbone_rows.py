@@ -1,10 +1,12 @@
 """Four parts of a data set: rows of the backbone, and new ones for policies."""
 
 import json
+import shutil
 
 import gymnasium as gym
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -107,6 +109,18 @@ def test_a_damaged_file_is_named(prepared):
     (folder / "backbone" / ROWS).write_bytes(b"nothing")
     with pytest.raises(ValueError, match="backbone_rows"):
         backbone_rows(backbone)
+
+
+def test_rows_of_a_backbone_on_the_hub_are_known(prepared, tmp_path, monkeypatch):
+    _, backbone, _ = prepared
+    in_cache = tmp_path / "models--me--prepared"
+    shutil.copytree(backbone, in_cache / "snapshots" / "1")
+    (in_cache / "refs").mkdir()
+    (in_cache / "refs" / "main").write_text("1")
+    for name, value in (("HF_HUB_CACHE", str(tmp_path)), ("HF_HUB_OFFLINE", True)):
+        monkeypatch.setattr(constants, name, value)
+    np.testing.assert_array_equal(backbone_rows("me/prepared"), backbone_rows(backbone))
+    assert not len(backbone_rows("me/other"))
 
 
 def test_the_bundled_backbone_knows_no_rows():

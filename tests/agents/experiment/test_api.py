@@ -212,3 +212,12 @@ def test_every_public_name_is_there_and_documented():
     assert set(sd_gym.__all__) <= set(dir(sd_gym))
     with pytest.raises(AttributeError, match="no attribute 'evaluat'"):
         sd_gym.evaluat  # noqa: B018
+
+
+def test_an_evaluation_that_failed_leaves_its_folder_free(custom, tmp_path):
+    with pytest.raises(ValueError, match="expected actions of shape"):
+        sd_gym.evaluate(
+            CUSTOM, lambda observations: np.zeros((len(observations), 3)), output=tmp_path / "out", **custom
+        )
+    sd_gym.evaluate(CUSTOM, lambda observations: np.zeros((len(observations), 7)), output=tmp_path / "out", **custom)
+    assert (tmp_path / "out" / "result.json").exists()

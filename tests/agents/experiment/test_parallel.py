@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -183,3 +185,26 @@ def test_on_the_command_line(settings, own_names, tmp_path):
     result = CliRunner().invoke(app, ["compare", CUSTOM, "nowhere"])
     assert result.exit_code == 2
     assert "unknown env 'nowhere'" in " ".join(result.stderr.split())
+
+
+def test_a_run_on_data_that_have_changed_is_not_kept(settings, tmp_path):
+    own = Path(shutil.copy(settings["dataset"], tmp_path / "own.jsonl"))
+    arguments = [CUSTOM], ["dense"], tmp_path / "out"
+    options = {**settings, "dataset": str(own), "controls": False, "seeds": 1}
+    assert [status.state for status in sd_gym.train_all(*arguments, **options)] == ["finished"]
+    assert [status.state for status in sd_gym.train_all(*arguments, **options)] == ["kept"]
+    own.write_text("\n".join(own.read_text().splitlines()[::-1]))
+    (status,) = sd_gym.train_all(*arguments, **options)
+    assert (status.state, "the data have changed" in status.message) == ("failed", True)
+
+
+def test_another_run_to_start_from_is_not_the_same_start(settings, tmp_path):
+    for name, steps in (("a", 8), ("b", 16)):
+        sd_gym.train(CUSTOM, "a2c", tmp_path / name / "start", steps=steps, num_envs=4, **settings)
+    shutil.copytree(tmp_path / "a", tmp_path / "moved")
+    states = []
+    for name in ("a", "moved", "b"):
+        options = {**settings, "controls": False, "seeds": 1, "steps": 8, "num_envs": 4}
+        (status,) = sd_gym.train_all([CUSTOM], ["a2c"], tmp_path / "out", start=tmp_path / name / "start", **options)
+        states.append(status.state)
+    assert states == ["finished", "kept", "failed"]

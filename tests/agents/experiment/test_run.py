@@ -202,7 +202,7 @@ def test_where_nothing_may_be_lost_no_number_of_instances_is_enough(tmp_path):
 
 
 def test_without_steps_nothing_is_learned(tmp_path):
-    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="steps: expected a whole number from 1 to 4,294,967,295, got 0"):
         train(TREC, "ppo", tmp_path / "run", steps=0)
     assert not (tmp_path / "run").exists()
 
@@ -244,3 +244,34 @@ def test_a_run_of_stages_is_reduced_and_its_artefact_decides_so(staged_env, stag
     if core.has_answer_stage:
         assert policy.codebook[-2:, -1].tolist() == [0, 1]  # to accept and to go on are always left
     sd_gym.detach(model.model)
+
+
+@pytest.mark.parametrize("seed", [np.int64(3), np.arange(4)[3]])
+def test_numpys_integers_are_seeds_and_steps(seed, custom, tmp_path):
+    results = [
+        train(CUSTOM, "a2c", tmp_path / str(n), seed=given, steps=np.int32(8), num_envs=4, **custom)
+        for n, given in enumerate((3, seed))
+    ]
+    assert results[0]["decisions_hash"] == results[1]["decisions_hash"]
+
+
+@pytest.mark.parametrize("wrong", [{"seed": -1}, {"seed": 2**32}, {"seed": 0.5}, {"steps": "100"}, {"steps": True}])
+def test_what_is_no_whole_number_is_refused(wrong, custom, tmp_path):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected a whole number from"):
+        train(CUSTOM, "a2c", tmp_path / "run", **wrong, **custom)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_learned_on_rows_of_the_test_is_no_start(custom, tmp_path):
+    parts = {"train": "train[:28]", "validation": "train[28:32]", "test": "train[32:]"}
+    options = {**custom, "steps": 8, "num_envs": 4}
+    train(
+        CUSTOM, "a2c", tmp_path / "first", splits={**parts, "train": parts["test"], "test": parts["train"]}, **options
+    )
+    with pytest.raises(ValueError, match="this run learned on the rows of this env's test split"):
+        train(CUSTOM, "a2c", tmp_path / "second", start=tmp_path / "first", splits=parts, **options)
+
+
+def test_an_objective_has_a_name_that_tells_it_from_others(custom, tmp_path):
+    with pytest.raises(ValueError, match="has no name of its own, by which runs are told apart; register it"):
+        train(CUSTOM, "a2c", tmp_path / "run", steps=8, objective=lambda quality, *_, **constants: quality, **custom)

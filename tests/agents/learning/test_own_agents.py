@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from sd_gym.agents import PrivilegedAgent, Rollout, agent_names, make_agent, register_agent
+from sd_gym.agents import AgentSettings, PrivilegedAgent, Rollout, agent_names, make_agent, register_agent
 from sd_gym.agents.experiment.run import load_run, train
 from sd_gym.agents.learning.decisions import SplitDecisions, Version
 from sd_gym.agents.ppo.agent import PPOAgent
@@ -284,3 +284,12 @@ def test_a_killed_run_of_a_users_agent_ends_as_the_uninterrupted_one(name, gradi
     weights = [(tmp_path / run / "policy.safetensors").read_bytes() for run in ("whole", "cut")]
     assert weights[0] == weights[1]
     assert {**whole, "time": None} == {**resumed, "time": None}
+
+
+def test_a_setting_with_the_name_of_a_key_of_the_env_is_refused():
+    class Greedy(Halves):
+        class Settings(AgentSettings):
+            epsilon: float = 0.1  # of exploration; the env's is the quality that may be lost
+
+    with pytest.raises(ValueError, match="its setting 'epsilon' is a key of the env"):
+        register_agent("greedy", Greedy)
