@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 STUDY, BEST = "study.db", "best.yaml"
+HIGHEST_CONFIDENCE = 0.9999  # as of ``sd-gym train``
 FOLDER = "folder"  # of a trial in the study that repeats another: the number of that one, whose folder it has
 
 
@@ -84,7 +85,8 @@ def tune(
         settings: Keys of the env's config, and settings of the agent, which are then not searched.
 
     Returns:
-        The file with the best settings that differ from the defaults: a YAML mapping for ``sd_gym.train``.
+        The file with the best settings that differ from the defaults: a YAML mapping for ``sd_gym.train``. All trials
+        have seen the rows of the guarantee, so it has a ``confidence`` that allows for their number (Bonferroni).
 
     Raises:
         ValueError: If Optuna is not installed, a name or setting is unknown, there is nothing to search, no trial
@@ -215,11 +217,14 @@ def _write_best(study: Study, file: Path, defaults: dict[str, Any], what: dict[s
         raise ValueError(f"all trials of {file.parent} failed; see their messages, then repeat the command")
     first, best = complete[0], study.best_trial
     settings = {key: value for key, value in best.params.items() if value != defaults[key]}
+    confidence = min(HIGHEST_CONFIDENCE, round(1 - (1 - what["confidence"]) / len(complete), 6))
+    settings |= {} if confidence == CONFIDENCE else {"confidence": confidence}
     lines = [
         f"# Found by: {json.dumps(shlex.join(sys.argv))}",
         f"# {len(complete)} trials of {what['steps']} decisions, seeds {what['seeds']}. Score on validation of the "
         f"best (trial {_number(best)}): {best.value:.4f},",
         f"# of trial {_number(first)}: {first.value:.4f}. FLOPs ratio, or 2 and more if quality is not kept.",
+        f"# All trials have seen the rows of the guarantee: {confidence:g} for one is {what['confidence']:g} for all.",
     ]
     write_text(file, "\n".join([*lines, yaml.safe_dump(settings, sort_keys=False)]))
     return file

@@ -149,8 +149,9 @@ def tune(
 ) -> None:
     """Search an agent's settings with Optuna: quality kept on validation first, then fewer FLOPs.
 
-    It prints the best settings as options of sd-gym train. Settings given by --set are not searched. Repeating the
-    command resumes the search, also with more trials, and retries failed trials. The exit code is 1 if a trial failed.
+    It prints the best settings as options of sd-gym train, with a confidence that allows for the number of trials: all
+    have seen the rows of the guarantee. Settings given by --set are not searched. Repeating the command resumes the
+    search, also with more trials, and retries failed trials. The exit code is 1 if a trial failed.
 
     Example: `sd-gym tune SD/Classification-Mini-v0 --algo a2c --trials 30 --seeds 2`
     """
@@ -187,7 +188,9 @@ def tune(
             **settings,
         )
     terminal.print_line(file.read_text(encoding="utf-8"))
-    best = PlannedRun(env, algo, folder / "best", steps, 0, settings | read_yaml(file), confidence)
+    found = read_yaml(file)
+    best = PlannedRun(env, algo, folder / "best", steps, 0, settings, found.pop("confidence", confidence))
+    best.settings.update(found)
     terminal.print_line(f"Settings: {file}; {best.command(imported)}")
     if failed:
         terminal.say(f"failed trials: {', '.join(failed)}; again: this command", "red")

@@ -57,8 +57,9 @@ def test_a_search_that_was_killed_goes_on_and_its_best_settings_can_be_set(revie
     assert [one.number for one in tried] == [0, 1]
     best = min(tried, key=lambda one: one.score)
     found = yaml.safe_load(file.read_text())
-    assert found.items() <= best.settings.items()
     result = sd_gym.train(CUSTOM, "a2c", tmp_path / "run", **{**settings, "steps": 64, **found})
+    assert found.pop("confidence") == 0.75  # both trials have seen the rows of the guarantee
+    assert found.items() <= best.settings.items()
     assert result["flops_ratio"] > 0
     assert tune(CUSTOM, "a2c", tmp_path / "study", **arguments) == tmp_path / "study" / BEST  # all is done
     with pytest.raises(ValueError, match="holds another study"):
@@ -129,6 +130,7 @@ def test_trials_that_failed_are_tried_again_in_their_folders(tmp_path, monkeypat
         assert re.search(says, done.stderr)
     assert sorted(file.name for file in folder.glob("trial-*")) == ["trial-0", "trial-1"]
     best = yaml.safe_load((folder / BEST).read_text())
+    assert best.pop("confidence") == 0.975
     assert best.keys() <= A2CSettings.space.keys()
     assert "2 trials of 64 decisions" in (folder / BEST).read_text()
 
