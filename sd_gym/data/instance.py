@@ -20,8 +20,10 @@ class Instance:
 
     @property
     def place(self) -> str:
-        """Origin or id, for messages."""
-        return f"{self.origin} ({self.id})" if self.origin else f"instance {self.id}"
+        """Origin and id, for messages."""
+        if not self.origin:
+            return f"instance {self.id}"
+        return self.origin if self.origin.split()[-1] == self.id else f"{self.origin} ({self.id})"
 
     @property
     def references(self) -> tuple[str, ...]:

@@ -30,6 +30,21 @@ from sd_gym.tasks.ranking import in_batches, training_rarity
 from sd_gym.tasks.splits import Splits, answered_densely
 from sd_gym.tasks.token_dropping import TokenDropping
 
+# Settings of ``generate()`` that give other texts than the most probable next tokens, and values that change nothing.
+NOT_GREEDY = (
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+    "sequence_bias",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "min_length",
+    "min_new_tokens",
+)
+NEUTRAL = (None, 0, 1.0, [], {})
+
 
 class BackboneSplit:
     """One split of a data set, a ``Split``: its instances, costs and scores, which never change.
@@ -102,14 +117,25 @@ class BackboneSplit:
             needed = f"{wanted!r} needs a backbone whose answers are {wanted}"
             raise ValueError(f"config key 'backbone.answers': {needed}, but {name!r} gives a {gives}")
         metric, kind = config.quality.metric, config.quality.kind
-        if gives == "text" and kind == "agreement" and self.reading.num_beams > 1:
-            raise ValueError(
-                "config key 'quality': agreement compares greedy texts; expected num_beams=1, "
-                f"got {self.reading.num_beams}"
-            )
+        if gives == "text" and kind in ("exact_match", "balanced", "agreement"):
+            self._check_greedy(kind)
         if gives != "label" and kind != "agreement" and METRICS.find(metric).of_text is None and metric != ACCURACY:
             expected = f"which compares classes or scores; expected {ACCURACY}, or a metric of texts"
             raise ValueError(f"config key 'quality.metric': {name!r} gives a {gives}, got {metric!r}, {expected}")
+
+    def _check_greedy(self, kind: str) -> None:
+        """Raise ValueError if texts are not those of plain greedy decoding, which one pass can compare."""
+        if kind == "agreement" and (beams := self.reading.num_beams) > 1:
+            raise ValueError(
+                f"config key 'quality': agreement compares greedy texts; expected num_beams=1, got {beams}"
+            )
+        settings: Any = self.backbone.model.generation_config
+        changing = [f"{key}={value}" for key in NOT_GREEDY if (value := getattr(settings, key, None)) not in NEUTRAL]
+        if changing:
+            raise ValueError(
+                f"config key 'quality': {kind} compares plain greedy texts, and the backbone's generation_config.json "
+                f"has {', '.join(changing)}; remove that, or choose quality=metric or likelihood"
+            )
 
     def __len__(self) -> int:
         return len(self.instances)

@@ -161,7 +161,7 @@ class Attached:
         # Each new decision would be compiled anew, so torch.compile runs the model as it is.
         return torch.compiler.disable(wraps(inner)(call))
 
-    def _forward(self, given: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, given: dict[str, Any], /, *args: Any, **kwargs: Any) -> Any:
         cache = _first_given(given, CACHES)
         if cache is not None and cache.get_seq_length() > 0:
             return self._continued(cache, *args, **kwargs)
@@ -273,17 +273,17 @@ class Attached:
             self._decisions.resumed = resumed_from(decisions, points)
         return skip, keep
 
-    def _continued(self, cache: Cache, *args: Any, **kwargs: Any) -> Any:
+    def _continued(self, cache: Cache, /, *args: Any, **kwargs: Any) -> Any:
         """A step of the caller's own decoding loop, under the decisions made for the prompt."""
         if cache not in self._of_cache:
             raise ValueError("this cache was not filled by the attached model; begin with an empty one, or generate()")
         with self.board.decide(*self._of_cache[cache]):
             return self._inner["forward"](*args, **kwargs)
 
-    def _refuse_batching(self, given: dict[str, Any], *args: Any, **kwargs: Any) -> NoReturn:
+    def _refuse_batching(self, given: dict[str, Any], /, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(f"{CONTINUOUS}; call generate(), or sd_gym.detach(model) to generate densely")
 
-    def _generate(self, given: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def _generate(self, given: dict[str, Any], /, *args: Any, **kwargs: Any) -> Any:
         with ending(given.get("streamer")):
             return self._decided_and_generated(given, *args, **kwargs)
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sd_gym import cluster
-from sd_gym.errors import DataError
+from sd_gym.errors import DataError, short
 from sd_gym.inference.answer import Answer, unknown_words
 from sd_gym.inference.part import Line, Part
 from sd_gym.inference.texts import SkippingModel
@@ -117,7 +117,8 @@ def run_file(
     for name in columns:
         if name not in (known := [*model.fields, model.reference]):
             raise ValueError(f"--column: there is no field {name!r}; the task's are {', '.join(known)} (FIELD=COLUMN)")
-    rows = _read(source, columns)
+    may_lack = {model.reference, *([model.fields[-1]] if model.optional else [])}
+    rows = _read(source, columns, may_lack)
     rows = chain(list(islice(rows, 1)), rows)  # an input that cannot be read leaves no part
     prints = model.fingerprints
     made_by = {"policy (or operating point)": prints["policy"], "backbone": prints["backbone"]}
@@ -214,18 +215,26 @@ def _described(answer: Answer) -> dict[str, Any]:
     return {**answer._asdict(), "skip": skip, "flops_ratio": round(answer.flops_ratio, 6)}
 
 
-def _read(source: Path | None, columns: dict[str, str]) -> Iterator[Line]:
-    """The rows of a file; JSON lines are read one by one, so that a broken one does not stop the others."""
+def _read(source: Path | None, columns: dict[str, str], may_lack: set[str]) -> Iterator[Line]:
+    """The rows of a file; JSON lines are read one by one, so that a broken one does not stop the others.
+
+    A row without the column of a field is broken, unless the field ``may_lack``.
+    """
     if source is not None and source.suffix != ".jsonl":
         for number, (_, row) in enumerate(read_rows(source, {columns.get("label", "label")}), start=1):
-            yield Line(number, _renamed(row, columns))
+            yield _renamed(number, row, columns, may_lack)
         return
     if source is not None and not source.is_file():
         raise FileNotFoundError(f"no file {source}; expected .jsonl, .csv or .parquet")
     with sys.stdin.buffer if source is None else source.open("rb") as lines:
         for number, row in json_rows(lines):
-            yield Line(number, None, str(row)) if isinstance(row, DataError) else Line(number, _renamed(row, columns))
+            is_broken = isinstance(row, DataError)
+            yield Line(number, None, str(row)) if is_broken else _renamed(number, row, columns, may_lack)
 
 
-def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    return {**row, **{name: row[column] for name, column in columns.items() if column in row}}
+def _renamed(number: int, row: dict[str, Any], columns: dict[str, str], may_lack: set[str]) -> Line:
+    missing = [name for name, column in columns.items() if column not in row and name not in may_lack]
+    if missing:
+        has = ", ".join(map(str, row))
+        return Line(number, None, f"no column {columns[missing[0]]!r} (for {missing[0]}); the columns are {short(has)}")
+    return Line(number, {**row, **{name: row.get(column) for name, column in columns.items()}})

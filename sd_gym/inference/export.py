@@ -128,7 +128,7 @@ def _check_model(model: SkippingModel) -> None:
 def _probe(model: SkippingModel) -> tuple[list[str], Instance]:
     """Texts, one per field, that a task may normalise in several ways, and the instance that it makes of them."""
     texts = [f"  Text\u00a0\uff10 \u00c9\n{number}! " for number in range(len(model.fields))]
-    return texts, model.instance(0, texts)
+    return texts, model.instance("the example", texts)
 
 
 class _Writer:

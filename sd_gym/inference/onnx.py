@@ -314,7 +314,8 @@ class OnnxModel(TextModel):
         limit = self.manifest["cut"]["length"]
         for number, row in enumerate(whole.encode_batch([(question, "") for question in questions])):
             if len(row) >= limit:
-                raise DataError(f"input {number}: the question alone has {len(row)} of {limit} tokens; shorten it")
+                name = "the input" if len(questions) == 1 else f"input {number}"
+                raise DataError(f"{name}: the question alone has {len(row)} of {limit} tokens; shorten it")
 
     def batch(self, rows: list[Encoding]) -> Batch:
         """The model's inputs, padded at the right, and for spans where an answer may begin and end."""
@@ -349,7 +350,7 @@ class OnnxModel(TextModel):
         if self.head == "label":
             return [self.names[index] for index in values.argmax(axis=1)]
         if self.head == "score":
-            return [f"{value:.2f}" for value in values[:, 0]]
+            return [f"{value:.4g}" for value in values[:, 0]]
         spans = best_spans(values, self.manifest["longest_answer"])
         return [
             context[row.offsets[first][0] : row.offsets[last][1]].strip() if first else ""

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -72,17 +72,21 @@ class SkippingModel(TextModel):
         values |= {"backbone.name": backbone} if backbone else {}
         self.policy = policy
         self.config = checked_config(values, "the policy")
-        self.backbone = load_own_backbone(self.config.backbone.name, device)
-        self._float32_input = None if dtype is None else deepcopy(FirstLayerInput(self.backbone.board)).float()
+        loads, self._float32_input = partial(load_own_backbone, self.config.backbone.name, device), None
+        chosen = None if dtype is None else _checked_dtype(dtype)
+        self.backbone = loads()
+        if chosen is not None:  # the weights are checked, and the embeddings copied, as they are stored
+            policy.check_model(self.backbone.model, weights=check_weights)
+            self._float32_input = deepcopy(FirstLayerInput(self.backbone.board)).float()
+            self.backbone = loads(chosen)
         if compile:
             _check_compiles(policy, self.backbone.head)
         self._bank = Bank(self.backbone.board, compiles=compile)
         self.tokenizer = self.backbone.tokenizer
-        self.model = attach(self.backbone.model, policy, self.tokenizer, check_weights=check_weights)
-        if check_weights and dtype is None:  # they were hashed just now, which takes seconds
+        checks = check_weights and chosen is None
+        self.model = attach(self.backbone.model, policy, self.tokenizer, check_weights=checks)
+        if checks:  # they were hashed just now, which takes seconds
             vars(self.backbone)["weights"] = policy.card["backbone"]["weights"]
-        if dtype is not None:  # transformers hides the signature
-            self.model.to(_checked_dtype(dtype))  # pyright: ignore[reportArgumentType]
         self.board, head = self.backbone.board, self.backbone.head
         self.head = head.name
         self.gives = "text" if head.gives == "text" else head.name
@@ -111,7 +115,8 @@ class SkippingModel(TextModel):
 
     def split(self, texts: list[list[str]]) -> BackboneSplit:
         """At least one input that is ``checked``, tokenised; DataError if one cannot be."""
-        instances = Instances(self.instance(number, own) for number, own in enumerate(texts))
+        names = ["the input"] if len(texts) == 1 else [f"input {number}" for number in range(len(texts))]
+        instances = Instances(self.instance(name, own) for name, own in zip(names, texts, strict=True))
         data: Any = {"inputs": instances}  # in place of Splits, of which only this one is read
         split = BackboneSplit(self.config, "inputs", data, self.backbone)
         split.passes.bank = self._bank
@@ -224,10 +229,10 @@ class SkippingModel(TextModel):
                 digest.update(file.read_bytes())
         return {"policy": digest.hexdigest(), "backbone": self.backbone.weights}
 
-    def instance(self, number: int, texts: list[str]) -> Instance:
-        """The instance that the task makes of an input's texts."""
+    def instance(self, name: str, texts: list[str]) -> Instance:
+        """The instance that the task makes of an input's texts; ``name`` is for messages."""
         row = dict(zip(self.fields, texts, strict=False)) | {self._task.reference: self._task.unknown}
-        return self._task.instance(row, str(number), f"input {number}")
+        return self._task.instance(row, name.split()[-1], name)
 
 
 def load(

@@ -7,6 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
+from sd_gym.backbones import load_backbone
 from sd_gym.config import ConfigError
 from sd_gym.errors import DataError
 from tests.execution.conftest import SMALL, Drawn
@@ -52,6 +53,16 @@ def test_what_cannot_be_measured_is_refused_at_once():
         gym.make("SD/Summarization-Mini-v0", **SMALL, quality="agreement", num_beams=2)
     with pytest.raises(ConfigError, match=r"'mini' gives a text, got 'f1', .*; expected accuracy"):
         gym.make("SD/Classification-Mini-v0", **SMALL, metric="f1")
+
+
+@pytest.mark.parametrize("quality", ["exact_match", "agreement"])
+def test_texts_that_are_not_plain_greedy_are_not_compared_in_one_pass(quality, monkeypatch):
+    settings = load_backbone("mini", "cpu").model.generation_config
+    monkeypatch.setattr(settings, "no_repeat_ngram_size", 3)
+    options = {**SMALL, "test_size": 19}
+    with pytest.raises(ConfigError, match=f"{quality} compares plain greedy.*no_repeat_ngram_size=3; remove that"):
+        gym.make("SD/Summarization-Mini-v0", **options, quality=quality).unwrapped.core.split("test")
+    gym.make("SD/Summarization-Mini-v0", **options, quality="likelihood").unwrapped.core.split("test")
 
 
 def test_the_accuracy_of_classes_that_are_written():

@@ -423,10 +423,10 @@ def test_a_users_steps_go_on_from_the_cache_of_generate():
     assert torch.equal(model.generate(ids, past_key_values=given, **settings), begun.sequences)
     with pytest.raises(ValueError, match="generate\\(\\) begins with an empty cache"):
         model.generate(begun.sequences, past_key_values=given, max_new_tokens=2)
-    for cache in (begun.past_key_values, given):
+    for name, cache in (("past_key_values", begun.past_key_values), ("cache", given)):  # the old name and the new one
         tokens = begun.sequences
         for _ in range(2):
-            output = model(input_ids=tokens[:, -1:], past_key_values=cache)
+            output = model(input_ids=tokens[:, -1:], **{name: cache})
             tokens = torch.cat([tokens, output.logits[:, -1:].argmax(dim=-1)], dim=1)
         assert torch.equal(tokens, longer)
 

@@ -126,7 +126,7 @@ def test_a_question_that_is_too_long_is_an_error_of_its_row(tmp_path, tiny_token
     run_file(model, write(tmp_path / "in.jsonl", rows), tmp_path / "o.jsonl", compare=True)
     came = lines_of(tmp_path / "o.jsonl")
     assert ["error" in one for one in came] == [False, True, False]
-    assert "the question alone has" in came[1]["error"]
+    assert came[1]["error"].startswith("the input: the question alone has")
 
 
 CELLS = st.one_of(
@@ -195,6 +195,15 @@ def test_a_column_of_a_field_that_is_none_is_refused(model, tmp_path):
         run_file(model[0], source, tmp_path / "o.jsonl", columns={"txt": "review"})
     run_file(model[0], source, tmp_path / "o.jsonl", columns={"text": "review", "label": "stars"})
     assert "answer" in lines_of(tmp_path / "o.jsonl")[0]
+
+
+def test_a_row_without_the_named_column_is_an_error_not_another_text(model, tmp_path):
+    rows = [{"text": "good food", "review": "bad food"}, {"text": "good food"}]
+    source = write(tmp_path / "in.jsonl", rows)
+    run_file(model[0], source, tmp_path / "o.jsonl", columns={"text": "review", "label": "stars"})
+    first, second = lines_of(tmp_path / "o.jsonl")
+    assert "answer" in first
+    assert second["error"] == "no column 'review' (for text); the columns are 'text'"
 
 
 STARS = {0: "1", 1: "2", 2: "3"}

@@ -15,7 +15,9 @@ from sd_gym.backbones.heads.encoding import nothing_generated
 from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Encoded, Targets
 from sd_gym.data.instance import Instance
-from sd_gym.errors import DataError, short
+from sd_gym.errors import BackboneError, DataError, short
+
+MULTI_LABEL = "multi_label_classification"
 
 
 class LabelHead(Head):
@@ -37,7 +39,12 @@ class LabelHead(Head):
 
     @classmethod
     def _of(cls, model: PreTrainedModel) -> Self | None:
-        """Any model that neither generates nor extracts."""
+        """Any model that neither generates nor extracts; BackboneError if its answers are sets of classes."""
+        if model.config.problem_type == MULTI_LABEL:
+            raise BackboneError(
+                f"the backbone's problem_type is {MULTI_LABEL}: its answers are sets of classes; expected a model of "
+                "which each input has one class, or one score"
+            )
         names = model.config.id2label or {}
         return cls(labels_of(model.config), {int(index): str(name) for index, name in names.items()})
 

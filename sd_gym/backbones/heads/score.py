@@ -72,4 +72,4 @@ class ScoreHead(LabelHead):
         return np.array([instance.target for instance in instances], dtype=float)
 
     def _to_text(self, value: float) -> str:
-        return f"{value:.2f}"
+        return f"{value:.4g}"

@@ -1,11 +1,15 @@
 """Classes of labels."""
 
+import json
+import shutil
+
+import gymnasium as gym
 import pytest
 from transformers import PretrainedConfig
 
 from sd_gym.backbones.heads.label import class_index, labels_of
 from sd_gym.data.instance import Instance
-from sd_gym.errors import DataError
+from sd_gym.errors import BackboneError, DataError
 
 
 def test_labels_outside_the_classes():
@@ -24,3 +28,11 @@ def test_classes_are_named_by_either_mapping():
     assert labels_of(config) == {"no": 0, "yes": 1}
     config.label2id = {"yes": 0, "no": 1}
     assert labels_of(config) == config.label2id
+
+
+def test_a_classifier_whose_answers_are_sets_of_classes_is_refused(reviews, tiny_backbone, tmp_path):
+    backbone = shutil.copytree(tiny_backbone, tmp_path / "backbone")
+    file = backbone / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"problem_type": "multi_label_classification"}))
+    with pytest.raises(BackboneError, match="its answers are sets of classes"):
+        gym.make("SD/Classification-Custom-v0", dataset=str(reviews), backbone=str(backbone))
