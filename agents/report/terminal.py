@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import RenderableType
+from rich.cells import cell_len
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 from sd_gym.agents.report.compare import COLUMNS
@@ -12,7 +13,6 @@ from sd_gym.agents.runs.folder import flops_with_policy
 from sd_gym.agents.runs.guarantee import in_points
 
 IN_TITLE = "env", "dense quality", "test rows"  # columns of a comparison
-NARROW = 100  # characters; in a narrower terminal each column is as narrow as its longest word
 COUNTED = {  # changes to rows of a split
     "left_out": "rows left out (an empty text)",
     "dropped": "rows left out (they are in a later split too)",
@@ -61,8 +61,8 @@ def result_tables(title: str, result: dict[str, Any]) -> Iterator[RenderableType
     yield _dim(f"Power: {power}")
 
 
-def comparison_tables(rows: list[list[str]], width: int) -> Iterator[Table]:
-    """Rows of ``compare.COLUMNS``: a table for each env, with a title, for a terminal of ``width`` characters."""
+def comparison_tables(rows: list[list[str]]) -> Iterator[Table]:
+    """Rows of ``compare.COLUMNS``: a table for each env, with a title, so that it is narrow."""
 
     def broken(cell: str) -> str:  # text in brackets gets its own line
         return cell.replace(" (", "\n(")
@@ -78,11 +78,20 @@ def comparison_tables(rows: list[list[str]], width: int) -> Iterator[Table]:
         shown = [number for number in known if number not in keys]
         for number in shown:
             words = " ".join([COLUMNS[number], *(row[number] for row in group)]).split()
-            longest = max(map(len, words))  # in a narrow terminal rich would share out more characters than there are
-            table.add_column(broken(COLUMNS[number]), min_width=longest, max_width=longest if width < NARROW else None)
+            table.add_column(broken(COLUMNS[number]), min_width=max(map(len, words)))
         for row in group:
             table.add_row(*(broken(row[number]) for number in shown))
         yield table
+
+
+def fit(table: Table, console: Console) -> Table:
+    """Make each column as narrow as its longest word if rich shares out more characters than the terminal has."""
+    with console.capture() as printed:
+        console.print(table, crop=False)
+    if max(cell_len(line.rstrip()) for line in printed.get().splitlines()) > console.width:
+        for column in table.columns:
+            column.max_width = column.min_width
+    return table
 
 
 def preparation_tables(output: str, report: dict[str, Any]) -> Iterator[RenderableType]:

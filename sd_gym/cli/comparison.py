@@ -100,14 +100,14 @@ def _trained(runs: list[Any], jobs: int, ray: str | None, imports: list[str]) ->
 
 def _print_comparison(folders: list[Path], *, as_markdown: bool) -> None:
     from sd_gym.agents.report import compare as results
-    from sd_gym.agents.report.terminal import comparison_tables
+    from sd_gym.agents.report.terminal import comparison_tables, fit
 
     rows = [results.cells(row) for row in results.compare(folders)]
     if as_markdown:
         print(results.markdown(results.COLUMNS, rows))
     else:
-        for table in comparison_tables(rows, terminal.console.width):
-            terminal.console.print(table, crop=False)  # a narrow terminal wraps it, and a file has all columns
+        for table in comparison_tables(rows):
+            terminal.console.print(fit(table, terminal.console), crop=False)  # a file has all columns
 
 
 def report(

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from rich.console import Console
-from sd_gym.agents.report.terminal import comparison_tables
+from sd_gym.agents.report.terminal import comparison_tables, fit
 from typer.testing import CliRunner
 
 import sd_gym
@@ -141,8 +141,8 @@ def test_a_comparison_fits_a_terminal_of_80_characters():
     cells += ["85.8% (100.0%)", "61.0% (-17.25)", "-0.237", "2.598", "-5.61", "85% / 86%", "-", "171 to 237", "0 of 2"]
     console = Console(width=80)
     with console.capture() as printed:
-        for table in comparison_tables([cells], console.width):
-            console.print(table, crop=False)
+        for table in comparison_tables([cells]):
+            console.print(fit(table, Console(width=80)), crop=False)
     lines = printed.get().splitlines()
     assert max(map(len, lines)) <= 80
     assert any("(-17.25)" in line for line in lines)
