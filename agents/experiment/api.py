@@ -180,6 +180,7 @@ def evaluate(
         else:
             evaluated = _policy_like(evaluated, policy_flops, core)
         splits = list(dict.fromkeys(("train", split)))  # observations are standardised by the training split
+        result = run.measure(selection, evaluated, split, splits, folder, last)
         if folder is not None:
             names = {"env": env_id, "algo": name or (origin.description["algo"] if origin else folder.resolve().name)}
             names |= {"named": name is not None or origin is not None, "agent_settings": {}}
@@ -191,8 +192,6 @@ def evaluate(
                 description["env_config"]["reward"]["objective"] = was.reward.objective
             if select:
                 description["confidence"] = confidence
-        result = run.measure(selection, evaluated, split, splits, folder, last)
-        if folder is not None:
             write_json(folder / "config.json", description)
             run.write_result(result, core, folder)
         return result

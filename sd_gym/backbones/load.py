@@ -1,6 +1,7 @@
 """Loading a backbone: bundled, from a local folder, or from the Hugging Face hub."""
 
 import hashlib
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,7 +66,11 @@ def resolve(name: str) -> str:
 
 
 def load_model(
-    name: str, *, head: type[Head] | None = None, num_labels: int | None = None
+    name: str,
+    *,
+    head: type[Head] | None = None,
+    num_labels: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model of a supported architecture, and its tokenizer, from safetensors or GGUF; no remote code runs.
 
@@ -76,6 +81,7 @@ def load_model(
         name: Bundled name, local folder, ``.gguf`` file, or hub id.
         head: The wanted head, new if the stored model has another one; ``None``: the stored one.
         num_labels: Number of classes of ``head``, which is new if the stored one has another number.
+        dtype: What the model computes in; ``None``: what it is stored in.
 
     Raises:
         FileNotFoundError: If there is no such folder, or the hub does not have it or cannot be reached.
@@ -93,6 +99,8 @@ def load_model(
     options |= file or {"use_safetensors": True}
     if num_labels is not None:
         options["num_labels"] = num_labels
+    if dtype is not None:  # not Module.to(), which would also round what stays in float32, as rotary frequencies
+        options["dtype"] = dtype
     with _backbone_errors(name, "its weights cannot be loaded"):
         model, info = getattr(transformers, auto_class).from_pretrained(
             path, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **options
@@ -175,17 +183,20 @@ def save_backbone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fo
     # config.json comes last, so a folder that has it is complete.
     mode = (temporary / "config.json").stat().st_mode
     for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
-        file.chmod(mode)  # safetensors makes files that only their owner can read
+        if file.is_dir():  # of further chat templates; a folder replaces only an empty one
+            shutil.rmtree(folder / file.name, ignore_errors=True)
+        else:
+            file.chmod(mode)  # safetensors makes files that only their owner can read
         file.replace(folder / file.name)
     temporary.rmdir()
 
 
-def load_own_backbone(name: str, device: str = "cpu") -> Backbone:
+def load_own_backbone(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Backbone:
     """Load a frozen backbone that is not shared, so a policy can be attached to it.
 
     Raises: see ``load_model`` and ``usable_device``.
     """
-    model, tokenizer = load_model(name)
+    model, tokenizer = load_model(name, dtype=dtype)
     # transformers hides the signature of Module.to
     model.to(usable_device(device)).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
     board = Switchboard(model)

@@ -56,6 +56,7 @@ class Switch:
         layer: Its layer.
         sublayer: What it switches.
         reads_input: Whether its stack reads the input, whose tokens can be dropped.
+        decodes: Whether its stack fills a key-value cache.
         modules: The switched modules, in execution order.
     """
 
@@ -65,12 +66,13 @@ class Switch:
     layer: nn.Module
     sublayer: Sublayer
     reads_input: bool
+    decodes: bool
     modules: list[nn.Module] = field(init=False, repr=False)
 
     @property
     def tags_cache(self) -> bool:
-        """Whether it tags a cache with the decision in force: the first self-attention of a decoder does."""
-        return self.stack == "decoder" and self.index == 0 and self.sublayer.kind == "attention"
+        """Whether it tags a cache with the decision in force: the first self-attention that fills it does."""
+        return self.decodes and self.index == 0 and self.sublayer.kind == "attention"
 
     def __post_init__(self) -> None:
         self.modules = [self.layer.get_submodule(path) for path in self.sublayer.modules]

@@ -15,12 +15,16 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 class RowSubsetLayer(CacheLayerMixin):
     """One layer of a cache that holds the keys and values of some rows; it replaces Hugging Face's layer.
 
-    ``inner`` is that layer. It stores ``[kept, heads, stored length, head size]`` of ``rows`` (int64 ``[kept]``,
-    ``None``: all) of ``batch`` rows, beams included. ``tag`` identifies the decision.
+    ``inner`` stores ``[kept, heads, stored length, head size]`` of ``rows`` (int64 ``[kept]``, ``None``: all) of
+    ``batch`` rows, beams included. It is the ``replaced`` layer, unless that would store too little. ``tag`` identifies
+    the decision.
     """
 
-    def __init__(self, inner: DynamicLayer, rows: Tensor | None, batch: int, tag: Any) -> None:
+    def __init__(
+        self, inner: DynamicLayer, rows: Tensor | None, batch: int, tag: Any, replaced: DynamicLayer | None = None
+    ) -> None:
         self.inner = inner
+        self.replaced = replaced or inner
         self.rows = rows
         self.batch = batch
         self.tag = tag
@@ -87,9 +91,15 @@ class RowSubsetLayer(CacheLayerMixin):
             self._take(place[beam_idx.to(self.rows.device)[self.rows]])
 
     def reset(self) -> None:
-        """Empty the cache."""
-        self.inner.reset()
-        self.length = 0
+        """Empty the cache: this becomes the layer that it replaced, which any decision, or none, may fill.
+
+        A layer does not know its cache, so it cannot put another one in its place.
+        """
+        replaced, own = self.replaced, vars(self)
+        replaced.reset()
+        own.clear()
+        own.update(vars(replaced))
+        self.__class__ = type(replaced)  # pyright: ignore[reportAttributeAccessIssue]
 
     def offload(self) -> None:
         """Move the kept rows to the CPU."""
@@ -102,6 +112,15 @@ class RowSubsetLayer(CacheLayerMixin):
     def crop(self, *_: Any) -> None:
         """Raise ``NotImplementedError``: assisted decoding, which crops, works only without decisions."""
         raise NotImplementedError("a cache that was filled under skip decisions cannot be cropped")
+
+    def batch_select_indices(self, *_: Any) -> None:
+        """Raise ``NotImplementedError``: row i of the decision would no longer be row i of the cache."""
+        raise NotImplementedError(
+            "the rows of a cache that was filled under skip decisions cannot be selected or repeated; run the prompts "
+            "of the new batch under its own decisions"
+        )
+
+    batch_repeat_interleave = batch_select_indices
 
     def refuse(self) -> None:
         """Raise ``ValueError``: the decision in force is not that of ``tag``."""
@@ -146,9 +165,7 @@ def row_subset_layer(
         )
     if inner.is_initialized:
         raise ValueError("this cache was filled outside the decision in force; start with an empty cache")
-    if whole:
-        inner = DynamicLayer()
-    cache.layers[layer] = subset = RowSubsetLayer(inner, rows, batch, tag)
+    cache.layers[layer] = subset = RowSubsetLayer(DynamicLayer() if whole else inner, rows, batch, tag, inner)
     return subset
 
 

@@ -130,7 +130,21 @@ def run_generate(scope: Scope, decision: Decision | None, inner: Any, *args: Any
             )
         return inner(*args, **kwargs)
     with Block(scope, replace(decision, generating=True, repeats=1, state=Pass(), tag_cell=[])), ending(streamer):
+        if decision.pending is not None:
+            _refuse_chunks(inner.__self__.target, *args, **kwargs)
         return inner(*args, **kwargs)
+
+
+def _refuse_chunks(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    """Raise ``ValueError`` if ``generate()`` would show only a part of the prompt to what decides while it is read."""
+    name, config = "prefill_chunk_size", args[1] if len(args) > 1 else kwargs.get("generation_config")
+    configured = getattr(config, name, None) or getattr(model.generation_config, name, None)
+    chunk = kwargs.get(name, configured)
+    if chunk is not None and not model.config.is_encoder_decoder:  # whose encoder reads the prompt as a whole
+        raise ValueError(
+            "decisions are made while the prompt is read, so generate() has to read it as a whole; leave "
+            f"{name}={chunk} out, or call decide()"
+        )
 
 
 def refuse_batching(decision: Decision | None, inner: Callable, *args: Any, **kwargs: Any) -> Any:

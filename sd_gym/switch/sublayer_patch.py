@@ -13,6 +13,8 @@ from sd_gym.switch.cache import RowSubsetLayer, cache_among, hidden_states, row_
 from sd_gym.switch.decision import Call, Decision
 
 _NESTED = Tensor, tuple, dict  # arguments of a module that may hold rows of the batch
+# Attentions whose masks name each pair of positions. Others, such as flash attention, assume positions without gaps.
+_FOLLOW_TOKENS = "eager", "sdpa"
 
 
 class Place(NamedTuple):
@@ -84,11 +86,7 @@ class SublayerPatch:
         self, decision: Decision, place: Place, call: Call, inner: Callable, args: tuple, kwargs: dict
     ) -> tuple:
         """Run the attention proper: its other arguments, its cache and its position bias follow the rows."""
-        if self.model.config._attn_implementation == "flex_attention":
-            raise NotImplementedError(
-                "flex_attention's masks cannot follow rows and tokens that are skipped; call "
-                "model.set_attn_implementation('sdpa')"
-            )
+        self._check_masks(call)
         layer = self._cache_layer(decision, call, cache_among(args, kwargs))
         shared = self._shared_bias(decision, call, layer, kwargs)
         args, kwargs = self._selected(decision, args, call), self._selected(decision, kwargs, call)
@@ -101,6 +99,16 @@ class SublayerPatch:
         if shared == (None,):  # the attention has made the bias, which is passed on to the next layers
             shared = output[1:2]
         return (self._scattered(call, output[0]) if place.is_last else output[0], *shared, *weights)
+
+    def _check_masks(self, call: Call) -> None:
+        """Raise ``NotImplementedError`` if the attention's masks cannot follow the rows or tokens that are skipped."""
+        name = self.model.config._attn_implementation
+        if name in _FOLLOW_TOKENS or (name != "flex_attention" and not call.drops):
+            return
+        what = "rows and tokens that are skipped" if name == "flex_attention" else "tokens that are dropped"
+        raise NotImplementedError(
+            f"the masks of {name!r} cannot follow {what}; call model.set_attn_implementation('sdpa')"
+        )
 
     def _call(self, decision: Decision, hidden: Tensor) -> Call:
         return Call(hidden, decision.rows_of(self.number, hidden), self._drops(decision))

@@ -79,8 +79,18 @@ class Switchboard:
                 f"the cross-attention of a {type(model).__name__} (config.add_cross_attention) has no switch; use a "
                 "model without it, or an encoder-decoder such as bart or t5"
             )
+        is_decoder = self.architecture.causal or getattr(model.config, "is_decoder", False)  # BERT may decode
+        self._causal = is_decoder  # whether positions of a single stack attend only to earlier positions
         self.switches = [
-            Switch(f"{stack.name}.{index}.{sublayer.kind}", stack.name, index, layer, sublayer, stack is stacks[0])
+            Switch(
+                f"{stack.name}.{index}.{sublayer.kind}",
+                stack.name,
+                index,
+                layer,
+                sublayer,
+                reads_input=stack is stacks[0],
+                decodes=is_decoder or stack.name == "decoder",
+            )
             for stack in stacks
             for index, layer in enumerate(stack.layers_in(model))
             for sublayer in stack.sublayers
@@ -292,8 +302,7 @@ class Switchboard:
             raise ValueError(f"keep is for {len(keep)} rows and skip for {rows}; they must agree")
         if not keep.any(axis=1).all():
             raise ValueError("keep leaves a row without any token; keep at least one per row")
-        causal = self.architecture.causal or getattr(self.model.config, "is_decoder", False)  # BERT may decode
-        return None if keep.all() else DroppedTokens(keep, causal, self._device)
+        return None if keep.all() else DroppedTokens(keep, self._causal, self._device)
 
     @property
     def _device(self) -> torch.device:

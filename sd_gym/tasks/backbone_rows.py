@@ -73,7 +73,7 @@ def _file_of(backbone: str) -> Path | None:
     if Path(backbone).exists() or not HUB_ID.fullmatch(backbone):
         file = Path(backbone) / ROWS
         return file if file.is_file() else None
-    from transformers.utils import cached_file  # takes seconds, and most backbones are folders
+    from transformers.utils.hub import cached_file  # takes seconds, and most backbones are folders
 
     missing = dict.fromkeys(("missing_entries", "connection_errors", "gated_repo"), False)
     found = cached_file(backbone, ROWS, **{f"_raise_exceptions_for_{kind}": value for kind, value in missing.items()})

@@ -1,7 +1,9 @@
 """A backbone that is broken is refused when it is loaded, and the error says what to do."""
 
+import copy
 import json
 import shutil
+import stat
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from safetensors.torch import load_file
 import sd_gym  # noqa: F401  (registers the ids)
 from sd_gym.backbones.checks import BackboneError
 from sd_gym.backbones.heads import LabelHead, SpanHead
-from sd_gym.backbones.load import BUNDLED, load_model
+from sd_gym.backbones.load import BUNDLED, load_model, save_backbone
 from tests.backbones.conftest import change_config, change_weights
 from tests.conftest import DECODER, ENCODER, ENCODER_DECODER, make_extractor, make_model, save
 
@@ -57,6 +59,17 @@ def test_every_architecture_loads_as_saved_and_with_new_heads(tmp_path, name, ti
         make_extractor(name).save_pretrained(tmp_path)
         load_model(str(tmp_path))
         assert load_model(str(tmp_path), head=LabelHead, num_labels=3)[0].config.num_labels == 3
+
+
+def test_a_folder_with_several_chat_templates_is_saved_again(tmp_path, tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.eos_token = "[SEP]"
+    for further in ("tools", "documents"):
+        tokenizer.chat_template = {"default": "a", further: "b"}
+        save_backbone(make_model("llama"), tokenizer, tmp_path)
+        (folder,) = (file for file in tmp_path.iterdir() if file.is_dir())
+        assert folder.stat().st_mode & stat.S_IXUSR  # without it, only root can read what is in it
+        assert load_model(str(tmp_path))[1].chat_template == tokenizer.chat_template
 
 
 def test_weights_as_a_pickle_are_not_read(folder):

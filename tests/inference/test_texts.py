@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 import sd_gym
 from sd_gym.backbones import load
 from sd_gym.tasks import cache
+from tests.backbones.conftest import change_weights
 from tests.conftest import save
 from tests.envs.conftest import trained
 from tests.serving.test_engine import few_masks
@@ -162,6 +163,31 @@ def test_in_bfloat16_the_policy_decides_in_float32(task, stages, tmp_path, tiny_
     assert model.fingerprints["backbone"] != core.backbone.weights
     with pytest.raises(ValueError, match="expected dtype to be one of float32, bfloat16, float16, got 'int8'"):
         sd_gym.load(artefact, dtype="int8")
+
+
+@pytest.mark.parametrize(("task", "dtype"), [("prompted", "bfloat16"), ("answered", "float16")])
+def test_a_model_in_half_precision_keeps_in_float32_what_transformers_does(task, dtype, tmp_path, tiny_tokenizer):
+    """As rotary frequencies, and a projection of T5; of all weights it is as transformers loads it."""
+    core, _, artefact, texts = trained(task, None, tmp_path, tiny_tokenizer)
+    model = sd_gym.load(artefact, dtype=dtype)
+    wanted = type(core.backbone.model).from_pretrained(tmp_path / "backbone", dtype=dtype)
+    tensors = [dict([*one.named_parameters(), *one.named_buffers()]) for one in (model.model, wanted)]
+    assert tensors[0].keys() == tensors[1].keys()
+    kinds = {tensor.dtype for tensor in tensors[1].values()}
+    assert {getattr(torch, dtype), torch.float32} <= kinds
+    for name, tensor in tensors[1].items():
+        assert tensors[0][name].dtype == tensor.dtype
+        assert torch.equal(tensors[0][name], tensor)
+    assert len(model(texts)) == len(texts)
+
+
+def test_weights_are_checked_as_they_are_stored(tmp_path, tiny_tokenizer):
+    *_, artefact, _ = trained("classification", None, tmp_path, tiny_tokenizer)
+    sd_gym.load(artefact, dtype="bfloat16")
+    change_weights(tmp_path / "backbone", lambda weights: weights["classifier.dense.bias"].add_(1))
+    with pytest.raises(ValueError, match="the weights are not those"):
+        sd_gym.load(artefact, dtype="bfloat16")
+    assert sd_gym.load(artefact, dtype="bfloat16", check_weights=False).model.dtype == torch.bfloat16
 
 
 def test_a_backbone_in_bfloat16_is_judged_by_evaluate(tmp_path, tiny_tokenizer):

@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, EncoderDecoderCache
 
 from sd_gym.switch import Switchboard
-from tests.conftest import DECODER, ENCODER_DECODER, make_inputs, make_model, row_of
+from tests.conftest import DECODER, ENCODER_DECODER, TINY, make_inputs, make_model, row_of
 from tests.switch.conftest import GENERATING, fresh_cache, random_decisions
 
 
@@ -99,6 +100,78 @@ def test_a_cache_goes_on_under_the_very_decision_that_filled_it(name):
                     continue
                 with pytest.raises(ValueError, match=r"filled (under a decision|outside)"):
                     model(**step, cache=copy.deepcopy(cache))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "bart", "t5"])
+@torch.inference_mode()
+def test_a_cache_that_was_emptied_is_as_a_new_one(name):
+    """Under any decision, or none, whatever decision had filled it."""
+    model, inputs = make_model(name), make_inputs(name)
+    board = Switchboard(model)
+    (skip, keep), (other, other_keep) = (random_decisions(board, 5, 7, seed) for seed in (0, 1))
+    other[0] = True
+    nothing = np.zeros_like(skip)
+    decisions = [(skip, None), (skip, keep), (other, other_keep), (nothing, None), (nothing, keep)]
+
+    def new():
+        layers = DynamicCache(config=model.config)  # has sliding windows, which a cache without config has not
+        return layers if name in DECODER else EncoderDecoderCache(layers, DynamicCache())
+
+    def own_layers(cache):
+        return [type(layer) for layer in getattr(cache, "self_attention_cache", cache).layers]
+
+    def run(decision, cache):
+        first = {**inputs, "use_cache": True, "cache": cache}
+        with board.decide(*decision):
+            logits = model(**first).logits
+            step = {**first, "decoder_input_ids" if name in ENCODER_DECODER else "input_ids": torch.full((5, 1), 5)}
+            if name in DECODER:
+                step["attention_mask"] = torch.cat(
+                    [inputs["attention_mask"], torch.ones(5, 1, dtype=torch.long)], dim=1
+                )
+            return torch.cat([logits, model(**step).logits], dim=1)
+
+    used = new()
+    for decision in (*decisions, *reversed(decisions)):
+        wanted = run(decision, new())
+        assert torch.equal(run(decision, used), wanted)
+        assert used.get_seq_length() == inputs.get("decoder_input_ids", inputs["input_ids"]).shape[1] + 1
+        used.reset()
+        assert used.get_seq_length() == 0
+        assert own_layers(used) == own_layers(new())
+
+
+@torch.inference_mode()
+def test_the_rows_and_positions_of_a_cache_stay_as_they_were_decided_on():
+    model = make_model("llama")
+    board = Switchboard(model)
+    skip = np.zeros((3, len(board)), int)
+    skip[0] = 1
+    with board.decide(skip):
+        cache = model(input_ids=torch.randint(4, 40, (3, 5)), use_cache=True).past_key_values
+        for change in (lambda: cache.batch_select_indices(torch.tensor([0])), lambda: cache.batch_repeat_interleave(2)):
+            with pytest.raises(NotImplementedError, match=r"rows of a cache .* cannot be selected or repeated; run"):
+                change()
+        with pytest.raises(NotImplementedError, match="cannot be cropped"):
+            cache.crop(-1)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "electra"])
+@torch.inference_mode()
+def test_an_encoder_that_decodes_goes_on_under_the_decision_that_filled_its_cache(name):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, is_decoder=True, vocab_size=40, pad_token_id=1, **TINY[name])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    board = Switchboard(model)
+    ids = torch.randint(4, 40, (3, 5))
+    skip = np.zeros((3, len(board)), int)
+    skip[0, board.names.index("encoder.1.feed_forward")] = 1
+    with board.decide(skip):
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        model(input_ids=ids[:, :1], cache=copy.deepcopy(cache))
+    for other in (0 * skip, skip[::-1]):
+        with board.decide(other), pytest.raises(ValueError, match="filled under a decision"):
+            model(input_ids=ids[:, :1], cache=cache)
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,5 +1,7 @@
 """Whole layers, encoders and ``generate()`` under a decision."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -87,3 +89,38 @@ def test_continuous_batching_is_refused_under_a_decision():
         pytest.raises(NotImplementedError, match=r"generate_batch\(\).*without decisions; call generate\(\)"),
     ):
         model.init_continuous_batching()  # as generate_batch() does
+
+
+@pytest.mark.parametrize("name", ["llama", "mbart"])
+def test_who_decides_while_the_prompt_is_read_sees_all_of_it(name):
+    """Some models read it in parts; encoder-decoders read only what is generated in parts."""
+    model, inputs = make_model(name), make_inputs(name, side="left" if name in DECODER else "right")
+    board = Switchboard(model)
+    prompt = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    config = copy.deepcopy(model.generation_config)
+    config.prefill_chunk_size = 3
+    seen = []
+
+    def choose(state):
+        seen.append(state.hidden.shape[1])
+        return mixed(board, 5), None
+
+    def generate(*args, **settings):
+        with board.decide_in_pass(choose):
+            return model.generate(*args, **prompt, **settings, max_new_tokens=2, do_sample=False)
+
+    whole = generate()
+    for args, settings in (((), {"prefill_chunk_size": 3}), ((), {"generation_config": config}), ((None, config), {})):
+        if name in DECODER:
+            with pytest.raises(ValueError, match=r"as a whole; leave prefill_chunk_size=3 out, or call decide\(\)"):
+                generate(*args, **settings)
+        else:
+            assert torch.equal(generate(*args, **settings), whole)
+    model.generation_config = config
+    assert torch.equal(generate(prefill_chunk_size=None), whole)
+    if name in DECODER:
+        with pytest.raises(ValueError, match="leave prefill_chunk_size=3 out"):
+            generate()
+        with board.decide(mixed(board, 5)):
+            assert torch.equal(model.generate(**prompt, max_new_tokens=2, do_sample=False), whole)
+    assert set(seen) == {7}

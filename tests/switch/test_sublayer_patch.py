@@ -5,6 +5,9 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import flash_attention_mask
 from transformers.pytorch_utils import Conv1D
 
 from sd_gym.switch import FlopsModel, Switchboard
@@ -21,6 +24,35 @@ def test_flex_attention_is_refused_before_it_runs(kind):
     for skip, kept in ((mixed(board, 5), None), (0 * mixed(board, 5), keep)):
         with pytest.raises(NotImplementedError, match=r"set_attn_implementation\('sdpa'\)"):
             logits(board, skip, inputs, kept)
+
+
+def test_dropped_tokens_are_refused_where_masks_do_not_name_pairs_of_positions(kind):
+    """As those of flash attention, which runs on no CPU; rows are skipped exactly."""
+    model, inputs = make_model(kind), make_inputs(kind)
+    board = Switchboard(model)
+    skip, keep = mixed(board, 5), np.ones((5, 7), int)
+    wanted = logits(board, skip, inputs)
+    AttentionInterface.register("lengths", _attend_to_lengths)
+    AttentionMaskInterface.register("lengths", flash_attention_mask)
+    model.set_attn_implementation("lengths")
+    counted = inputs["attention_mask"].bool() if kind == "llama" else slice(None)
+    torch.testing.assert_close(logits(board, skip, inputs)[counted], wanted[counted], rtol=1e-4, atol=1e-4)
+    keep[:3, 2] = 0
+    for kept in (keep, keep[:1].repeat(5, axis=0)):
+        with pytest.raises(
+            NotImplementedError, match=r"'lengths' cannot .*; call model\.set_attn_implementation\('sdpa"
+        ):
+            logits(board, 0 * skip, inputs, kept)
+
+
+def _attend_to_lengths(module, query, keys, values, mask, is_causal=None, **settings):
+    """Attention under a mask of keys, ``[batch, keys]``, as flash attention has it."""
+    allowed = torch.ones(len(query), 1, query.shape[2], keys.shape[2], dtype=torch.bool)
+    if mask is not None:
+        allowed = allowed & mask[:, None, None].bool()
+    if module.is_causal if is_causal is None else is_causal:
+        allowed = allowed.tril() | torch.eye(*allowed.shape[2:], dtype=torch.bool)
+    return sdpa_attention_forward(module, query, keys, values, allowed, is_causal=False, **settings)
 
 
 @torch.inference_mode()
