@@ -112,7 +112,7 @@ def in_torch(policy: SkipPolicy, *, compiles: bool) -> list[Way]:
     if compiles:
         try:
             ways += both("compiled", sd_gym.load(policy, compile=True))
-        except ValueError as refused:  # several stages, or generated texts
+        except ValueError as refused:  # it decides in the pass, or generates texts
             print(refused)
     return ways
 

@@ -128,11 +128,11 @@ def damaged_checkpoint(file: Path, error: Exception) -> str:
 def file_states(path: str | Path) -> tuple[tuple[str, int, int], ...]:
     """Name, time in ns and size of a file, or of each file in a folder; they change when a file is written again.
 
-    Of its subfolders only ``data`` counts, where copies of hub data sets have their files. Empty if there is no such
+    Of its subfolders the first level counts, where copies of hub data sets have their files. Empty if there is no such
     path, as for an id of the Hugging Face hub.
     """
     path, found = Path(path), []
-    for file in sorted([*path.glob("*"), *path.glob("data/*")]) if path.is_dir() else [path]:
+    for file in sorted([*path.glob("*"), *path.glob("[!.]*/*")]) if path.is_dir() else [path]:
         with suppress(FileNotFoundError):  # another program may have removed it
             status = file.stat()
             if S_ISREG(status.st_mode):

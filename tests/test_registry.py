@@ -120,11 +120,13 @@ def test_the_command_line_imports_a_users_modules(things, tmp_path):
     assert result.exit_code == 0, output
     assert (tmp_path / "again" / "result.png").exists()
 
-    result, output = run("compare", folder, tmp_path / "again", tmp_path, things, "--markdown", "--import", things)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    result, output = run("compare", folder, tmp_path / "again", empty, things, "--markdown", "--import", things)
     assert result.exit_code == 0, output
     assert re.search(r"\| Own/Reviews-v0 \| my-ppo \| 4, hash .* [01] of 1 \|", output)  # evaluated twice, trained once
     assert "counted once" in output
-    assert f"ignored, as they hold no result.json of a test split: {tmp_path}, {things}" in output
+    assert f"ignored, as they hold no result.json of a test split: {empty}, {things}" in output
     options = ["--env", "Own/Reviews-v0", "--steps", 2, "--output", tmp_path / "prepared", "--import", things]
     backbone = description["env_config"]["backbone"]["name"]
     result, output = run(

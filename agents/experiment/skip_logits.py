@@ -15,6 +15,7 @@ from sd_gym.envs.protocols import Observations
 from sd_gym.envs.shared import shared_core
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.policy import DecisionPolicy
+from sd_gym.tasks.splits import Splits
 
 
 def skip_logits_of_run(folder: Path, overrides: dict[str, Any]) -> tuple[EnvConfig, dict[str, NDArray]]:
@@ -30,8 +31,14 @@ def skip_logits_of_run(folder: Path, overrides: dict[str, Any]) -> tuple[EnvConf
     data, logits = shared_core(config), {}
     if not (isinstance(core, BackboneCore) and isinstance(data, BackboneCore)):
         raise ValueError(f"{folder} is a run on a table; expected one on an env with a backbone")
+    plain = Splits(config.data, config.task)  # which the backbone is prepared on
     for name in ("train", "validation"):
         split = data.split(name)
+        if split.instances.hash != plain[name].hash:
+            raise ValueError(
+                f"the rows of {name} are others without those that the backbone knows, so the policy's decisions would "
+                "go to other rows; pass data whose splits share no texts"
+            )
         batches = row_batches(core, np.arange(len(split)))
         logits[name] = np.concatenate([_skip_logits(core, policy, split, rows) for rows in batches])
     return config, logits

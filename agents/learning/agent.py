@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
-from sd_gym.agents.learning.decisions import Version, versions
+from sd_gym.agents.learning.decisions import DENSE_MARGIN, Version, versions
 from sd_gym.agents.learning.warm_start import staged_from_single, staged_from_tokens
+from sd_gym.agents.runs.folder import read_result
 from stable_baselines3.common.logger import Logger
 from torch import nn
 
@@ -292,6 +293,8 @@ class Agent(BaseAgent[SettingsT]):
     def _load_start(self, folder: Path) -> DecisionPolicy:
         """The policy to start from. One that decides once is converted to several stages, if none is the answer."""
         start, core = DecisionPolicy.load(folder), self.env.core
+        if (folder / "result.json").is_file() and read_result(folder).get("margin") == DENSE_MARGIN:
+            start = start.with_margin(-DENSE_MARGIN)  # dense was selected; nothing could be learned from that
         if start.codebook is not None and (start.noise != "none" or (start.stages == ["first"] and core.is_staged)):
             raise ValueError(
                 f"the policy in {folder} cannot be a start here: it decides only among a few masks. Take a run of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from functools import partial
 from pathlib import Path
@@ -245,6 +246,7 @@ class SB3Agent(Agent[SB3SettingsT]):
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:
         """See ``BaseAgent.learn``."""
         algorithm, core = self.algorithm, self.env.core
+        warn_if_one_rollout(total_steps, self._vec_env.num_envs * self.settings.n_steps)
         self._vec_env.deviation = noise_deviation(core, self.env.config.split, self.settings.noise, total_steps)
         done = algorithm.num_timesteps // self.stages
         algorithm.set_logger(CurveLogger(logger, total_steps, done, self.stages))
@@ -305,3 +307,10 @@ class SB3Agent(Agent[SB3SettingsT]):
 
 def _modules(policy: DecisionPolicy) -> tuple[nn.Module, nn.Module, nn.Module]:
     return policy.token_encoder, policy.body, policy.head
+
+
+def warn_if_one_rollout(steps: int, rollout: int) -> None:
+    """Warn if nothing is learned: the learning rate has fallen to 0 when the last rollout is learned from."""
+    if steps <= rollout:
+        message = f"{steps} steps are at most one rollout of {rollout}, so nothing is learned"
+        warnings.warn(f"{message}; pass more steps, or smaller n_steps and num_envs", stacklevel=3)

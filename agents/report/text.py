@@ -106,7 +106,12 @@ def _against_controls(env: EnvRuns, best: AgentRuns) -> list[str]:
     sentences, by_algo = [], {agent.runs[0].config["algo"]: agent for agent in reversed(env.agents)}
     if hull := by_algo.get("hull"):
         every = best.score.min() > hull.score.max()
-        if enough_runs([best.score], [hull.score]):
+        if not hull.kept.all():
+            every = True
+            sentences.append(
+                "The best mixture of masks (hull) is not shown to keep the quality, so there is none to compare with."
+            )
+        elif enough_runs([best.score], [hull.score]):
             sentences.append(_against([best], [hull]))
         else:
             sentences.append(

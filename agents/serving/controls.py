@@ -121,9 +121,10 @@ class Played(NamedTuple):
 
     @property
     def shares(self) -> Array:
-        """Share of each operating point in the answers of all episodes, ``[dials, points]``."""
+        """Share of each operating point in the answers of all episodes, ``[dials, points]``; without answers, dense."""
         answers = self.answers.sum(axis=1)
-        return answers / np.maximum(answers.sum(axis=1, keepdims=True), 1)
+        answers[~answers.any(axis=1), 0] = 1
+        return answers / answers.sum(axis=1, keepdims=True)
 
 
 def play(

@@ -7,6 +7,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray as Array
 from pydantic import Field
+from sd_gym.agents.learning.sb3 import warn_if_one_rollout
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
@@ -130,6 +131,7 @@ def learn_dials(
         "device": "cpu",
     }
     queues = PricedQueues(env, seed)
+    warn_if_one_rollout(steps, settings.num_envs * n_steps)
     algorithm: OnPolicyAlgorithm
     if algo == "ppo":
         minibatch = max(2, settings.num_envs * n_steps // 4)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray as Array
+from scipy.stats import norm
 from sd_gym.agents.learning.agent import NotApplicableError, checked_settings
 from sd_gym.agents.runs.folder import run_description
 from sd_gym.agents.runs.guarantee import guarantee, measured_loss
@@ -98,7 +99,7 @@ def _undominated(
     played = play(config, networks, "train", SEARCH_EPISODES, on_progress)
     loss, goodput = played.shares @ expected_loss(config), played.goodput.mean(axis=1)
     front = pareto_front(goodput, loss)
-    return [networks[number] for number in front], np.isin(front, lower_hull(loss, -goodput).number)
+    return [networks[number] for number in front], np.isin(front, lower_hull(loss * goodput, -goodput).number)
 
 
 def _selected(
@@ -107,8 +108,10 @@ def _selected(
     """Select a dial by fixed-sequence testing on validation rows and arrivals, save it, and test all dials."""
     quality = outcomes(config, "validation").quality
     passed = 0
-    for shares in play(config, tried, "validation", SEARCH_EPISODES).shares:
-        if verdict(quality @ shares, quality[:, 0], config.epsilon, confidence) != Verdict.KEPT:
+    played = play(config, tried, "validation", EPISODES)
+    for shares, error in zip(played.shares, _arrival_errors(config, played), strict=True):
+        epsilon = config.epsilon - norm.ppf(confidence) * error
+        if verdict(quality @ shares, quality[:, 0], epsilon, confidence) != Verdict.KEPT:
             break
         passed += 1
     chosen = tried[passed - 1] if passed else controls.fixed(config)[0]
@@ -116,11 +119,36 @@ def _selected(
     tested, dense = play(config, tried, "test", EPISODES), _play_dense(config, EPISODES)
     result = _measured(config, Played(*(values[[passed - 1]] for values in tested)) if passed else dense)
     result["guarantee"] = f"{guarantee(len(quality), config.epsilon, confidence, passed == 0)}; {measured_loss(result)}"
-    # Random mixtures of the dials on the hull and dense, which loses nothing.
-    loss = np.append(tested.shares[on_hull] @ outcomes(config, "test").cost.mean(axis=0), 0.0)
-    hull = lower_hull(loss, -np.append(tested.goodput[on_hull].mean(axis=1), dense.goodput.mean()))
-    at = -np.interp(np.array(FRONT) * config.epsilon, hull.loss, hull.flops)
-    return result | {"goodput_at": _at_front(at)}
+    loss = np.append(tested.shares[on_hull] @ outcomes(config, "test").cost.mean(axis=0), 0.0)  # dense loses nothing
+    goodput = np.append(tested.goodput[on_hull].mean(axis=1), dense.goodput.mean())
+    return result | {"goodput_at": _at_front(goodput_at(loss, goodput, np.array(FRONT) * config.epsilon))}
+
+
+def _arrival_errors(config: ServingConfig, played: Played) -> Array:
+    """Standard error of each dial's mean loss per answer, as episodes have other arrivals, ``[dials]``.
+
+    Of a ratio of two sums over episodes: of losses, by policy rows, and of answers.
+    """
+    answers = played.answers.sum(axis=2)  # [dials, episodes]
+    lost, total = played.answers @ expected_loss(config), np.maximum(answers.sum(axis=1), 1)
+    residual = lost - (lost.sum(axis=1) / total)[:, None] * answers
+    return residual.std(axis=1, ddof=1) * answers.shape[1] ** 0.5 / total
+
+
+def goodput_at(loss: Array, goodput: Array, limits: Array) -> Array:
+    """The highest goodput of random mixtures of dials that lose at most ``limits`` per answer; a dial loses nothing.
+
+    A mixture's loss per answer counts bold dials more, which answer more. So goodput and loss per request are mixed,
+    and the best mixture is where their hull meets the limit.
+    """
+    lost, negative, _ = lower_hull(loss * goodput, -goodput)
+    best = []
+    for limit in limits:
+        over = lost + limit * negative  # what a request loses above the limit
+        last = int(np.flatnonzero(over <= 0)[-1])
+        ends = slice(last, last + 2)
+        best.append(-np.interp(0.0, over[ends], negative[ends]))
+    return np.array(best)
 
 
 def _play_dense(config: ServingConfig, episodes: int) -> Played:

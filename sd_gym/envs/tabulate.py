@@ -223,7 +223,7 @@ class TableMaker:
                 described["judgement"] = list(core.backbone.head.judgement)
         if self.units is not None:
             described["units"] = self.units._asdict()
-        return _without_paths(described) if self.share else described
+        return _without_paths({**described, "share": True}) if self.share else described
 
     def _begin(self, description: dict[str, Any], resume: bool) -> bool:
         """Begin the folder, or check that it holds this table; returns whether the table is complete."""
@@ -348,7 +348,10 @@ def _without_paths(value: Any) -> Any:
         return {key: _without_paths(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_without_paths(inner) for inner in value]
-    return Path(value).name if isinstance(value, str) and os.sep in value and Path(value).exists() else value
+    if not isinstance(value, str) or os.sep not in value:
+        return value
+    path, comma, more = value.partition(", ")  # a copy of a hub data set, and its subset
+    return value if not Path(path).exists() else Path(path).name + comma + more
 
 
 def _bound(values: Array) -> Any:

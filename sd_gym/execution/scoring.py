@@ -239,7 +239,8 @@ class Scoring:
         """The metric of the rows under the decisions, by name; empty where it is the mean quality."""
         decisions = self._answering(decisions)
         name, kind = self._settings.metric, self._settings.kind
-        if kind == "agreement" or name == "exact_match" or (name == ACCURACY and kind == "exact_match"):
+        is_mean = name == ACCURACY and (kind == "exact_match" or self._head.name == "score")
+        if kind == "agreement" or name == "exact_match" or is_mean:
             return {}
         of_texts = METRICS.find(name).of_text is not None
         if of_texts or self._head.gives != "label":  # accuracy of a class's name as a text

@@ -25,7 +25,7 @@ from sd_gym.tasks.difficulty import quartiles
 from sd_gym.tasks.encoding import encode
 from sd_gym.tasks.family import TASKS
 from sd_gym.tasks.marked_text import MarkedText, marked_texts
-from sd_gym.tasks.metrics import ACCURACY, METRICS
+from sd_gym.tasks.metrics import ACCURACY, METRICS, OF_CLASSES
 from sd_gym.tasks.ranking import in_batches, training_rarity
 from sd_gym.tasks.splits import Splits, answered_densely
 from sd_gym.tasks.token_dropping import TokenDropping
@@ -119,6 +119,8 @@ class BackboneSplit:
         metric, kind = config.quality.metric, config.quality.kind
         if gives == "text" and kind in ("exact_match", "balanced", "agreement"):
             self._check_greedy(kind)
+        if self.head.name == "score" and metric in OF_CLASSES:
+            raise ValueError(f"config key 'quality.metric': {name!r} gives a score, and {metric} compares classes")
         if gives != "label" and kind != "agreement" and METRICS.find(metric).of_text is None and metric != ACCURACY:
             expected = f"which compares classes or scores; expected {ACCURACY}, or a metric of texts"
             raise ValueError(f"config key 'quality.metric': {name!r} gives a {gives}, got {metric!r}, {expected}")

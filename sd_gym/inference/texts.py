@@ -81,6 +81,7 @@ class SkippingModel(TextModel):
             self.backbone = loads(chosen)
         if compile:
             _check_compiles(policy, self.backbone.head)
+        self._compiles = compile
         self._bank = Bank(self.backbone.board, compiles=compile)
         self.tokenizer = self.backbone.tokenizer
         checks = check_weights and chosen is None
@@ -105,7 +106,7 @@ class SkippingModel(TextModel):
         split.passes.most = batch_size
         if dense:
             return self.answered(split, None)
-        if self.policy.is_staged and len(texts) == 1 and not self._bank.compiles:  # in the pass: nothing to group
+        if self.policy.is_staged and len(texts) == 1 and not self._compiles:  # in the pass: nothing to group
             return self.answered(split, self._no_skips(split), known=False)
         return self.answered(split, self.decided_at([self.policy], split)[0])
 
@@ -153,7 +154,7 @@ class SkippingModel(TextModel):
         if decided is None or not self.policy.is_staged:
             answers = split.passes.answers(rows, decisions)
             costs = first_costs = self.costs(split)
-        elif self._bank.compiles:
+        elif self._compiles:
             answers, went_on = self._compiled_answers(split, decisions)
             costs = first_costs = self.costs(split)
         else:
@@ -162,7 +163,7 @@ class SkippingModel(TextModel):
             answers = passes.answers(rows, decisions)
             decisions, went_on = passes.masks, passes.went_on
             costs, first_costs = self.costs(split), self.costs(split, passes.first_generated)
-        again = costs.dense_flops(rows) if self._bank.compiles else costs.going_on(rows, decisions)
+        again = costs.dense_flops(rows) if self._compiles else costs.going_on(rows, decisions)
         flops = first_costs.flops(rows, decisions) + went_on * again
         if decided is not None:
             flops = flops + self.own_flops(split)

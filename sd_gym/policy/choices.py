@@ -34,11 +34,15 @@ def groups_of(nvec: list[int]) -> list[Group]:
 
 
 def bounded(logits: Tensor, lowest: float) -> Tensor:
-    """Log-probabilities ``[..., size]`` of the choices with these logits; each probability is at least ``lowest``."""
-    log_prob = logits.log_softmax(dim=-1)
+    """Log-probabilities ``[..., size]`` of the choices with these logits; each probability is at least ``lowest``.
+
+    Of very many choices, half of the probability is shared evenly: more would hide which ones are preferred.
+    """
+    log_prob, size = logits.log_softmax(dim=-1), logits.shape[-1]
     if lowest == 0:
         return log_prob
-    return torch.log((1 - logits.shape[-1] * lowest) * log_prob.exp() + lowest)
+    lowest = min(lowest, 0.5 / size)
+    return torch.log((1 - size * lowest) * log_prob.exp() + lowest)
 
 
 def with_noise(logits: Tensor, observations: Tensor | dict[str, Tensor], noise: Noise) -> Tensor:

@@ -23,6 +23,7 @@ from sd_gym.registry import Registry
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 ACCURACY = "accuracy"
+OF_CLASSES = "f1", "matthews"
 SLACK = 1e-6  # libraries round: sacrebleu gives up to 100.00000000000004
 
 # From a text and its references to a score in [0, 1], or to several by name.

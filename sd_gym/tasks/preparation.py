@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from sd_gym.backbones.checks import check_positions, has_bf16, positions_of, usable_device
 from sd_gym.backbones.draws import layer_importance
 from sd_gym.backbones.heads import head_of
+from sd_gym.backbones.heads.label import labels_of
 from sd_gym.backbones.load import head_stored_with, load_model, save_backbone
 from sd_gym.backbones.prepare import Recipe, freeze_observation, prepare
 from sd_gym.config import SPLITS, BackboneConfig, DataConfig, TokensConfig
@@ -196,8 +197,10 @@ def _switchable(
         head, label2id = family.head_to_prepare(stored, backbone.answers, train)
         if head is None and (stored is None or stored.gives not in family.gives):
             raise ValueError(f"the backbone {backbone.name!r} does not generate text, which {task} needs")
-    model, tokenizer = load_model(backbone.name, head=head, num_labels=None if label2id is None else len(label2id))
-    if label2id is not None:
+    # In float32 whatever it is stored in: in half precision most updates would be rounded away.
+    count = None if label2id is None else len(label2id)
+    model, tokenizer = load_model(backbone.name, head=head, num_labels=count, dtype=torch.float32)
+    if label2id is not None and label2id.keys() != labels_of(model.config).keys():  # else its head knows their order
         model.config.label2id = label2id
         model.config.id2label = {index: word for word, index in label2id.items()}
     check_positions(backbone, positions_of(model), tokenizer, head_of(model))

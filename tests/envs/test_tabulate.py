@@ -20,7 +20,7 @@ from sd_gym.config import SPLITS
 from sd_gym.envs import ConfigError
 from sd_gym.envs.config import load_config
 from sd_gym.envs.shared import shared_core
-from sd_gym.envs.tabulate import _qualities, _smallest
+from sd_gym.envs.tabulate import _qualities, _smallest, _without_paths
 from sd_gym.execution.scoring import Scoring
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.files import map_arrays
@@ -234,3 +234,16 @@ if __name__ == "__main__":
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=240, check=False)
     assert ended.returncode == -signal.SIGTERM
     assert ended.stdout
+
+
+def test_a_table_that_is_not_to_be_shared_does_not_become_one_that_is(tmp_path, table_source):
+    env_id, keys = table_source
+    sd_gym.tabulate(env_id, tmp_path / "table", decisions="random:3", **keys)
+    with pytest.raises(ValueError, match="share; choose another --output"):
+        sd_gym.tabulate(env_id, tmp_path / "table", decisions="random:3", share=True, resume=True, **keys)
+
+
+def test_paths_leave_a_shared_table_with_what_follows_them(tmp_path):
+    said = {"file": f"{tmp_path}, main", "backbone": str(tmp_path), "prompt": "a/b, c", "task": "classification"}
+    wanted = {"file": f"{tmp_path.name}, main", "backbone": tmp_path.name}
+    assert _without_paths(said) == {**said, **wanted}

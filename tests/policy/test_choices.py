@@ -1,11 +1,13 @@
 """From logits to choices: all components at once are each alone."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
 from sd_gym.policy import DecisionPolicy
+from sd_gym.policy.choices import bounded
 from tests.policy.conftest import policy_of
 
 
@@ -38,3 +40,12 @@ def test_a_users_pick_gets_each_component(nvec, seed):
     chosen = policy.choose(logits, lambda choices: choices.argmin(dim=1))
     one_by_one = torch.stack([part.argmin(dim=1) for part in logits.split(nvec, dim=1)], dim=1)
     assert torch.equal(chosen, one_by_one)
+
+
+@pytest.mark.parametrize("size", [2, 7, 25, 1300])
+def test_exploration_keeps_the_order_of_however_many_choices(size):
+    logits = torch.linspace(-1, 2, size)
+    shares = bounded(logits, 0.2).exp()
+    assert shares.sum() == pytest.approx(1, abs=1e-4)
+    assert (shares.diff() >= 0).all()
+    assert shares.min() >= min(0.2, 0.5 / size) - 1e-6

@@ -13,6 +13,7 @@ from sd_gym.agents.experiment.run import load_run, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
+from sd_gym.backbones.load import load_model
 from sd_gym.backbones.prepare import Recipe
 from sd_gym.cli import app
 from sd_gym.config import BackboneConfig, DataConfig
@@ -271,3 +272,17 @@ def test_either_a_backbone_or_a_policy(tmp_path):
         result = CliRunner().invoke(app, ["prepare", "--output", str(tmp_path / "o"), *options])
         assert result.exit_code == 2
         assert "pass either --backbone, or --policy" in " ".join((result.output + result.stderr).split())
+
+
+@pytest.mark.parametrize("stored_as", ["float32", "bfloat16"])
+def test_a_stored_head_keeps_its_order_of_classes_and_is_tuned_in_float32(stored_as, tmp_path, tiny_tokenizer):
+    model = make_model("bert")
+    model.config.id2label, model.config.label2id = {0: "positive", 1: "negative"}, {"positive": 0, "negative": 1}
+    stored = save(model.to(getattr(torch, stored_as)), tiny_tokenizer, tmp_path / "stored")
+    rows = [{"text": f"food {n}", "label": ["positive", "negative"][n % 2]} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = BackboneConfig(name=str(stored)), DataConfig(dataset=str(tmp_path / "rows.jsonl")), "classification"
+    prepare_backbone(*arguments, tmp_path / "prepared", recipe=Recipe(2, 0.003))
+    prepared, _ = load_model(str(tmp_path / "prepared"))
+    assert prepared.config.id2label == {0: "positive", 1: "negative"}
+    assert prepared.dtype == torch.float32

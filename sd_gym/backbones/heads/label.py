@@ -60,7 +60,8 @@ class LabelHead(Head):
         return nothing_generated(self._labels(instances))
 
     def _labels(self, instances: Sequence[Instance]) -> Tensor:
-        return torch.tensor([class_index(instance, self.label2id) for instance in instances])
+        named = all(str(instance.target) in self.label2id for instance in instances)
+        return torch.tensor([class_index(instance, self.label2id, named=named) for instance in instances])
 
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
         """1.0 where the most probable class is the right one."""
@@ -100,13 +101,16 @@ def labels_of(config: PretrainedConfig) -> dict[str, int]:
     return {str(name): int(index) for name, index in config.label2id.items()}
 
 
-def class_index(instance: Instance, label2id: Mapping[str, int]) -> int:
-    """The class index of an instance's label; DataError if the label is not one of the classes."""
+def class_index(instance: Instance, label2id: Mapping[str, int], *, named: bool) -> int:
+    """The class index of an instance's label; DataError if the label is not one of the classes.
+
+    ``named``: whether all labels of the data are names of classes. If they are not, numbers are indices.
+    """
     target = instance.target
-    if str(target) in label2id:  # a number that is a class's name is that class
-        return label2id[str(target)]
-    if isinstance(target, int) and target < len(label2id):
+    if isinstance(target, int) and not named and target < len(label2id):
         return target
+    if str(target) in label2id and (named or not isinstance(target, int)):
+        return label2id[str(target)]
     raise DataError(
         f"{instance.place}: label {short(target)} is not one of the backbone's {len(label2id)} classes: "
         f"{', '.join([*label2id][:20])}{' ...' if len(label2id) > 20 else ''}"

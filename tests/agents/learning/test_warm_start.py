@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 from sd_gym.agents.experiment.run import _reduced
+from sd_gym.agents.learning.decisions import DENSE_MARGIN
 from sd_gym.agents.registry import make_agent
 
+import sd_gym
 from sd_gym.policy import DecisionPolicy
 from tests.agents.conftest import STAGED, STAGES, bold, staged_settings, walked
 
@@ -96,3 +98,15 @@ def test_a_start_that_would_not_decide_as_it_did_is_refused(make_env, tmp_path):
     policy.save(tmp_path / "mixture")
     with pytest.raises(ValueError, match="only among a few masks"):
         make_agent("ppo", env, start=tmp_path / "mixture")
+
+
+@pytest.mark.parametrize("algo", ["reinforce", "ppo"])
+def test_a_run_that_selected_dense_is_a_start_as_it_was_learned(algo, tmp_path):
+    trec = "SD/Classification-TREC-Table-v1"
+    result = sd_gym.train(trec, "imitation", tmp_path / "first", steps=64, epochs=1, epsilon=1e-4)
+    assert result["margin"] == DENSE_MARGIN
+    env = gym.make_vec(trec, num_envs=4).unwrapped
+    policy = make_agent(algo, env, start=tmp_path / "first").policy()
+    assert policy.head.bias.abs().max() < 100
+    rows = np.arange(64)
+    assert policy.decide(env.core.observe(env.core.split("train"), rows)).any()

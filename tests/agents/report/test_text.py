@@ -122,6 +122,8 @@ def test_an_agent_that_does_not_beat_the_hull_is_said_to_have_learned_nothing_of
     alone = words([*seeds(run, "a2c", [0.4, 0.42]), run("hull", 7, flops=0.6)])
     assert "Every run of it saves more than the best mixture of masks (hull), 60.0%" in alone
     assert nothing not in alone
+    alone = words([*seeds(run, "a2c", [0.4, 0.42]), run("hull", 8, flops=0.3, kept=False)])
+    assert "hull) is not shown to keep the quality" in alone
 
 
 def test_over_all_envs_agents_are_compared_that_ran_on_all(run):

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from sd_gym.agents.learning.agent import NotApplicableError
 from sd_gym.agents.report.collect import collect
 from sd_gym.agents.serving import controls
-from sd_gym.agents.serving.controls import play
+from sd_gym.agents.serving.controls import Played, play
 from sd_gym.agents.serving.learn import DialSettings, PricedQueues, learn_dials
+from sd_gym.agents.serving.run import _arrival_errors, goodput_at
 from stable_baselines3.common.logger import configure
 from typer.testing import CliRunner
 
@@ -197,3 +198,34 @@ def test_a_network_of_another_env_is_refused(config):
         Dial(config, expected_loss(config), Network([(np.zeros((4, 3)), np.zeros(3))]))
     with pytest.raises(FileNotFoundError, match="sd-gym train"):
         Dial.load("nowhere")
+
+
+@given(st.integers(0, 2**16), st.integers(1, 4))
+@settings(max_examples=25, deadline=None)
+def test_the_goodput_at_a_loss_is_that_of_the_best_mixture(seed, dials):
+    random = np.random.default_rng(seed)
+    goodput, loss = np.sort(random.uniform(0.2, 1, dials + 1)), np.append(0, random.uniform(0, 0.1, dials))
+    limits = random.uniform(0.001, 0.1, 3)
+    share = np.linspace(0, 1, 501)[:, None, None]
+    mixed = share * goodput + (1 - share) * goodput[:, None]
+    lost = share * goodput * loss + (1 - share) * (goodput * loss)[:, None]
+    best = [mixed[lost <= limit * mixed + 1e-12].max() for limit in limits]
+    np.testing.assert_allclose(goodput_at(loss, goodput, limits), best, atol=3e-3)
+
+
+def test_the_loss_of_a_dial_is_as_sure_as_its_arrivals(config):
+    played = play(config, [controls.fixed(config)[4], *controls.threshold(config)[::15]], "validation", 6)
+    fixed, *thresholds = _arrival_errors(config, played)
+    assert fixed == pytest.approx(0, abs=1e-12)
+    assert max(thresholds) > 1e-5
+
+
+def test_a_dial_that_answers_nothing_is_dense_not_worthless():
+    played = Played(np.array([[[0, 0], [0, 0]], [[1, 0], [0, 3]]]), np.array([[5, 5], [4, 2]]))
+    np.testing.assert_array_equal(played.shares, [[1, 0], [0.25, 0.75]])
+    np.testing.assert_array_equal(played.goodput[0], 0)
+
+
+def test_steps_of_one_rollout_teach_nothing_and_it_says_so(tmp_path):
+    with pytest.warns(UserWarning, match="64 steps are at most one rollout of 64, so nothing is learned"):
+        sd_gym.train(TREC, "ppo", tmp_path / "run", steps=64, requests=200, num_envs=8, n_steps=8)

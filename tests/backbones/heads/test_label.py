@@ -7,19 +7,24 @@ import gymnasium as gym
 import pytest
 from transformers import PretrainedConfig
 
-from sd_gym.backbones.heads.label import class_index, labels_of
+from sd_gym.backbones.heads.label import LabelHead, class_index, labels_of
 from sd_gym.data.instance import Instance
 from sd_gym.errors import BackboneError, DataError
 
 
 def test_labels_outside_the_classes():
     classes = {"no": 0, "yes": 1}
-    assert class_index(Instance("a", "x", "yes"), classes) == 1
-    assert class_index(Instance("a", "x", 1), classes) == 1
-    assert class_index(Instance("a", "x", 1), {"1": 0, "2": 1}) == 0  # a number that names a class is that class
+    assert class_index(Instance("a", "x", "yes"), classes, named=True) == 1
+    assert class_index(Instance("a", "x", 1), classes, named=False) == 1
     for label in (2, "maybe"):
         with pytest.raises(DataError, match=f"label {label!r} is not one of the backbone's 2 classes"):
-            class_index(Instance("a", "x", label), classes)
+            class_index(Instance("a", "x", label), classes, named=False)
+
+
+@pytest.mark.parametrize(("labels", "indices"), [([1, 2, 3], [0, 1, 2]), ([0, 1, 2], [0, 1, 2]), (["3", "1"], [2, 0])])
+def test_numbers_are_names_of_classes_in_all_rows_or_in_none(labels, indices):
+    head = LabelHead({"1": 0, "2": 1, "3": 2})
+    assert head._labels([Instance("a", "x", label) for label in labels]).tolist() == indices
 
 
 def test_classes_are_named_by_either_mapping():
