@@ -55,7 +55,8 @@ class AgentRuns:
     def areas(self) -> NDArray:
         """The area dominated by a run's selected and last policies, from 0 (dense), ``[runs]``.
 
-        1 means no loss and no FLOPs, gains add to it; 0 means a loss of ``WORST`` times epsilon (or ``DEFAULT_EPSILON``, if that is 0).
+        1 means no loss and no FLOPs, and gains add to it. 0 means a loss of ``WORST`` times epsilon (or
+        ``DEFAULT_EPSILON``, if that is 0).
         """
         areas = []
         for run in self.runs:
