@@ -61,3 +61,12 @@ def test_a_type_of_numbers_that_is_not_known_is_damage(tmp_path):
     file.write_bytes(file.read_bytes().replace(b'"F32"', b'"U32"'))
     with pytest.raises(ValueError, match=rf"{file} is damaged"):
         map_arrays(file)
+
+
+def test_a_folder_of_a_subset_changes_with_its_files(tmp_path):
+    (tmp_path / "subset").mkdir()
+    file = tmp_path / "subset" / "train.parquet"
+    file.write_text("old")
+    before = file_states(tmp_path)
+    file.write_text("newer")
+    assert before != file_states(tmp_path)

@@ -87,18 +87,20 @@ class PlannedRun:
 
 
 def _name_starts(was: dict[str, Any], now: dict[str, Any]) -> None:
-    """Replace the folders of the runs that a run starts from, which may have moved, by what these runs are."""
-    present, seeds = origins(now["agent_settings"])
-    before = was.get("origins", {})
-    for key, folder in ((key, now["agent_settings"].get(key)) for key in STARTS):
-        if folder is not None and key in before and Path(folder, "config.json").is_file():
-            was["agent_settings"][key] = f"{before[key]}, {was['origin_seeds'][key]}"
-            now["agent_settings"][key] = f"{present[key]}, {seeds[key]}"
-        elif (
-            folder is not None and was["agent_settings"].get(key) is not None
-        ):  # it is gone: its name is all that is known
-            for description in (was, now):
-                description["agent_settings"][key] = Path(description["agent_settings"][key]).name
+    """Replace the folders of the runs that a run starts from, which may have moved, by what these runs are.
+
+    If a folder is gone, its name is all that is known.
+    """
+    before, present = was["agent_settings"], now["agent_settings"]
+    found, seeds = origins(present)
+    for key in STARTS:
+        if present.get(key) is None or before.get(key) is None:
+            continue
+        if key in was.get("origins", {}) and Path(present[key], "config.json").is_file():
+            before[key] = f"{was['origins'][key]}, {was['origin_seeds'][key]}"
+            present[key] = f"{found[key]}, {seeds[key]}"
+        else:
+            before[key], present[key] = Path(before[key]).name, Path(present[key]).name
 
 
 def _as_yaml(value: Any) -> str:

@@ -28,7 +28,7 @@ from sd_gym.agents.learning.decisions import (
     versions,
 )
 from sd_gym.agents.registry import agent_class, is_control, make_agent, make_settings
-from sd_gym.agents.runs.folder import STARTS, check_backbone, origins, read_description, run_description
+from sd_gym.agents.runs.folder import check_backbone, check_origins, origins, read_description, run_description
 from sd_gym.agents.runs.guarantee import measured_loss
 from sd_gym.agents.runs.verdict import CONFIDENCE
 from sd_gym.agents.serving import run as dials
@@ -175,7 +175,7 @@ def _train(
     description = run_description(names, core.config, core.backbone, core.data)
     description["agent_settings"] = agent.settings.model_dump()
     description["origins"], description["origin_seeds"] = origins(description["agent_settings"])
-    _check_origins(description)
+    check_origins(description)
     _check_objective(description["env_config"]["reward"]["objective"])
     if unfinished is not None:
         check_same_run(folder, unfinished, description)
@@ -217,21 +217,6 @@ def _train(
     logger.close()
     checkpoint.unlink(missing_ok=True)
     return result
-
-
-def _check_origins(description: dict[str, Any]) -> None:
-    """Raise ``ValueError`` if a run to start from learned on rows that this run is selected or tested on."""
-    for key in STARTS:
-        folder = description["agent_settings"].get(key)
-        if folder is None or not Path(folder, "config.json").is_file():
-            continue
-        learned = read_description(Path(folder))["data"].get("train")
-        for split in ("validation", "test"):
-            if learned is not None and learned["hash"] == description["data"][split]["hash"]:
-                raise ValueError(
-                    f"{key}={folder}: this run learned on the rows of this env's {split} split, so the guarantee would "
-                    "not hold; start from a run on the training split"
-                )
 
 
 def _check_objective(name: str) -> None:

@@ -110,7 +110,7 @@ def _selected(
     passed = 0
     played = play(config, tried, "validation", EPISODES)
     for shares, error in zip(played.shares, _arrival_errors(config, played), strict=True):
-        epsilon = config.epsilon - norm.ppf(confidence) * error
+        epsilon = config.epsilon - norm.ppf(confidence) * error  # other arrivals give the points other shares
         if verdict(quality @ shares, quality[:, 0], epsilon, confidence) != Verdict.KEPT:
             break
         passed += 1

@@ -10,6 +10,8 @@ import pytest
 from sd_gym.backbones import load_backbone
 from sd_gym.config import ConfigError
 from sd_gym.errors import DataError
+from tests.conftest import save
+from tests.envs.conftest import regressor
 from tests.execution.conftest import SMALL, Drawn
 
 
@@ -110,3 +112,16 @@ def test_policies_learn_on_text_without_labels(tmp_path):
     assert [instance.target for instance in train.instances] == train.passes.answers(rows, dense)
     assert train.instances.identity == core.data["train"].identity
     assert {instance.target for instance in core.split("test").instances} == {1}
+
+
+def test_scores_are_no_classes(tmp_path, tiny_tokenizer):
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"text": "food {n}", "label": {n % 5}.5}}\n' for n in range(30)))
+    settings = {"dataset": str(tmp_path / "rows.jsonl"), "overlap": "allow"}
+    settings["backbone"] = str(save(regressor(), tiny_tokenizer, tmp_path / "regressor"))
+    for metric in ("matthews", "f1"):
+        with pytest.raises(ConfigError, match=f"gives a score, and {metric} compares classes"):
+            gym.make("SD/Classification-Custom-v0", metric=metric, **settings).unwrapped.core.split("test")
+    core = gym.make("SD/Classification-Custom-v0", quality="likelihood", **settings).unwrapped.core
+    split, rows = core.split("test"), np.arange(3)
+    assert split.scoring.metrics(rows, np.zeros((3, len(core.nvec)), dtype=np.int64)) == {}
+    assert split.head._to_text(0.00188) == "0.00188"  # two digits would say 0

@@ -1,5 +1,6 @@
 """Encoded data on disk: read as they were written, made again when anything about them changes."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -124,3 +125,12 @@ def test_a_broken_or_unwritable_cache_does_no_harm(small, tiny_tokenizer, tmp_pa
     (tmp_path / "no-folder").write_text("a file is in the way")
     monkeypatch.setenv("SD_GYM_CACHE", str(tmp_path / "no-folder"))
     same(fresh, encode_cached(INSTANCES, tiny_tokenizer, *SETTINGS))
+
+
+def test_another_language_of_the_targets_is_another_key(tiny_tokenizer):
+    keys = set()
+    for language in (None, "de_DE", "fr_XX"):
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.tgt_lang = language
+        keys.add(cache._key(INSTANCES, tokenizer, {}))
+    assert len(keys) == 3
