@@ -125,9 +125,9 @@ def _selected(
 
 
 def _arrival_errors(config: ServingConfig, played: Played) -> Array:
-    """Standard error of each dial's mean loss per answer, as episodes have other arrivals, ``[dials]``.
+    """How much each dial's mean loss per answer varies with the arrivals: its standard error, ``[dials]``.
 
-    Of a ratio of two sums over episodes: of losses, by policy rows, and of answers.
+    The mean is a ratio of two sums over episodes: losses, as expected on policy rows, and answers.
     """
     answers = played.answers.sum(axis=2)  # [dials, episodes]
     lost, total = played.answers @ expected_loss(config), np.maximum(answers.sum(axis=1), 1)

@@ -59,9 +59,8 @@ def _key(instances: Sequence[Instance], tokenizer: Tokenizer, settings: dict[str
         described.pop(state)
     versions = [__version__, tokenizers.__version__, tokenizer.model_max_length, tokenizer.model_input_names]
     versions += [tokenizer.truncation_side, tokenizer.pad_token_id, tokenizer.eos_token_id]
-    versions += [
-        getattr(tokenizer, language, None) for language in ("src_lang", "tgt_lang")
-    ]  # set while targets are read
+    # The backend has the target's language only while targets are read.
+    versions += [getattr(tokenizer, language, None) for language in ("src_lang", "tgt_lang")]
     digest = hashlib.sha256(json.dumps([versions, described, settings], sort_keys=True).encode())
     keys = ("source", "source_pair", "target", "more_targets", "protected", "answer_spans")
     for instance in instances:
