@@ -1,6 +1,23 @@
 """The unit of every data set: one instance."""
 
 from dataclasses import dataclass, field
+from typing import Self
+
+
+class NamedClass(int):
+    """A class index of a data set that names its classes (``ClassLabel`` on the hub); a model may order them otherwise.
+
+    ``names``: those of all classes of the data set, by index.
+    """
+
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, index: int, names: tuple[str, ...]) -> Self:
+        """The class at an index."""
+        found = cls(index)
+        found.names = names
+        return found
 
 
 @dataclass(frozen=True, slots=True)

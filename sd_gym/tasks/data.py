@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from sd_gym.config import SPLITS, DataConfig
-from sd_gym.data.instance import Instance
+from sd_gym.data.instance import Instance, NamedClass
 from sd_gym.errors import DataError, one_line, short
 from sd_gym.registry import nearest
 from sd_gym.tasks.family import LARGEST, TASKS, Task, check_text, is_number
@@ -235,10 +235,11 @@ def _read_hub(data: DataConfig, base: str, split: str) -> Rows:
             with TemporaryDirectory() as cache:
                 parts = load_dataset(data.dataset, data.subset, streaming=True, cache_dir=cache, **options)
                 known = sorted(parts)
-                rows = list(parts[base]) if base in parts else []
+                rows, features = (list(parts[base]), parts[base].features) if base in parts else ([], {})
         else:
             known = get_dataset_split_names(data.dataset, data.subset, revision=revision)
             rows = load_dataset(data.dataset, data.subset, split=base, **options) if base in known else []
+            features = getattr(rows, "features", {})
     except Exception as error:  # the library raises errors of many kinds, above all when the hub cannot be reached
         if folder:
             raise FileNotFoundError(
@@ -252,7 +253,18 @@ def _read_hub(data: DataConfig, base: str, split: str) -> Rows:
         ) from error
     if base not in known:
         raise _no_split(data, base, split, known)
-    return ((f"{data.dataset}, row {number}", row) for number, row in enumerate(rows, start=1))
+    named = _with_class_names(rows, dict(data.columns).get("label", "label"), features or {})
+    return ((f"{data.dataset}, row {number}", row) for number, row in enumerate(named, start=1))
+
+
+def _with_class_names(
+    rows: Iterable[dict[str, Any]], column: str, features: Mapping[str, Any]
+) -> Iterable[dict[str, Any]]:
+    """The rows; a class index knows the names of the data set's classes if its column has them."""
+    if not hasattr(features.get(column), "names"):
+        return rows
+    names = tuple(features[column].names)
+    return (row | {column: NamedClass.of(row[column], names)} if isinstance(row[column], int) else row for row in rows)
 
 
 def _check_columns(data: DataConfig, family: Task, task: str, file: str, rows: Sequence[tuple[str, dict]]) -> None:

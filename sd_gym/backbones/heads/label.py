@@ -14,7 +14,7 @@ from sd_gym.backbones.heads.base import Head
 from sd_gym.backbones.heads.encoding import nothing_generated
 from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Encoded, Targets
-from sd_gym.data.instance import Instance
+from sd_gym.data.instance import Instance, NamedClass
 from sd_gym.errors import BackboneError, DataError, short
 
 MULTI_LABEL = "multi_label_classification"
@@ -104,9 +104,14 @@ def labels_of(config: PretrainedConfig) -> dict[str, int]:
 def class_index(instance: Instance, label2id: Mapping[str, int], *, named: bool) -> int:
     """The class index of an instance's label; DataError if the label is not one of the classes.
 
-    ``named``: whether all labels of the data are names of classes. If they are not, numbers are indices.
+    ``named``: whether all labels of the data are names of classes. If they are not, numbers are indices: of the data
+    set's classes if the model knows the names of all, whatever their case and order, and of the model's otherwise.
     """
     target = instance.target
+    if isinstance(target, NamedClass) and 0 <= target < len(target.names):
+        by_name = {name.casefold(): index for name, index in label2id.items()}
+        if len(by_name) == len(label2id) and all(name.casefold() in by_name for name in target.names):
+            return by_name[target.names[target].casefold()]
     if isinstance(target, int) and not named and target < len(label2id):
         return target
     if str(target) in label2id and (named or not isinstance(target, int)):

@@ -1,15 +1,20 @@
 """Classes of labels."""
 
 import json
+import pickle
 import shutil
 
 import gymnasium as gym
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 from transformers import PretrainedConfig
 
 from sd_gym.backbones.heads.label import LabelHead, class_index, labels_of
+from sd_gym.config import DataConfig
 from sd_gym.data.instance import Instance
 from sd_gym.errors import BackboneError, DataError
+from sd_gym.tasks.data import load_split
+from tests.conftest import write_mirror
 
 
 def test_labels_outside_the_classes():
@@ -41,3 +46,16 @@ def test_a_classifier_whose_answers_are_sets_of_classes_is_refused(reviews, tiny
     file.write_text(json.dumps(json.loads(file.read_text()) | {"problem_type": "multi_label_classification"}))
     with pytest.raises(BackboneError, match="its answers are sets of classes"):
         gym.make("SD/Classification-Custom-v0", dataset=str(reviews), backbone=str(backbone))
+
+
+def test_a_class_of_a_hub_data_set_is_found_by_its_name(tmp_path):
+    """GLUE's MNLI and most models tuned on it order the same three classes differently."""
+    names = ["entailment", "neutral", "contradiction"]
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    rows = Dataset.from_dict({"text": ["a b", "c", "d"], "label": [0, 1, 2]}, features=features)
+    dataset = write_mirror(tmp_path, "default", {"train": rows})
+    instances = load_split(DataConfig(dataset=dataset, subset="default"), "classification", "train")
+    other_order = LabelHead({"CONTRADICTION": 0, "NEUTRAL": 1, "ENTAILMENT": 2})
+    assert other_order._labels(pickle.loads(pickle.dumps(list(instances)))).tolist() == [2, 1, 0]
+    without_names = LabelHead({"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2})
+    assert without_names._labels(instances).tolist() == [0, 1, 2]
