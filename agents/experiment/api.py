@@ -17,6 +17,7 @@ from sd_gym.agents.experiment.parallel import OnStatus, RunStatus, train_many
 from sd_gym.agents.experiment.selection import Selection
 from sd_gym.agents.learning.decisions import DENSE_MARGIN, Dense, PolicyLike, SplitPolicy, Version, check_fits, versions
 from sd_gym.agents.runs.folder import check_backbone, read_description, run_description
+from sd_gym.agents.runs.lineage import check_not_learned
 from sd_gym.agents.runs.verdict import CONFIDENCE
 
 from sd_gym.config import SPLITS, EnvConfig, dotted, stored_config
@@ -172,6 +173,8 @@ def evaluate(
         if origin is not None:
             same_data = _check_origin(origin, env_id, core, dotted(settings))
             evaluated = origin.exported.network if origin.exported else DecisionPolicy.load(origin.folder)
+            if select:
+                check_not_learned(origin.folder, core.data, str(policy))
         selection, last = Selection(core, confidence), None
         if select:
             evaluated, last = _selected(selection, evaluated, policy_flops, split)

@@ -28,8 +28,9 @@ from sd_gym.agents.learning.decisions import (
     versions,
 )
 from sd_gym.agents.registry import agent_class, is_control, make_agent, make_settings
-from sd_gym.agents.runs.folder import check_backbone, check_origins, origins, read_description, run_description
+from sd_gym.agents.runs.folder import check_backbone, origins, read_description, run_description
 from sd_gym.agents.runs.guarantee import measured_loss
+from sd_gym.agents.runs.lineage import check_starts
 from sd_gym.agents.runs.verdict import CONFIDENCE
 from sd_gym.agents.serving import run as dials
 from sd_gym.agents.serving.learn import OnProgress
@@ -175,7 +176,7 @@ def _train(
     description = run_description(names, core.config, core.backbone, core.data)
     description["agent_settings"] = agent.settings.model_dump()
     description["origins"], description["origin_seeds"] = origins(description["agent_settings"])
-    check_origins(description)
+    check_starts(description["agent_settings"], core.data)
     _check_objective(description["env_config"]["reward"]["objective"])
     if unfinished is not None:
         check_same_run(folder, unfinished, description)

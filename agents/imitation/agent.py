@@ -39,7 +39,7 @@ from sd_gym.policy import HIDDEN, DecisionPolicy
 ORDER_INSTANCES = 1000  # for the search of the path
 NETWORKS = 5  # that predict the risk, each with other rows held out; the mean of their predictions is less noisy
 PRICES = 2.0 ** (np.arange(-6, 4) / 3)  # of a lost instance, over the env's penalty; for several stages
-Loss = Callable[[Tensor | slice], Tensor]  # of some instances
+Loss = Callable[[NDArray | slice], Tensor]  # of some instances
 SURE = 6.0  # highest log-odds of skipping, so that learning can still change decisions in a warm start
 
 
@@ -122,7 +122,7 @@ class ImitationAgent(Agent[ImitationSettings]):
         logits = component_logits(steps.clamp(-SURE, SURE), against, self.path, core.nvec)
         self.network.graded = bool(core.nvec.max() > 2)  # else each component has one step
 
-        def loss(chosen: Tensor | slice) -> Tensor:
+        def loss(chosen: NDArray | slice) -> Tensor:
             return F.mse_loss(self._outputs(self.network, rows[chosen]), logits[chosen])
 
         self._fit(self.network, loss, "imitation/held_out_loss", len(rows), logger)
@@ -206,7 +206,7 @@ class ImitationAgent(Agent[ImitationSettings]):
             network = nn.Sequential(layers, head)
             order = np.roll(np.arange(len(rows)), number * len(rows) // NETWORKS)  # the first ones are held out
 
-            def loss(chosen: Tensor | slice, network: nn.Module = network, order: NDArray = order) -> Tensor:
+            def loss(chosen: NDArray | slice, network: nn.Module = network, order: NDArray = order) -> Tensor:
                 some = order[chosen]
                 return F.binary_cross_entropy_with_logits(self._outputs(network, rows[some]), targets[some])
 
@@ -236,8 +236,9 @@ class ImitationAgent(Agent[ImitationSettings]):
         lowest, best = float("inf"), network.state_dict()
         for epoch in range(settings.epochs + 1):
             if epoch:
-                order = held_out + torch.randperm(instances - held_out, generator=generator)
-                for rows in order.split(settings.batch_size):
+                # NumPy's indices: a tensor of one index would take a row instead of an array of one row.
+                order = held_out + torch.randperm(instances - held_out, generator=generator).numpy()
+                for rows in np.split(order, range(settings.batch_size, len(order), settings.batch_size)):
                     optimizer.zero_grad()
                     loss(rows).backward()
                     optimizer.step()

@@ -97,7 +97,7 @@ class Combinations:
             return None
         return torch.cat([stage.ways for stage in self.stages])
 
-    def objective(self, policy: DecisionPolicy, chosen: Tensor | slice, price: float) -> Tensor:
+    def objective(self, policy: DecisionPolicy, chosen: NDArray | slice, price: float) -> Tensor:
         """The loss of a policy on instances, at the price of a lost instance: mean ``costs`` and a regulariser.
 
         The regulariser is ``LOG_PROB_WEIGHT`` times the squared log-probabilities. Without it, ways that seem bad at
@@ -115,14 +115,14 @@ class Combinations:
         The policy's preference says which inputs go on; each decision has the threshold that is best for it. Costs are
         FLOPs plus ``price`` per lost instance.
         """
-        parts = torch.arange(len(self.rows)).split(BATCH)
+        parts = np.split(np.arange(len(self.rows)), range(BATCH, len(self.rows), BATCH))
         preferred = torch.cat([self.log_probs(policy, part)[-1] for part in parts])
         surest = (preferred[..., 1] - preferred[..., 0]).argsort(dim=0)
         saved = (self.outcomes.going_on - price * self.outcomes.lost).gather(0, surest).cumsum(dim=0).amax(dim=0)
         cost = (self.outcomes.flops + self.outcomes.going_on).sum(dim=0) - saved
         return self.decisions[int(cost.argmin())]
 
-    def log_probs(self, policy: DecisionPolicy, chosen: Tensor | slice) -> list[Tensor]:
+    def log_probs(self, policy: DecisionPolicy, chosen: NDArray | slice) -> list[Tensor]:
         """Log-probabilities of the ways of each stage, after each of its earlier decisions, ``[n, earlier, ways]``."""
         tokens, log_probs = None if self.embedded is None else self.embedded(self.rows[chosen]), list[Tensor]()
         for stage, seen in zip(self.stages, self.outcomes.seen, strict=True):
@@ -132,7 +132,7 @@ class Combinations:
             log_probs.append(log_prob.unflatten(0, (-1, seen.shape[1])))
         return log_probs
 
-    def costs(self, log_probs: list[Tensor], chosen: Tensor | slice, price: float) -> Tensor:
+    def costs(self, log_probs: list[Tensor], chosen: NDArray | slice, price: float) -> Tensor:
         """Expected FLOPs ratio plus price of the predicted loss, a mean over instances, float32 ``[stages]``.
 
         From each stage on, a policy with these ``log_probs`` decides; earlier decisions are drawn evenly. So the first

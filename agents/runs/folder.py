@@ -161,21 +161,6 @@ def origins(settings: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
     return found, seeds
 
 
-def check_origins(description: dict[str, Any]) -> None:
-    """Raise ``ValueError`` if a run to start from learned on rows that this run is selected or tested on."""
-    for key in STARTS:
-        folder = description["agent_settings"].get(key)
-        if folder is None or not Path(folder, "config.json").is_file():
-            continue
-        learned = read_description(Path(folder))["data"].get("train")
-        for split in ("validation", "test"):
-            if learned is not None and learned["hash"] == description["data"][split]["hash"]:
-                raise ValueError(
-                    f"{key}={folder}: this run learned on the rows of this env's {split} split, so the guarantee would "
-                    "not hold; start from a run on the training split"
-                )
-
-
 def read_description(folder: Path) -> dict[str, Any]:
     """A run's ``config.json``.
 

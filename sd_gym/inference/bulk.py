@@ -112,6 +112,8 @@ def run_file(
         FileNotFoundError: If there is no such file.
         FolderInUseError, FileExistsError: See ``Part.held``.
         ValueError: See ``Part.held``; or if a column is given for a field that the task does not have.
+
+    Warns if no row has the column of a field that may be missing.
     """
     columns = columns or {}
     for name in columns:
@@ -180,11 +182,13 @@ def _answered(model: SkippingModel, lines: list[Line], compare: bool, batch_size
         started = time.perf_counter()
         dense = model.answers([inputs[number] for number in answers], dense=True, batch_size=batch_size)
         bulk.dense_seconds += time.perf_counter() - started
-        answered = [line for line in lines if line.number in answers]
-        for line, own, dense_answer in zip(answered, answers.values(), dense, strict=True):
+        references = [(line.row or {}).get(model.reference) for line in lines if line.number in answers]
+        named = model.are_names(references)
+        for right, own, dense_answer in zip(references, answers.values(), dense, strict=True):
             bulk.agree.append(own.answer == dense_answer.answer)
-            right = (line.row or {}).get(model.reference)
-            own_quality, dense_quality = (model.quality(answer.answer, right) for answer in (own, dense_answer))
+            own_quality, dense_quality = (
+                model.quality(answer.answer, right, named=named) for answer in (own, dense_answer)
+            )
             if own_quality is not None and dense_quality is not None:
                 bulk.quality.append((own_quality, dense_quality))
     contents = {number: _described(answer) for number, answer in answers.items()}
@@ -218,18 +222,24 @@ def _described(answer: Answer) -> dict[str, Any]:
 def _read(source: Path | None, columns: dict[str, str], may_lack: set[str]) -> Iterator[Line]:
     """The rows of a file; JSON lines are read one by one, so that a broken one does not stop the others.
 
-    A row without the column of a field is broken, unless the field ``may_lack``.
+    A row without the column of a field is broken; of JSON lines, it may lack the fields ``may_lack``.
     """
     if source is not None and source.suffix != ".jsonl":
         for number, (_, row) in enumerate(read_rows(source, {columns.get("label", "label")}), start=1):
-            yield _renamed(number, row, columns, may_lack)
+            yield _renamed(number, row, columns, set())
         return
     if source is not None and not source.is_file():
         raise FileNotFoundError(f"no file {source}; expected .jsonl, .csv or .parquet")
+    unseen = {name: column for name, column in columns.items() if name in may_lack}
     with sys.stdin.buffer if source is None else source.open("rb") as lines:
         for number, row in json_rows(lines):
-            is_broken = isinstance(row, DataError)
-            yield Line(number, None, str(row)) if is_broken else _renamed(number, row, columns, may_lack)
+            if isinstance(row, DataError):
+                yield Line(number, None, str(row))
+                continue
+            unseen = {name: column for name, column in unseen.items() if column not in row} if unseen else unseen
+            yield _renamed(number, row, columns, may_lack)
+    for name, column in unseen.items():
+        warnings.warn(f"--column: no row has {column!r} (for {name}), so all were read without it", stacklevel=2)
 
 
 def _renamed(number: int, row: dict[str, Any], columns: dict[str, str], may_lack: set[str]) -> Line:

@@ -1,6 +1,7 @@
 """Instances as tensors."""
 
 from collections.abc import Sequence
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from sd_gym.data.encoded import Encoded
 from sd_gym.data.instance import Instance
 from sd_gym.errors import DataError
 
+# A fast tokenizer keeps its truncation and padding from call to call, so threads must take turns.
+_TOKENIZING = RLock()
+
 
 def encode(
     instances: Sequence[Instance], tokenizer: Tokenizer, head: Head, backbone: BackboneConfig, unanswerable: bool = True
@@ -28,8 +32,9 @@ def encode(
         DataError: If a label is not one of the backbone's classes, a question leaves no room for its context, or an
             answer to be extracted is not in its context.
     """
-    source, source_cut = _tokenize_sources(instances, tokenizer, backbone, **head.source_options)
-    targets = head.targets(instances, source, tokenizer, backbone)
+    with _TOKENIZING:
+        source, source_cut = _tokenize_sources(instances, tokenizer, backbone, **head.source_options)
+        targets = head.targets(instances, source, tokenizer, backbone)
     if targets.context_mask is not None:
         targets.context_mask[:, 0] = unanswerable  # the first token stands for "no answer"
     return Encoded(
@@ -52,7 +57,8 @@ def droppable_tokens(instances: Sequence[Instance], tokenizer: Tokenizer, backbo
     if not tokenizer.is_fast:
         raise ValueError(f"dropping tokens needs a fast tokenizer, got {type(tokenizer).__name__}")
     options = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
-    tokens, _ = _tokenize_sources(instances, tokenizer, backbone, **options)
+    with _TOKENIZING:
+        tokens, _ = _tokenize_sources(instances, tokenizer, backbone, **options)
     droppable = (tokens.special_tokens_mask == 0).numpy()
     start, end = tokens.offset_mapping.numpy()[..., 0], tokens.offset_mapping.numpy()[..., 1]
     for row, instance in enumerate(instances):
@@ -123,7 +129,7 @@ def _document(instance: Instance) -> str:
 
 
 def _prompts(instances: Sequence[Instance], tokenizer: Tokenizer, limit: int, prompt: str) -> tuple[list[str], NDArray]:
-    """Each instance's prompt, its document cut so that the whole has about ``limit`` tokens; and which were cut."""
+    """Each instance's prompt, its document cut so that the whole has at most ``limit`` tokens; and which were cut."""
     documents = [getattr(instance, _document(instance)) for instance in instances]
     for instance in instances:
         if not _is_pair(instance) and "{source_pair}" in prompt:
@@ -131,15 +137,36 @@ def _prompts(instances: Sequence[Instance], tokenizer: Tokenizer, limit: int, pr
         if f"{{{_document(instance)}}}" not in prompt or (instance.source_pair and "{source}" not in prompt):
             expected = f"the prompt must name {{source}} (and {{source_pair}}, for a context), got {prompt!r}"
             raise DataError(f"{instance.place}: {expected}")
-    without = [prompt.format(**{"source": instance.source, _document(instance): ""}) for instance in instances]
-    used = [len(ids) for ids in tokenizer(without).input_ids]
-    offsets = tokenizer(documents, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-    texts, cut = [], []
-    for instance, document, length, places in zip(instances, documents, used, offsets, strict=True):
-        room = limit - length
-        if room < 1:
+
+    def filled(instance: Instance, document: str) -> str:
+        return prompt.format(**{"source": instance.source, _document(instance): document})
+
+    used = [len(ids) for ids in tokenizer([filled(instance, "") for instance in instances]).input_ids]
+    for instance, length in zip(instances, used, strict=True):
+        if length >= limit:
             raise DataError(f"{instance.place}: the prompt alone has {length} of max_source_length {limit} tokens")
-        cut.append(len(places) > room)
-        text = document[: places[room - 1][1]] if cut[-1] else document
-        texts.append(prompt.format(**{"source": instance.source, _document(instance): text}))
-    return texts, np.array(cut)
+    offsets = tokenizer(documents, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    room = limit - np.array(used)
+    cut = np.array([len(places) for places in offsets]) > room
+    texts = [
+        filled(instance, _beginning(document, places, tokens))
+        for instance, document, places, tokens in zip(instances, documents, offsets, room.tolist(), strict=True)
+    ]
+    # Where prompt and document meet, there may be other tokens than those of each alone.
+    over = np.array([len(ids) for ids in tokenizer(texts).input_ids]) - limit
+    for row in np.flatnonzero(over > 0).tolist():
+        cut[row] = True
+        kept, more = min(room.item(row), len(offsets[row])), over.item(row)
+        while more > 0:
+            kept -= more
+            texts[row] = filled(instances[row], _beginning(documents[row], offsets[row], kept))
+            more = len(tokenizer(texts[row]).input_ids) - limit
+    return texts, cut
+
+
+def _beginning(document: str, places: list[tuple[int, int]], tokens: int) -> str:
+    """The first characters of a document, which are whole in at most so many ``tokens``; ``places``: of each token."""
+    if tokens >= len(places):
+        return document
+    # A character may have several tokens, each with the place of the whole.
+    return document[: min(places[tokens][0], places[tokens - 1][1])] if tokens > 0 else ""

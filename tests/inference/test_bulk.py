@@ -197,6 +197,18 @@ def test_a_column_of_a_field_that_is_none_is_refused(model, tmp_path):
     assert "answer" in lines_of(tmp_path / "o.jsonl")[0]
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_a_column_that_no_row_has_is_not_ignored(model, tmp_path, suffix):
+    lines = ["text\n", "good\n", "bad\n"] if suffix == ".csv" else [{"text": "good"}, {"text": "bad"}]
+    source, columns = write(tmp_path / f"in{suffix}", lines), {"label": "stars"}
+    if suffix == ".jsonl":
+        with pytest.warns(UserWarning, match=r"no row has 'stars' \(for label\)"):
+            run_file(model[0], source, tmp_path / "o", columns=columns)
+    else:
+        bulk = run_file(model[0], source, tmp_path / "o", columns=columns)
+        assert [line.error for line in bulk.malformed] == ["no column 'stars' (for label); the columns are 'text'"] * 2
+
+
 def test_a_row_without_the_named_column_is_an_error_not_another_text(model, tmp_path):
     rows = [{"text": "good food", "review": "bad food"}, {"text": "good food"}]
     source = write(tmp_path / "in.jsonl", rows)
@@ -244,6 +256,16 @@ def test_quality_is_that_of_the_env(head, names, answer, right, quality):
     model = Judge()
     model.task, model.metric, model.head, model.names, model.label_range = "classification", "squad", head, names, 5.0
     assert model.quality(answer, right) == pytest.approx(quality)
+
+
+def test_numbers_are_names_of_classes_in_all_rows_or_in_none():
+    model = Judge()
+    model.head, model.names = "label", {0: "1", 1: "2"}
+    assert model.are_names([1, 2.0, None, "x"])
+    assert not model.are_names([0, 1])
+    assert model.quality("2", 1, named=False) == 1.0
+    assert model.quality("2", 2, named=False) is None
+    assert model.quality("2", 2, named=True) == 1.0
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])

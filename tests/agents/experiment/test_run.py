@@ -264,12 +264,28 @@ def test_what_is_no_whole_number_is_refused(wrong, custom, tmp_path):
 
 def test_a_run_that_learned_on_rows_of_the_test_is_no_start(custom, tmp_path):
     parts = {"train": "train[:28]", "validation": "train[28:32]", "test": "train[32:]"}
+    others = {"train": parts["test"], "validation": parts["train"], "test": parts["validation"]}
     options = {**custom, "steps": 8, "num_envs": 4}
-    train(
-        CUSTOM, "a2c", tmp_path / "first", splits={**parts, "train": parts["test"], "test": parts["train"]}, **options
-    )
-    with pytest.raises(ValueError, match="this run learned on the rows of this env's test split"):
-        train(CUSTOM, "a2c", tmp_path / "second", start=tmp_path / "first", splits=parts, **options)
+    train(CUSTOM, "a2c", tmp_path / "first", splits=parts, **options)
+    train(CUSTOM, "a2c", tmp_path / "then", start=tmp_path / "first", splits=parts, **options)
+    for start in ("first", "then"):
+        for sizes in ({}, {"validation_size": 27}):  # all rows that it learned on, or some
+            with pytest.raises(ValueError, match="this run learned on rows of this env's validation split"):
+                train(CUSTOM, "a2c", tmp_path / "run", start=tmp_path / start, splits=others, **sizes, **options)
+    with pytest.raises(ValueError, match="this run learned on rows of this env's validation split"):
+        sd_gym.evaluate(CUSTOM, tmp_path / "then", select=True, splits=others, validation_size=20, **custom)
+    assert "guarantee" in sd_gym.evaluate(CUSTOM, tmp_path / "then", select=True, splits=parts, **custom)
+
+
+def test_the_runs_before_a_start_count_too(custom, tmp_path):
+    first, second, third = "train[:14]", "train[14:28]", "train[28:]"
+    options = {**custom, "steps": 8, "num_envs": 4}
+    for name, start, learned in (("a", None, first), ("b", "a", second)):
+        splits = {"train": learned, "validation": "train[28:30]", "test": "train[30:]"}
+        train(CUSTOM, "a2c", tmp_path / name, start=start and tmp_path / start, splits=splits, **options)
+    splits = {"train": second, "validation": first, "test": third}
+    with pytest.raises(ValueError, match="this run learned on rows of this env's validation split"):
+        train(CUSTOM, "a2c", tmp_path / "c", start=tmp_path / "b", splits=splits, **options)
 
 
 def test_an_objective_has_a_name_that_tells_it_from_others(custom, tmp_path):

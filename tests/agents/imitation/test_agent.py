@@ -134,6 +134,14 @@ def test_imitation_learns_what_is_to_come_at_each_stage(staged_keys, algo, tmp_p
         np.testing.assert_array_equal(agent.path, path)
 
 
+@pytest.mark.parametrize("stages", [["first"], STAGES])
+def test_the_last_batch_may_have_one_row(staged_keys, stages, tmp_path):
+    env = gym.make_vec(STAGED, num_envs=2, **{**staged_keys, "stages": stages}).unwrapped
+    rows = len(env.core.split("train"))
+    batch_size = rows - max(1, rows // 10) - 1
+    learned(env, "imitation", 1, tmp_path, epochs=1, batch_size=batch_size)
+
+
 def test_it_learns_on_the_training_split_alone(custom):
     env = gym.make_vec(CUSTOM, num_envs=8, split="validation", **custom).unwrapped
     with pytest.raises(ValueError, match=r"learns on the rows of split=train, got an env with split=validation"):
