@@ -70,9 +70,10 @@ def evaluate(
     run: Annotated[Path, Argument(help="Folder written by sd-gym train or sd-gym export.")],
     split: Annotated[Literal["train", "validation", "test"], Option()] = "test",
     output: Annotated[Path | None, Option(help="Folder for the result, its instances and its picture.")] = None,
+    set_: Settings = [],
     imports: Imports = [],
 ) -> None:
-    """Evaluate a run's policy, or its export, on any split.
+    """Evaluate a run's policy, or its export, on any split; `--set` changes its env, such as the data or the backbone.
 
     Example: `sd-gym evaluate runs/Classification-Mini-ppo-0 --split validation`
     """
@@ -92,7 +93,8 @@ def evaluate(
             env = description["env"]
             algo = description["algo"]
             seed = description.get("seed")
-        result = run_evaluation(env, run, split, output)
+        settings = terminal.settings_of(set_, call=run_evaluation)
+        result = run_evaluation(env, run, split, output, **settings)
     terminal.print_result(f"{env}, {algo}, seed {seed}", result)
 
 

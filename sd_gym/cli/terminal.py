@@ -34,7 +34,8 @@ ADVICE = {
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 
-NO_OPTIONS = "env_id", "env_or_run", "on_progress", "on_trial", "settings"  # arguments that no option sets
+# Arguments that no option sets.
+NO_OPTIONS = "env_id", "env_or_run", "on_progress", "on_trial", "settings", "policy", "select", "policy_flops", "name"
 
 Imports = Annotated[
     list[str],

@@ -120,9 +120,7 @@ def _remove(board: Switchboard, stack: Stack, mask: NDArray, twin: PreTrainedMod
     """Replace the sublayers of a stack that a mask skips by modules that do nothing."""
     number = {(s.index, s.sublayer.kind): at for at, s in enumerate(board.switches) if s.stack == stack.name}
     layers, original = twin_at(twin, board.path_of_layers(stack)), stack.layers_in(board.model)
-    # A cache of a decoder reads its length from the first layer of each type.
-    types = getattr(board.model.config, "layer_types", None) or [None]
-    counting = {types.index(kind) for kind in set(types)} if stack.name == "decoder" else set()
+    counting = _counting_layers(board.model.config, len(original)) if stack.name == "decoder" else set()
     for index, layer in enumerate(original):
         skipped = [sublayer for sublayer in stack.sublayers if mask[number[index, sublayer.kind]]]
         counts = index if index in counting else None
@@ -150,6 +148,18 @@ def _remove(board: Switchboard, stack: Stack, mask: NDArray, twin: PreTrainedMod
                 attention = twin_at(layers, f"{runs[0]}.{sublayer.position_bias}")
                 attention.has_relative_attention_bias = True
                 attention._modules["relative_attention_bias"] = first.relative_attention_bias
+
+
+def _counting_layers(config: Any, layers: int) -> set[int]:
+    """The layers of a decoder whose places in a cache have to count positions, even if their attention is skipped.
+
+    A cache reads its length from the first layer of each type, and crops all layers with a sliding window, which
+    cannot be empty then.
+    """
+    if getattr(config, "sliding_window", None) is not None:
+        return set(range(layers))
+    types = getattr(config, "layer_types", None) or [None]
+    return {types.index(kind) for kind in set(types)}
 
 
 def _count_positions(layer: int | None, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> None:

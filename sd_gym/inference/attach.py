@@ -60,6 +60,7 @@ def attach(
     Raises:
         TypeError: If the model is wrapped or compiled; by PEFT it may be.
         ValueError: If model, weights or tokenizer are not the policy's, or there is no such operating point.
+        RuntimeError: If a decision is in force on the model, as in another thread.
 
     Example:
         >>> model = attach(model, "runs/ppo")  # doctest: +SKIP
@@ -108,6 +109,8 @@ class Attached:
         self.policy = policy
         self._head = head_of(model)
         existing: Switchboard | None = vars(model).get("_switchboard")
+        if existing is not None and existing.is_in_use:
+            raise RuntimeError("a call or decide() block is still running on this model; end that, then attach")
         self._owns_board = existing is None
         self.board = existing or Switchboard(model)
         self._flops = FlopsModel(self.board)
@@ -170,11 +173,12 @@ class Attached:
             return self._forward_with_answer_stage(given, shown)
         run = partial(self._inner["forward"], *args, **kwargs)
         output, in_force = self._under_decisions(run, shown, given, in_pass=shown.is_as_given)
-        target = _first_given(given, ("decoder_input_ids", "labels"))
+        target = _first_given(given, ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
         if len(self.board.architecture.stacks) > 1 and target is not None and target.ndim > 1:
             self._decisions.record_target(target.shape[1])
-        if isinstance(logits := given.get("logits_to_keep"), int) and self._head.gives == "text":
-            self._decisions.logits_to_keep = logits
+        kept = given.get("logits_to_keep", 0)  # a number, or positions
+        if self._head.gives == "text":
+            self._decisions.logits_to_keep = len(kept) if isinstance(kept, Tensor) else kept
         for filled in output if isinstance(output, tuple) else [getattr(output, "cache", None)]:
             if isinstance(filled, Cache):
                 self._of_cache[filled] = in_force
@@ -276,7 +280,9 @@ class Attached:
     def _continued(self, cache: Cache, /, *args: Any, **kwargs: Any) -> Any:
         """A step of the caller's own decoding loop, under the decisions made for the prompt."""
         if cache not in self._of_cache:
-            raise ValueError("this cache was not filled by the attached model; begin with an empty one, or generate()")
+            raise ValueError(
+                "this cache was not filled by the attached model, or is a copy; begin with an empty one, or generate()"
+            )
         with self.board.decide(*self._of_cache[cache]):
             return self._inner["forward"](*args, **kwargs)
 

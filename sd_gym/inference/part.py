@@ -65,6 +65,8 @@ class Part:
             ValueError: If the part was made by another policy, or from other rows.
         """
         self._check_own()
+        if resume and os.path.lexists(self._output) and not self._file.exists():  # killed as it removed the folder
+            shutil.rmtree(self._folder, ignore_errors=True)
         with locked(self._folder):
             if os.path.lexists(self._output):
                 raise FileExistsError(f"{self._output} is there already; choose another --output")

@@ -60,8 +60,10 @@ def final_texts(
     padding = pad if pad is not None else end[0] if isinstance(end, list) else end
     for picked, block in rollout.going_on():
         own = rows_of(arguments, picked, len(sequences))
+        numbers, start = picked.tolist(), setting(model, arguments, "decoder_start_token_id")
+        if isinstance(start, list) or (isinstance(start, Tensor) and start.ndim > 0):  # one per row
+            own["decoder_start_token_id"] = [int(start[number]) for number in numbers]
         if (allowed := own.get("prefix_allowed_tokens_fn")) is not None:
-            numbers = picked.tolist()
             own["prefix_allowed_tokens_fn"] = lambda row, ids, of=numbers, allowed=allowed: allowed(of[row], ids)
         with block:
             again = run(**own).sequences

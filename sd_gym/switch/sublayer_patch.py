@@ -193,9 +193,10 @@ class SublayerPatch:
         return values
 
     def _taken(self, decision: Decision, values: Tensor, hidden: Tensor, rows: Tensor) -> Tensor:
-        """The rows that run; the encoder's output is the same at every step of decoding, so it is selected once."""
+        """The rows that run; in ``generate()`` the encoder's output is the same at every step: it is selected once."""
         encoded = self.switch.sublayer.kind == "cross_attention" and values.ndim == 3 and values is not hidden
-        if not encoded or torch.is_grad_enabled():  # rows selected without gradients must not be used with them
+        # Rows selected without gradients must not be used with them; elsewhere a tensor may be filled again.
+        if not encoded or torch.is_grad_enabled() or not decision.generating:
             return values.index_select(0, rows)
         known = decision.state.sources.get(self.number)
         if known is None or known[0] is not values or known[1] is not rows:

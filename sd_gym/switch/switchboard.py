@@ -41,7 +41,7 @@ class Switchboard:
 
     Raises:
         UnsupportedArchitectureError: If the architecture has no entry, or the model lacks a stack that it names, or has
-            a cross-attention that it does not name.
+            a cross-attention that it does not name, or a layer twice.
         RuntimeError: If the model already carries a switchboard.
         TypeError: If the model contains no Hugging Face model, or is from ``sentence_transformers``, which sorts rows.
 
@@ -79,6 +79,13 @@ class Switchboard:
                 f"the cross-attention of a {type(model).__name__} (config.add_cross_attention) has no switch; use a "
                 "model without it, or an encoder-decoder such as bart or t5"
             )
+        for stack in stacks:
+            layers = [id(layer) for layer in stack.layers_in(model)]
+            if len(set(layers)) < len(layers):
+                raise UnsupportedArchitectureError(
+                    f"a layer of the {stack.name} stands twice in it, so a switch could not tell its places apart; put "
+                    "copy.deepcopy(layer) in one of them"
+                )
         is_decoder = self.architecture.causal or getattr(model.config, "is_decoder", False)  # BERT may decode
         self._causal = is_decoder  # whether positions of a single stack attend only to earlier positions
         self.switches = [

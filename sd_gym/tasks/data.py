@@ -210,7 +210,11 @@ def _read_parquet(file: Path) -> Iterator[dict[str, Any]]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        for batch in ParquetFile(file).iter_batches():
+        parquet = ParquetFile(file)
+        columns = parquet.schema_arrow.names
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"two columns have the same name; the columns are {', '.join(columns)}")
+        for batch in parquet.iter_batches():
             yield from batch.to_pylist()
     except (ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{file}: cannot be read as Parquet ({one_line(error)})") from error

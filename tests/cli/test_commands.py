@@ -82,6 +82,10 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone, monkey
     result = run("evaluate", folder, "--split", "validation")
     assert result.exit_code == 0, result.output
     assert "validation split, 4 instances" in " ".join(result.output.split())
+    result = run("evaluate", folder, "--set", "test_size=3")
+    assert "test split, 3 instances" in " ".join(result.output.split())
+    result = run("evaluate", folder, "--set", "select=true")
+    assert "select is not a setting; leave it out" in " ".join(result.output.split())
 
     result = run("compare", folder, "--markdown")
     assert result.exit_code == 0, result.output

@@ -52,6 +52,17 @@ def test_it_generates_the_same_with_caches_and_beams(name):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("name", DECODER)
+def test_prompt_lookup_gives_the_same_though_it_crops_the_cache(name):
+    model, inputs = make_model(name), make_inputs(name, batch=1, side="left")
+    prompt, masks = {key: inputs[key] for key in ("input_ids", "attention_mask")}, list(masks_of(Switchboard(model)))
+    for plain in sd_gym.bank(model, masks):
+        greedy = plain.generate(**prompt, max_new_tokens=6, do_sample=False)
+        looked_up = plain.generate(**prompt, max_new_tokens=6, do_sample=False, prompt_lookup_num_tokens=2)
+        assert torch.equal(looked_up, greedy)
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "t5", "bart"])
 def test_static_caches_work(name):
     model = make_model(name)

@@ -501,6 +501,33 @@ def test_flops_are_those_that_a_counter_counts(name, how, stages):
     assert (wanted < 1).any()
 
 
+@torch.no_grad()
+def test_the_same_pass_in_other_arguments_has_the_same_flops():
+    model, inputs = make_model("bart"), make_inputs("bart")
+    start = inputs.pop("decoder_input_ids")[:, :1]
+    embedded = model.get_input_embeddings()(start)
+    attach(model, make_policy(model))
+    model(**inputs, decoder_input_ids=start)
+    ratio = model.decisions.flops_ratio
+    model(**inputs, decoder_inputs_embeds=embedded)
+    np.testing.assert_array_equal(model.decisions.flops_ratio, ratio)
+    model, inputs = make_model("llama"), make_inputs("llama")
+    attach(model, make_policy(model))
+    model(**inputs, logits_to_keep=1)
+    ratio = model.decisions.flops_ratio
+    model(**inputs, logits_to_keep=torch.tensor([inputs["input_ids"].shape[1] - 1]))
+    np.testing.assert_array_equal(model.decisions.flops_ratio, ratio)
+
+
+def test_a_policy_is_not_attached_while_a_decision_is_in_force():
+    model = make_model("t5")
+    policy, board = make_policy(model), Switchboard(model)
+    with board.decide(np.ones((1, len(board)))), pytest.raises(RuntimeError, match="still running on this model"):
+        attach(model, policy)
+    assert "_attached" not in vars(model)
+    attach(model, policy)
+
+
 @pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}])
 def test_a_decoder_is_counted_for_each_beam(how):
     model, inputs = make_model("bart"), make_inputs("bart")

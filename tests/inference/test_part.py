@@ -1,6 +1,7 @@
 """Answers that are not complete yet: resumed by the run that began them, and by no other."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -46,6 +47,19 @@ def test_a_run_that_was_cut_off_at_its_beginning_goes_on(model, tmp_path, monkey
     monkeypatch.undo()
     assert everything(tmp_path / "o.jsonl.part").keys() == {".lock", "part.json"}
     assert run_file(model, source, output, resume=True).rows == ROWS
+
+
+def test_a_run_that_was_cut_off_at_its_end_is_whole(model, tmp_path, monkeypatch):
+    model, texts = model
+    source, output = write(tmp_path / "in.jsonl", [{"text": text} for text in texts]), tmp_path / "o.jsonl"
+    monkeypatch.setattr("sd_gym.inference.part.shutil", SimpleNamespace(rmtree=lambda folder: None))
+    run_file(model, source, output)
+    monkeypatch.undo()
+    whole = output.read_bytes()
+    with pytest.raises(FileExistsError, match="is there already"):
+        run_file(model, source, output, resume=True)
+    assert not (tmp_path / "o.jsonl.part").exists()
+    assert output.read_bytes() == whole
 
 
 def test_a_full_disk_is_told_with_the_file(tmp_path):

@@ -152,6 +152,23 @@ def test_flops_are_those_that_a_counter_counts(name, dropping):
     assert counted[1] > counted[0]
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("start", [[4, 5, 6, 7], torch.tensor([4, 5, 6, 7])])
+def test_rows_that_go_on_keep_their_own_first_token(start):
+    """Such as the language of a text."""
+    model, inputs = make_model("mbart"), make_inputs("mbart", batch=4)
+    prompts = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    how = {"max_new_tokens": 3, "do_sample": False, "decoder_start_token_id": start}
+    dense, goes_on = model.generate(**prompts, **how), np.array([True, False, True, False])
+    board = Switchboard(model)
+    size = len(board)
+    board.remove()
+    attach(model, scripted(model, np.ones((4, size), dtype=int), np.zeros(4, dtype=int), goes_on, shares=(0.0,)))
+    texts = model.generate(**prompts, **how)
+    assert texts[:, 0].tolist() == [4, 5, 6, 7]
+    assert torch.equal(texts[goes_on], dense[goes_on])
+
+
 @pytest.mark.parametrize(("name", "beams"), [("bart", 1), ("t5", 3), ("llama", 1), ("llama", 2)])
 def test_a_text_is_written_again_densely_on_what_the_encoder_has_read(name, beams):
     lone = name == "llama"

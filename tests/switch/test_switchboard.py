@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sd_gym.switch
-from sd_gym.switch import StaleBoardError, Switchboard, supported_architectures
+from sd_gym.switch import StaleBoardError, Switchboard, UnsupportedArchitectureError, supported_architectures
 from tests.conftest import DECODER, ENCODER, ENCODER_DECODER, TINY, make_inputs, make_model, row_of
 from tests.switch.conftest import GENERATING, Synchronisations, logits, mixed, random_decisions
 
@@ -286,3 +286,29 @@ def test_a_second_switchboard_is_refused():
     Switchboard(model)
     with pytest.raises(RuntimeError, match=r"already carries a Switchboard; call its remove\(\) first"):
         Switchboard(model)
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_a_layer_that_stands_twice_is_refused(name):
+    model = make_model(name)
+    layers = model.get_submodule("bert.encoder.layer" if name == "bert" else "encoder.block")
+    layers[1] = layers[0]
+    with pytest.raises(UnsupportedArchitectureError, match="a layer of the encoder stands twice in it"):
+        Switchboard(model)
+
+
+@torch.inference_mode()
+def test_an_encoder_output_that_is_filled_again_is_read_again():
+    model, inputs = make_model("bart"), make_inputs("bart")
+    board = Switchboard(model)
+    skip = np.zeros((5, len(board)))
+    skip[0, board.names.index("decoder.0.cross_attention")] = 1
+    encoded = [model.get_encoder()(ids).last_hidden_state for ids in (inputs["input_ids"], inputs["input_ids"].flip(1))]
+
+    def decoded(states):
+        return model(encoder_outputs=(states,), decoder_input_ids=inputs["decoder_input_ids"], use_cache=False).logits
+
+    with board.decide(skip):
+        wanted, buffer = decoded(encoded[1]), encoded[0].clone()
+        decoded(buffer)
+        assert torch.equal(decoded(buffer.copy_(encoded[1])), wanted)

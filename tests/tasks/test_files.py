@@ -1,5 +1,7 @@
 """Rows of JSON lines, CSV and Parquet, as they are in the file."""
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from sd_gym.errors import DataError
@@ -64,6 +66,13 @@ def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
     (tmp_path / "validation.jsonl").write_text('{"text": "a", "label": 0}\n', encoding="utf-8-sig")
     for split in ("train", "validation"):
         assert load_split(str(tmp_path), "classification", split)[0].source == "a"
+
+
+def test_parquet_with_two_columns_of_one_name_is_refused(tmp_path):
+    table = pyarrow.table([["a"], ["b"], [0]], names=["text", "text", "label"])
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(DataError, match="two columns have the same name; the columns are text, text, label"):
+        load_split(str(tmp_path), "classification", "train")
 
 
 def test_garbage_parquet_is_refused(tmp_path):
