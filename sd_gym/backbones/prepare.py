@@ -215,11 +215,12 @@ class _Trainer:
         inputs = {name: value.to(self._model.device) for name, value in batch.items() if name != "skip_logits"}
         parts = torch.arange(rows).tensor_split(min(rows, self._recipe.accumulate))
         self.optimizer.zero_grad()
-        total = torch.zeros(2, device=self._model.device)
+        total, counted = torch.zeros(2, device=self._model.device), self._head.counted(inputs["labels"]).clamp(min=1)
         for number, part in enumerate(parts, start=1):
             with self._accelerator.no_sync(self.call) if number < len(parts) else nullcontext():
                 batch_part = {name: value[part.to(value.device)] for name, value in inputs.items()}
-                losses = self._losses(batch_part, None if skip is None else skip[part]) * (len(part) / rows)
+                share = self._head.counted(batch_part["labels"]) / counted
+                losses = self._losses(batch_part, None if skip is None else skip[part]) * share
                 self._accelerator.backward(losses.sum())
             total += losses.detach()
         self._accelerator.clip_grad_norm_(self._model.parameters(), 1.0)

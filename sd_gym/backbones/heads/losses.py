@@ -18,6 +18,10 @@ class Losses:
         counted = labels != IGNORED
         return divergence(logits[counted], dense_logits.detach()[counted])
 
+    def counted(self, labels: Tensor) -> Tensor:
+        """How many values ``loss`` and ``distillation`` are means over, int64 ``[2]``."""
+        return (labels != IGNORED).sum().expand(2)
+
 
 def divergence(logits: Tensor, target: Tensor) -> Tensor:
     """Mean KL divergence over rows of logits ``[rows, classes]``."""

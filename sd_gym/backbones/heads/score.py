@@ -49,6 +49,10 @@ class ScoreHead(LabelHead):
         """Mean squared distance from the dense score."""
         return F.mse_loss(logits.float(), dense_logits.detach().float())
 
+    def counted(self, labels: Tensor) -> Tensor:
+        """All rows."""
+        return torch.tensor([len(labels)] * 2, device=labels.device)
+
     def measured_by(self, quality: str) -> QualityMeasure:
         """The quality ``likelihood`` is that of ``exact_match``, which is graded; ValueError for what needs classes."""
         if quality == "balanced":

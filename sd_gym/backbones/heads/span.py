@@ -90,6 +90,11 @@ class SpanHead(Head):
         dense_logits = dense_logits.detach().masked_fill(logits <= NOWHERE, NOWHERE)
         return 2 * divergence(logits.flatten(0, 1), dense_logits.flatten(0, 1))
 
+    def counted(self, labels: Tensor) -> Tensor:
+        """The rows with a right span, and all rows."""
+        known = labels[:, 0, 0] >= 0
+        return torch.stack([known.sum(), known.new_tensor(len(known), dtype=torch.long)])
+
     def measured_by(self, quality: str) -> QualityMeasure:
         """Exact match compares texts, as the same text may be in several places."""
         return super().measured_by("metric" if quality in ("exact_match", "agreement") else quality)
