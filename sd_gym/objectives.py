@@ -37,7 +37,8 @@ def lexicographic(
     as much as a lost answer costs, since the constraint is on the mean. A penalty of 1 is the paper's weighted sum.
 
     If gains are ignored it is ``1 - flops_ratio`` where ``cost <= epsilon``, otherwise ``-penalty * min(1, (cost -
-    epsilon) / cost_scale)``: any decision that keeps the instance's quality beats any that does not.
+    epsilon) / cost_scale)``: any decision that keeps the instance's quality at no more than dense's FLOPs beats any
+    that does not.
     """
     if gains == "counted":
         return 1.0 - flops_ratio - penalty * (quality_ref - quality) / cost_scale

@@ -93,9 +93,10 @@ def normalised(text: str) -> str:
 def answer_scores(answer: str, references: Sequence[str]) -> dict[str, float]:
     """Exact match and token F1 of an answer, each the best over the references.
 
-    Without references the question has no answer (SQuAD 2.0), and only an empty text is right.
+    Without references the question has no answer, and only an empty text is right. As in SQuAD 2.0's script, a
+    reference without words other than articles does not count beside others.
     """
-    references = references or ("",)
+    references = [reference for reference in references if normalised(reference)] or ("",)
     return {
         "exact_match": float(max(normalised(answer) == normalised(reference) for reference in references)),
         "f1": max(_token_f1(normalised(answer).split(), normalised(reference).split()) for reference in references),

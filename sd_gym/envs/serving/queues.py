@@ -77,7 +77,8 @@ def _outcomes_of_policy(config: ServingConfig, split: str) -> Outcomes:
             "config key 'points': the first point skips; expected the margin of dense, the last of 'operating_points' "
             "in the policy's skip_policy.json"
         )
-    own = policy.network.flops / of_split.costs.dense_flops(rows)
+    own = network.flops + core.observing_flops(of_split, rows, blind=network.blind)
+    own = own / of_split.costs.dense_flops(rows)
     quality = np.stack([outcome.quality for outcome in scored], axis=1)
     flops_ratio = np.stack([outcome.flops_ratio for outcome in scored], axis=1)
     return Outcomes(quality, flops_ratio + own[:, None])

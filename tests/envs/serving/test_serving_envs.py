@@ -10,12 +10,13 @@ from stable_baselines3.common.env_checker import check_env as check_env_of_sb3
 
 import sd_gym
 from sd_gym.config import ConfigError
+from sd_gym.envs.config import load_config
 from sd_gym.envs.listing import page_of
 from sd_gym.envs.sb3 import SwitchableVecEnv
 from sd_gym.envs.serving.arrivals import arrival_times
 from sd_gym.envs.serving.queues import expected_loss, outcomes
 from sd_gym.policy.artefact import SkipPolicy
-from sd_gym.registration import SERVING, import_own, register_env
+from sd_gym.registration import SERVING, config_of, import_own, register_env
 
 TREC = "SD/Serving-TREC-Table-v0"
 SMALL = {"requests": 300}
@@ -228,6 +229,16 @@ def test_points_of_a_policy_do_what_its_run_has_measured(of_policy):
     assert known.quality[:, 0].mean() == pytest.approx(result["quality_ref"])
     assert known.flops_ratio[:, own].mean() == pytest.approx(result["flops_ratio_with_policy"])
     assert (np.diff(known.flops_ratio.mean(axis=0)) < 0).all()
+
+
+def test_judgements_of_the_head_between_layers_count(tmp_path):
+    staged = "SD/Classification-TREC-Staged-Table-v0"
+    result = sd_gym.train(staged, "imitation", tmp_path / "run", steps=100, epochs=1)
+    last = SkipPolicy.from_pretrained(tmp_path / "run").operating_points[-1].margin
+    points = [{"margin": margin, "per_request": 1e-3, "per_group": 0} for margin in (last, 0.0)]
+    table = load_config(config_of(staged), {}).table
+    config = gym.make(TREC, policy=str(tmp_path / "run"), table=table, points=points).unwrapped.config
+    assert outcomes(config, "test").flops_ratio[:, 1].mean() == pytest.approx(result["flops_ratio_with_policy"])
 
 
 def test_points_must_be_those_of_the_policy(of_policy):
