@@ -53,6 +53,7 @@ from sd_gym.tasks.ranking import STATISTICS_SIZE
 from sd_gym.tasks.splits import check_unchanged
 
 VALIDATIONS = 8  # during training
+CHECKPOINT = "checkpoint.pt"
 MOST = 2**32 - 1  # largest seed of all libraries
 TIMED_BATCH_SIZES = {"1": 1, "8": 8, "32": 32, "in bulk": None}
 
@@ -159,7 +160,8 @@ def _unfinished_run(folder: Path, resume: bool) -> dict[str, Any] | None:
         description = read_description(folder)
     except (FileNotFoundError, ValueError) as error:
         raise other_content_error(folder, "run folder") from error
-    if (folder / "result.json").exists():
+    ended = (folder / "result.json").exists()
+    if ended and not (resume and (folder / CHECKPOINT).exists()):  # which goes last
         raise FileExistsError(f"{folder} holds a finished run; choose another --output")
     if not resume:
         raise FileExistsError(f"{folder} holds an interrupted run; continue with --resume, or choose another --output")
@@ -183,7 +185,7 @@ def _train(
         check_unchanged(folder, unfinished["data"], core.data)
     learner = agent if isinstance(agent, Agent) else None
     steps = names["steps"]
-    checkpoint = folder / "checkpoint.pt"
+    checkpoint = folder / CHECKPOINT
     selection = Selection(core, names["confidence"])
     reached = None if learner is None else _load_checkpoint(checkpoint, learner, selection)
     write_json(folder / "config.json", description)

@@ -12,7 +12,7 @@ from sd_gym.agents.drawing.run_picture import plot_run
 from sd_gym.agents.experiment import run as run_module
 from sd_gym.agents.experiment.evaluation import evaluate
 from sd_gym.agents.experiment.run import load_run, train
-from sd_gym.agents.runs.folder import read_description
+from sd_gym.agents.runs.folder import read_description, read_result
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
@@ -253,6 +253,23 @@ def test_numpys_integers_are_seeds_and_steps(seed, custom, tmp_path):
         for n, given in enumerate((3, seed))
     ]
     assert results[0]["decisions_hash"] == results[1]["decisions_hash"]
+
+
+def test_a_run_that_was_killed_after_its_result_is_completed(custom, tmp_path, monkeypatch):
+    options = {"steps": 16, "num_envs": 4, **custom}
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sd_gym.agents.experiment.run.log_result", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(CUSTOM, "a2c", tmp_path / "run", **options)
+    monkeypatch.undo()
+    before = read_result(tmp_path / "run")["decisions_hash"]
+    assert train(CUSTOM, "a2c", tmp_path / "run", resume=True, **options)["decisions_hash"] == before
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    with pytest.raises(FileExistsError, match="holds a finished run"):
+        train(CUSTOM, "a2c", tmp_path / "run", resume=True, **options)
 
 
 @pytest.mark.parametrize("wrong", [{"seed": -1}, {"seed": 2**32}, {"seed": 0.5}, {"steps": "100"}, {"steps": True}])
