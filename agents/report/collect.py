@@ -84,7 +84,7 @@ class AgentRuns:
 
 @dataclass(frozen=True)
 class EnvRuns:
-    """All runs on the same test instances with the same backbone and epsilon."""
+    """All runs on the same test instances with the same backbone, epsilon and measure of quality."""
 
     name: str  # the env's id, and how these runs differ from others of this id
     agents: list[AgentRuns]  # agents, then controls, each by falling score
@@ -133,8 +133,8 @@ def collect(folders: Iterable[str | Path]) -> list[EnvRuns]:
         warnings.warn(message, stacklevel=2)
     by_env, collected = grouped((run for run in runs if not run.is_serving), _key), []
     ids = [env for env, *_ in by_env]
-    for (env, data, epsilon, backbone), of_env in by_env.items():
-        apart = f" (test rows {data}, epsilon {epsilon}, backbone {backbone[:12]})"
+    for (env, data, epsilon, backbone, measured), of_env in by_env.items():
+        apart = f" (test rows {data}, epsilon {epsilon}, backbone {backbone[:12]}, {measured})"
         agents = [AgentRuns(name, of_agent) for name, of_agent in group_by_agent(of_env)]
         agents.sort(key=lambda agent: (agent.is_control, -aggregate([agent.score], samples=1)[0], agent.name))
         collected.append(EnvRuns(env if ids.count(env) == 1 else env + apart, agents))
@@ -173,7 +173,9 @@ def example_decisions(run: Run) -> list[ExampleDecision]:
         ]
 
 
-def _key(run: Run) -> tuple[str, str, str, str]:
-    """Env, test rows, epsilon and backbone."""
-    result = run.result
-    return run.config["env"], result["data"]["test"]["hash"], f"{result['epsilon']:g}", run.config["weights"]
+def _key(run: Run) -> tuple[str, str, str, str, str]:
+    """Env, test rows, epsilon, backbone, and how quality is measured."""
+    result, quality, backbone = run.result, run.env.quality, run.env.backbone
+    measured = quality.kind if quality.kind != "metric" else quality.metric
+    measured += f", {backbone.max_source_length} and {backbone.max_target_length} tokens"
+    return run.config["env"], result["data"]["test"]["hash"], f"{result['epsilon']:g}", run.config["weights"], measured

@@ -11,6 +11,9 @@ from sd_gym.agents.runs.folder import STARTS, read_description, read_result
 from sd_gym.config import EnvConfig, dotted, stored_config
 
 FILES = ("config.json", "result.json")
+# Keys of the env by which all runs are judged; of serving envs, these.
+JUDGING = ("quality.", "reward.epsilon", "reward.penalty", "reward.cost_scale", "reward.gains", "backbone.max_")
+OF_SERVING = ("epsilon", "arrivals", "load", "deadline", "requests")
 INCIDENTAL = ("backbone.device", *STARTS)  # may differ between the seeds of one agent; see ``origins``
 
 
@@ -64,14 +67,26 @@ def grouped(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[Ru
 
 
 def group_by_agent(runs: Iterable[Run]) -> list[tuple[str, list[Run]]]:
-    """Runs of one env, by agent and settings: within a group only seeds differ, and its name tells it from others."""
+    """Runs of one env, by agent and settings: within a group only seeds differ, and its name tells it from others.
+
+    Where runs of any agents are judged otherwise, as with another epsilon, all names say so.
+    """
+    runs = list(runs)
+    judged = {key for key in _differing(runs) if key in (*OF_SERVING, "weights", "confidence")}
+    judged |= {key for key in _differing(runs) if key.startswith(JUDGING)}
     by_label = grouped(runs, agent_label)
-    return [group for label, of_agent in by_label.items() for group in _by_settings(label, of_agent)]
+    return [group for label, of_agent in by_label.items() for group in _by_settings(label, of_agent, judged)]
 
 
-def _by_settings(agent: str, runs: list[Run]) -> list[tuple[str, list[Run]]]:
-    keys = {key for run in runs for key in run.identity}
-    differ = sorted(key for key in keys if len({json.dumps(run.identity.get(key)) for run in runs}) > 1)
+def _differing(runs: list[Run]) -> set[str]:
+    """The keys in which runs differ, but for their seed."""
+    identities = [run.identity for run in runs]
+    keys = {key for identity in identities for key in identity}
+    return {key for key in keys if len({json.dumps(identity.get(key)) for identity in identities}) > 1}
+
+
+def _by_settings(agent: str, runs: list[Run], judged: set[str]) -> list[tuple[str, list[Run]]]:
+    differ = sorted(_differing(runs) | judged)
     groups: dict[str, dict[str, Run]] = {}
     for run in runs:
         notes = [f"{key} {value}" for key in differ if (value := run.identity.get(key)) is not None]

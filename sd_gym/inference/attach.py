@@ -21,6 +21,7 @@ from sd_gym.inference.rollout import Keep, StagedRollout
 from sd_gym.inference.second_answers import final_output, final_texts, generate_arguments, pass_arguments, setting
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.switch import FlopsModel, PassState, Switchboard, first_layer_input
+from sd_gym.switch.decision import refuse_compiled
 from sd_gym.switch.model_patches import CONTINUOUS, ending
 
 PASS_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # inputs of a pass that a head judges
@@ -334,6 +335,7 @@ class Attached:
 
     def _policy_input(self, given: dict[str, Any], ids: Tensor | None) -> _PolicyInput:
         """The given inputs, padded at the right as in the env."""
+        refuse_compiled()
         computed = [name for name in COMPUTED if given.get(name) is not None]
         if computed or not isinstance(ids, Tensor) or ids.ndim != 2:
             raise ValueError(

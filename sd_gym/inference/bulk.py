@@ -224,11 +224,11 @@ def _read(source: Path | None, columns: dict[str, str], may_lack: set[str]) -> I
 
     A row without the column of a field is broken; of JSON lines, it may lack the fields ``may_lack``.
     """
-    if source is not None and source.suffix != ".jsonl":
+    if source is not None and source.suffix != ".jsonl" and not source.is_fifo():
         for number, (_, row) in enumerate(read_rows(source, {columns.get("label", "label")}), start=1):
             yield _renamed(number, row, columns, set())
         return
-    if source is not None and not source.is_file():
+    if source is not None and (source.is_dir() or not source.exists()):  # it may be a pipe
         raise FileNotFoundError(f"no file {source}; expected .jsonl, .csv or .parquet")
     unseen = {name: column for name, column in columns.items() if name in may_lack}
     with sys.stdin.buffer if source is None else source.open("rb") as lines:

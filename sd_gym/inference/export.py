@@ -73,6 +73,8 @@ def export(
         ValueError: If the policy cannot be exported; the message gives the reason, and what to do.
         MissingExtraError: If ``onnx`` or ``onnxruntime`` is not installed.
     """
+    if masks < 1:
+        raise ValueError(f"masks: expected at least 1, got {masks}")
     folder, policy = Path(folder), policy if isinstance(policy, SkipPolicy) else SkipPolicy.from_pretrained(policy)
     with locked(folder):
         model, among = check_exportable(policy, folder, backbone), decided_masks(policy)
@@ -243,6 +245,7 @@ class _Writer:
             "longest_answer": config.backbone.max_target_length,
             "padding_token": tokenizer.pad_token_id,
             "unknown_token": model.unknown_token,
+            "splits_special_tokens": tokenizer.split_special_tokens,
             "cut": {
                 "length": min(config.backbone.max_source_length, tokenizer.model_max_length),
                 "strategy": "only_second" if instance.source_pair and instance.protected else "longest_first",

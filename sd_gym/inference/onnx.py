@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 MANIFEST, TOKENIZER, WEIGHTS = "sd_gym_onnx.json", "tokenizer.json", "weights.bin"
-FORMAT = 5  # which files and graphs a folder has
+FORMAT = 6  # which files and graphs a folder has
 DECIDE, MODEL, ANSWER = "decide.onnx", "model.onnx", "answer.onnx"  # before the first layer, the model, on the answer
 DENSE = 0  # index of the mask that skips nothing
 DECIDED = 256  # inputs per run of the graph that decides
@@ -100,6 +100,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _known(providers: list[str]) -> list[str]:
+    """The execution providers; ValueError if there is none, or ONNX Runtime has one of them not."""
+    known = runtime().get_available_providers()
+    wrong = [name for name in providers if name not in known]
+    if wrong or not providers:
+        raise ValueError(f"providers: expected some of {', '.join(known)}; got {', '.join(wrong) or 'none'}")
+    return providers
+
+
 class OnnxModel(TextModel):
     """An exported policy; arguments are those of ``load``.
 
@@ -122,7 +131,7 @@ class OnnxModel(TextModel):
     ) -> None:
         self.folder = folder = folder.resolve()  # graphs are opened later
         self.manifest = manifest = read_manifest(folder)
-        self._providers = list(providers)
+        self._providers = _known([providers] if isinstance(providers, str) else list(providers))
         self._options = session_options
         points = [OperatingPoint(**point) for point in manifest["operating_points"]]
         self.margin = np.float32(margin_for(points, max_loss=max_loss, max_flops=max_flops))
@@ -151,6 +160,7 @@ class OnnxModel(TextModel):
         self.fingerprints = {"policy": f"{hashes[MANIFEST]}, margin {self.margin}", "backbone": hashes[WEIGHTS]}
         self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
         self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = manifest["splits_special_tokens"]  # which its file does not say
         cut = manifest["cut"]
         self._whole = deepcopy(self._tokenizer) if cut["strategy"] == "only_second" else None  # it measures questions
         self._tokenizer.enable_truncation(cut["length"], strategy=cut["strategy"], direction=cut["direction"])

@@ -244,6 +244,12 @@ def replays(frame: FrameType | None) -> int:
     return count
 
 
+def refuse_compiled() -> None:
+    """Raise ``NotImplementedError`` if the pass is compiled, traced or exported."""
+    if torch.compiler.is_compiling() or is_tracing():
+        raise NotImplementedError("a compiled, traced or exported model cannot decide in the pass; use decide()")
+
+
 def is_tracing() -> bool:
     """Whether ``torch.jit`` traces the pass."""
     return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]  (documented, but not in __all__)

@@ -19,7 +19,7 @@ from transformers import Cache, PreTrainedModel
 from sd_gym.switch.architectures import Stack, Switch, UnsupportedArchitectureError, architecture_of
 from sd_gym.switch.cache import restore_layers
 from sd_gym.switch.context import Block, Scope, StaleBoardError
-from sd_gym.switch.decision import Decision, PendingDecision, Plan, is_tracing
+from sd_gym.switch.decision import Decision, PendingDecision, Plan, refuse_compiled
 from sd_gym.switch.patches import Patches
 from sd_gym.switch.stages import PassState, Stage, StageReached, stages_named, stages_of
 from sd_gym.switch.tokens import DroppedTokens
@@ -261,8 +261,7 @@ class Switchboard:
 
     def _settle(self, decision: Decision, hidden: Tensor, cache: Cache | None) -> Decision | None:
         """Decide at the next stage, by the layer's input or the encoder's output, and put that decision in force."""
-        if torch.compiler.is_compiling() or is_tracing():
-            raise NotImplementedError("a compiled, traced or exported model cannot decide in the pass; use decide()")
+        refuse_compiled()
         pending = decision.pending
         assert pending is not None
         stage = pending.stages[0]

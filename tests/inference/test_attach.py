@@ -539,6 +539,14 @@ def test_a_decoder_is_counted_for_each_beam(how):
     np.testing.assert_allclose(model.decisions.flops_ratio, ran / (always + switched.sum(axis=1)))
 
 
+@pytest.mark.parametrize("stages", [["first"], ["first", "answer"]])
+def test_an_export_of_an_attached_model_is_refused(stages):
+    model, inputs = make_model("bert"), make_inputs("bert")
+    attach(model, make_policy(model, stages=stages))
+    with pytest.raises(NotImplementedError, match="exported model cannot decide in the pass"):
+        torch.export.export(model, (), inputs, strict=False)
+
+
 def test_continuous_batching_is_refused():
     model = make_model("llama")
     attach(model, make_policy(model))

@@ -1,9 +1,11 @@
 """Files of inputs: answered in order, malformed lines passed over, a run that was cut off goes on."""
 
 import json
+import os
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -187,6 +189,15 @@ def test_an_input_that_cannot_be_read_leaves_nothing_behind(model, tmp_path, nam
     with pytest.raises((FileNotFoundError, ValueError), match=error):
         run_file(model[0], tmp_path / name, tmp_path / "out" / "o.jsonl")
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_may_come_from_a_pipe(model, tmp_path):
+    pipe, rows = tmp_path / "pipe", [json.dumps({"text": text}) + "\n" for text in model[1]]
+    os.mkfifo(pipe)
+    writer = Thread(target=lambda: pipe.write_text("".join(rows)))
+    writer.start()
+    assert run_file(model[0], pipe, tmp_path / "o.jsonl").rows == ROWS
+    writer.join()
 
 
 def test_a_column_of_a_field_that_is_none_is_refused(model, tmp_path):

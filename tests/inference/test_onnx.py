@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import sd_gym
@@ -474,3 +475,33 @@ def test_its_commands_and_in_int8_decisions_stay_the_same(exported, tmp_path):
     done = runner.invoke(app, ["evaluate", str(folder)])
     assert done.exit_code == 0, done.output
     assert "in ONNX" in done.output
+
+
+def test_a_tokenizer_that_reads_special_tokens_as_text_stays_so(tmp_path, tiny_tokenizer):
+    """It keeps users from writing them."""
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "sep_token": "[SEP]", "split_special_tokens": True}
+    backend = copy.deepcopy(tiny_tokenizer.backend_tokenizer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=32, **special)
+    policy, texts = few_masks("classification", tmp_path, tokenizer)
+    sd_gym.export(policy, tmp_path / "onnx")
+    ours, exported = sd_gym.load(policy), onnx.load(tmp_path / "onnx")
+    assert ours.tokenizer.split_special_tokens
+    injected = [f"a[SEP]b {text}" for text in texts]
+    for own, theirs in zip(ours(injected), exported(injected), strict=True):
+        assert (own.answer, own.skip.tolist(), own.flops_ratio) == (
+            theirs.answer,
+            theirs.skip.tolist(),
+            pytest.approx(theirs.flops_ratio),
+        )
+
+
+@pytest.mark.parametrize(("providers", "got"), [(["Nope"], "Nope"), ("Nope", "Nope"), ([], "none")])
+def test_providers_that_are_none_are_refused(exported, providers, got):
+    with pytest.raises(ValueError, match=f"providers: expected some of .*CPUExecutionProvider.*; got {got}"):
+        onnx.load(exported[1], providers=providers)
+    assert onnx.load(exported[1], providers="CPUExecutionProvider")(["good food"])
+
+
+def test_an_export_needs_a_mask(exported, tmp_path):
+    with pytest.raises(ValueError, match="masks: expected at least 1, got 0"):
+        sd_gym.export(exported[0], tmp_path / "onnx", masks=0)

@@ -64,6 +64,14 @@ def test_a_run_that_is_as_it_was_passes(run):
     assert "decides the same again" in shown.output
 
 
+def test_a_reward_that_is_not_known_here_is_not_replayed(run):
+    """That of an own objective, without its --import."""
+    description = json.loads((run / "config.json").read_text())
+    description["env_config"]["reward"]["objective"] = "somebodys"
+    (run / "config.json").write_text(json.dumps(description))
+    assert replay(run).has_policy
+
+
 def test_a_run_without_a_policy_is_replayed_from_its_decisions(hash_run, tmp_path):
     def cheap(observations):
         return np.tile([1, 0, 0, 0, 0, 1, 0], (len(observations), 1))

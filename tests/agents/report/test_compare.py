@@ -16,11 +16,11 @@ CUSTOM = "SD/Classification-Custom-v0"
 
 @pytest.fixture
 def run(reviews, tiny_backbone, tmp_path):
-    """Makes a run of the agent ``random``."""
+    """Makes a run, by default of the agent ``random``."""
 
-    def make(name, seed=0, steps=1, **settings):
+    def make(name, seed=0, steps=1, algo="random", **settings):
         settings = {"dataset": str(reviews), "backbone": str(tiny_backbone), **settings}
-        sd_gym.train(CUSTOM, "random", tmp_path / name, seed=seed, steps=steps, **settings)
+        sd_gym.train(CUSTOM, algo, tmp_path / name, seed=seed, steps=steps, **settings)
         return tmp_path / name
 
     return make
@@ -51,6 +51,17 @@ def test_what_differs_is_a_row_of_its_own_and_its_name_says_what(run, reviews, t
         found = agents([*first, folder])
         assert sorted(found.values()) == [1, 2], key
         assert all(f"({key} " in name or f", {key} " in name for name in found), key
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("reward.epsilon", 0.5), ("quality.kind", "likelihood"), ("backbone.max_source_length", 8)]
+)
+def test_names_of_all_agents_say_what_they_are_judged_by_if_that_differs(run, key, value):
+    first = run("first")
+    assert agents([first, run("same", algo="hash")]) == {"hash": 1, "random": 1}
+    found = agents([first, run("other", algo="hash", **{key.replace("quality.kind", "quality"): value})])
+    assert all(f"{key} " in name for name in found)
+    assert len(sd_gym.agents.report.collect.collect([first, first.with_name("other")])) == 2
 
 
 def test_rows_of_a_file_that_has_changed_are_no_seeds_of_one_agent(run, reviews):
