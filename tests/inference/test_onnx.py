@@ -299,7 +299,7 @@ def test_a_folder_of_another_version_is_an_error(exported, tmp_path):
     manifest = json.loads(file.read_text()) | {"format": 4}
     manifest["files"][onnx.MANIFEST] = onnx.own_hash(manifest)
     file.write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="expected format 5, got 4; export anew"):
+    with pytest.raises(ValueError, match="expected format 6, got 4; export anew"):
         onnx.load(tmp_path / "onnx")
 
 
