@@ -49,14 +49,16 @@ def resumed_from(masks: NDArray, points: Sequence[int]) -> NDArray:
     return np.where(masks[:, -1] != 0, 0, stops[np.searchsorted(stops, first, side="right") - 1])
 
 
-def going_on_flops(always: NDArray, switched: NDArray, resumed: NDArray) -> NDArray:
+def going_on_flops(always: NDArray, switched: NDArray, resumed: NDArray, read: NDArray | None = None) -> NDArray:
     """FLOPs of going on, int64 ``[n]``: dense from a switch on, and the head again; 0 where everything has run.
 
     Args:
         always: FLOPs that no switch saves, ``[n]``.
         switched: FLOPs of each switch, ``[n, switches]``.
         resumed: See ``resumed_from``, ``[n]``.
+        read: Those of each switch on the input alone, ``[n, switches]``: earlier switches run again on a text that is
+            generated after it. ``None``: no switch before ``resumed`` runs on more than the input.
     """
     switches = switched.shape[1]
-    rest = (switched * (np.arange(switches) >= resumed[:, None])).sum(axis=1)
-    return np.where(resumed < switches, always + rest, 0)
+    done = (switched if read is None else read) * (np.arange(switches) < resumed[:, None])
+    return np.where(resumed < switches, always + switched.sum(axis=1) - done.sum(axis=1), 0)

@@ -30,6 +30,13 @@ def test_what_is_run_again_is_what_was_skipped_and_all_after_its_point(skips, le
             assert spent == 5 + costs[start:].sum()
 
 
+def test_what_has_run_on_a_prompt_runs_again_on_the_text_after_it():
+    always, switched, read = np.full(4, 5), np.tile([10, 20, 30], (4, 1)), np.tile([4, 5, 6], (4, 1))
+    flops = going_on_flops(always, switched, np.arange(4), read)
+    assert flops.tolist() == [65, 61, 56, 0]
+    assert going_on_flops(always, switched, np.arange(4)).tolist() == [65, 55, 35, 0]
+
+
 def test_decisions_have_one_component_more_where_they_may_go_on():
     decisions = np.array([[1, 0, 2, 0], [1, 0, 2, 1], [0, 0, 1, 1], [0, 0, 0, 1]])
     seen, goes_on = masks_and_goes_on(decisions, 3)

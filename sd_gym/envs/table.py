@@ -24,6 +24,7 @@ from sd_gym.envs.table_files import (
     FACT,
     JUDGED,
     PROJECTION,
+    READ,
     SPENT,
     naming_damage,
     observations_at,
@@ -134,6 +135,7 @@ class TableSplit:
         if core.has_answer_stage:
             judgement = self.tensors[JUDGED].shape[-1] if JUDGED in self.tensors else 0
             expected |= {JUDGED: (n, len(core.masks), judgement), SPENT: (costs, len(core.masks))}
+            expected |= {READ: (costs, switches)} if READ in self.tensors else {}
         expected |= dict.fromkeys(("difficulty", "levels", "costs", *LENGTHS), (n,))
         file = core.folder / f"{self.name}.safetensors"
         for key, shape in expected.items():

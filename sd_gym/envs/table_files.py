@@ -12,7 +12,8 @@
     [n]``: the row of each instance in both;
   * ``observations``, float32, or float16 if reduced; for a later stage K ``observations.K [n, choices before, size]``;
   * with the stage ``answer``, ``judged [n, masks, values]``, the head's judgement of its answers, and ``spent [lengths,
-    masks]``, the FLOPs shown there;
+    masks]``, the FLOPs shown there; of a decoder-only backbone that generates, ``read [lengths, switches]``, those on
+    prompts alone;
   * difficulty and facts of each instance, in the smallest type that holds them exactly.
 * ``SPLIT.json``: the ids of the instances, and their facts that are texts.
 * ``projection.safetensors``, if observations are reduced: how (``sd_gym.projection``).
@@ -32,7 +33,7 @@ from sd_gym.registration import CONFIG_FOLDER
 FORMAT = 3
 CODEBOOK, PROJECTION, EXPORT = "codebook.json", "projection.safetensors", "export.safetensors"
 MOST_MASKS = 4096  # a table of an env with no more decisions has all of them
-JUDGED, SPENT = "judged", "spent"  # in the file of a split
+JUDGED, SPENT, READ = "judged", "spent", "read"  # in the file of a split
 FACT = "fact."  # before the name of a fact, in the file of a split
 
 

@@ -6,6 +6,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray as Array
 
+from sd_gym.envs.table_files import READ
 from sd_gym.going_on import going_on_flops, resumed_from
 
 MasksOf = Callable[[Array], Array]  # from decisions [n, components] to the indices of their masks [n]
@@ -102,6 +103,7 @@ class TableCosts:
         self._costs_of = tensors["costs"]  # row of each instance in the costs
         self._always = tensors["always"]
         self._switched = tensors["switched"]
+        self._read = tensors.get(READ, self._switched[:, 0])  # missing where texts are not generated after a prompt
         self._runs = 1 - masks[:, :-1]
         self._level = masks[:, -1]
         self._dense = self._always[:, 0] + self._switched[:, 0].sum(axis=1)
@@ -142,8 +144,8 @@ class TableCosts:
         resumed = resumed_from(self._masks, self._points)
         return np.stack(
             [
-                going_on_flops(np.full(len(resumed), always), np.tile(switched, (len(resumed), 1)), resumed)
-                for always, switched in zip(self._always[:, 0], self._switched[:, 0], strict=True)
+                going_on_flops(np.full(len(resumed), always), np.tile(switched, (len(resumed), 1)), resumed, read[None])
+                for always, switched, read in zip(self._always[:, 0], self._switched[:, 0], self._read, strict=True)
             ]
         )
 

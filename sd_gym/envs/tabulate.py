@@ -23,7 +23,7 @@ from sd_gym.envs.actions import all_decisions, read_masks, write_masks
 from sd_gym.envs.export import Export
 from sd_gym.envs.protocols import Core, mean_flops
 from sd_gym.envs.staged import BackboneStageObserver
-from sd_gym.envs.table_files import CODEBOOK, FACT, FORMAT, JUDGED, PROJECTION, SPENT, observations_at
+from sd_gym.envs.table_files import CODEBOOK, FACT, FORMAT, JUDGED, PROJECTION, READ, SPENT, observations_at
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.files import as_json, map_arrays, read_json, write_arrays, write_json
 from sd_gym.folders import MARKER, contents, locked, other_content_error
@@ -281,6 +281,9 @@ class TableMaker:
             rows = np.unique(costs["costs"], return_index=True)[1]
             shares = [split.costs.reading_ratio(rows, np.tile(mask, (len(rows), 1))) for mask in masks]
             spent[SPENT] = np.stack(shares, axis=1).astype(dtype)
+            read, last = split.costs.read_flops(rows), split.costs.resume_points[-1]
+            if (read[:, :last] != costs["switched"][:, 0, :last]).any():  # they run again on what is generated
+                spent[READ] = read
         arrays = {
             "observations": (observed if reduce is None else reduce(observed)).astype(dtype),
             **_qualities(parts, n, len(masks)),

@@ -25,6 +25,8 @@ class Costs:
         self._components = len(backbone.board) + 1
         everything = np.arange(len(encoded))
         self._always, self._switched = self._costs(everything, np.zeros(len(encoded), dtype=np.int64))
+        source, is_text = encoded.source_length, not backbone.head.judges_passes
+        self._read = self._costs_of(source, np.ones_like(source), source)[1] if is_text else self._switched
 
     def flops_ratio(self, rows: Array, decisions: Array) -> Array:
         """FLOPs under decisions over dense FLOPs, float64 ``[n]``."""
@@ -62,7 +64,11 @@ class Costs:
     def going_on(self, rows: Array, masks: Array) -> Array:
         """FLOPs of going on after masks, int64 ``[n]``, for all rows; see ``sd_gym.going_on``."""
         first = resumed_from(self.masks(masks), self.resume_points)
-        return going_on_flops(self._always[rows], self._switched[rows], first)
+        return going_on_flops(self._always[rows], self._switched[rows], first, self.read_flops(rows))
+
+    def read_flops(self, rows: Array) -> Array:
+        """FLOPs of each switch of the dense backbone on the input, before a text is generated: ``[n, switches]``."""
+        return self._read[rows]
 
     def by_level(self) -> tuple[Array, Array]:
         """FLOPs that no switch saves, int64 ``[n, levels]``, and those of each switch, ``[n, levels, switches]``."""
@@ -96,7 +102,8 @@ class Costs:
             again = np.flatnonzero(goes_on & (first == start))
             source, target = length[again], self._encoded.target_length[rows[again]]
             always, switched = self._costs_padded(len(again), source, target, source)
-            total += going_on_flops(always, switched, first[again]).sum()
+            read = self._costs_padded(len(again), source, np.ones_like(source), source)[1]
+            total += going_on_flops(always, switched, first[again], read).sum()
         return int(total)
 
     def _ranking(self, length: Array, kept: Array) -> Array:

@@ -426,7 +426,8 @@ class Decisions(local):
         whole = dense_always + dense.sum(axis=1)
         if self.went_on.any():
             again_always, again = self._costs(source, source, target_again)
-            ran = ran + self.went_on * going_on_flops(again_always, again, self.resumed)
+            read = again if target_again is None else self._costs(source, source, 1)[1]
+            ran = ran + self.went_on * going_on_flops(again_always, again, self.resumed, read)
             whole = np.where(self.went_on, again_always + again.sum(axis=1), whole)
         return flops_share(ran, whole)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sd_gym.going_on import resumed_from
 from sd_gym.switch import PassState, Switchboard
+from sd_gym.switch.cache import LayerKeys
 from sd_gym.switch.stages import BETWEEN, EVERY_LAYER
 
 
@@ -48,8 +49,7 @@ class Resumption:
         rows = np.flatnonzero(self._from == self._point_of.get(state.stage, -1))
         if not len(rows):
             return
-        if len(rows) < len(self._from):
-            state = state.rows(torch.from_numpy(rows).to(state.hidden.device))
+        state = state.rows(torch.from_numpy(rows).to(state.hidden.device))
         self._states.append((rows, state if keep is None else _at_all_positions(state, keep[rows])))
 
     def parts(self, goes_on: NDArray) -> Iterator[tuple[NDArray, PassState | None]]:
@@ -72,9 +72,12 @@ def _at_all_positions(state: PassState, keep: NDArray | Tensor) -> PassState:
     order = np.argsort(~np.asarray(torch.as_tensor(keep).cpu(), dtype=np.bool_), axis=1, kind="stable")
 
     def spread(hidden: Tensor) -> Tensor:
-        index = torch.from_numpy(order[:, : hidden.shape[1]]).to(hidden.device)[..., None].expand_as(hidden)
-        return hidden.new_zeros(len(order), order.shape[1], hidden.shape[-1]).scatter(1, index, hidden)
+        *before, kept, width = hidden.shape
+        index = torch.from_numpy(order[:, :kept]).to(hidden.device)
+        index = index.view(len(order), *[1] * (hidden.ndim - 3), kept, 1).expand_as(hidden)
+        return hidden.new_zeros(*before, order.shape[1], width).scatter(-2, index, hidden)
 
     encoded = None if state.encoded is None else spread(state.encoded)
     of_input = state.encoded is None or state.stage == BETWEEN
-    return replace(state, hidden=spread(state.hidden) if of_input else state.hidden, encoded=encoded)
+    keys = state.keys and tuple(LayerKeys(spread(layer.keys), spread(layer.values)) for layer in state.keys)
+    return replace(state, hidden=spread(state.hidden) if of_input else state.hidden, encoded=encoded, keys=keys)

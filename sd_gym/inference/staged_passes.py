@@ -148,7 +148,7 @@ class _Waiting:
     """Rows that go on, by the stage from which they do (``None``: from the start), with their states there."""
 
     def __init__(self) -> None:
-        self.tokens = 0  # padded tokens of the states that are held
+        self.tokens = 0  # padded tokens of the states that are held, and of their keys and values
         self._parts: dict[str | None, list[tuple[NDArray, PassState | None]]] = {}
 
     def add(self, positions: NDArray, parts: Iterable[tuple[NDArray, PassState | None]]) -> NDArray:
@@ -157,7 +157,7 @@ class _Waiting:
         for rows, state in parts:
             waits[rows] = True
             self._parts.setdefault(None if state is None else state.stage, []).append((positions[rows], state))
-            self.tokens += 0 if state is None else state.hidden[..., 0].numel()
+            self.tokens += 0 if state is None else state.size
         return waits
 
     def taken(self, board: Switchboard) -> Iterator[tuple[int, NDArray, list[PassState]]]:
@@ -180,6 +180,4 @@ def _joined(states: Sequence[PassState], rows: NDArray, length: int, side: str) 
         own = rows[owner == number] - (ends[number] - len(state.hidden))
         parts.append(state.rows(torch.from_numpy(own).to(state.hidden.device)).padded(length, side))
     order = torch.from_numpy(np.argsort(np.argsort(owner, kind="stable"))).to(states[0].hidden.device)
-    encoded = None if states[0].encoded is None else torch.cat([part.encoded for part in parts])
-    hidden, mask = (torch.cat([getattr(part, name) for part in parts]) for name in ("hidden", "mask"))
-    return PassState(states[0].stage, hidden, mask, encoded).rows(order)
+    return PassState.joined(parts).rows(order)

@@ -4,10 +4,12 @@ A decision is made once per sequence, so a row skips the same sublayers at every
 stored. The length and the order of the beams must still be right for all rows, even in a layer that stores no row.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
@@ -177,6 +179,72 @@ def cache_among(args: tuple, kwargs: dict[str, Any]) -> Cache | None:
 def hidden_states(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """The hidden states among a module's arguments."""
     return args[0] if args else kwargs["hidden_states"]
+
+
+class LayerKeys(NamedTuple):
+    """What a layer of a cache holds of prompts: ``keys`` and ``values``, each ``[kept, heads, positions, size]``.
+
+    ``rows``: the rows of the batch that they are of, beams included, int64 ``[kept]``, ascending; ``None``: all.
+    ``repeats``: rows of the batch for each input.
+    """
+
+    keys: Tensor
+    values: Tensor
+    rows: Tensor | None = None
+    repeats: int = 1
+
+    def of(self, inputs: Tensor, positions: int) -> "LayerKeys":
+        """A copy of those of some inputs, int64 ``[n]``, at so many positions: zeros where a sliding window has passed.
+
+        Raises ``ValueError`` if the layer does not hold them, as an input has skipped its attention.
+        """
+        place = inputs * self.repeats
+        if self.rows is not None:
+            rows = self.rows.to(place.device).contiguous()
+            if not torch.isin(place, rows).all():
+                raise ValueError("keys of an input that skipped an attention are missing; resume inputs that ran all")
+            place = torch.searchsorted(rows, place)
+
+        def taken(held: Tensor) -> Tensor:
+            held = held.to(place.device) if held.device.type == "cpu" else held  # an offloaded cache
+            return F.pad(held.index_select(0, place.to(held.device)), (0, 0, positions - held.shape[2], 0))
+
+        return LayerKeys(taken(self.keys), taken(self.values))
+
+
+def held_keys(cache: Cache | None, layers: int, repeats: int) -> tuple[LayerKeys, ...] | None:
+    """What the first ``layers`` layers of a decoder-only model's cache hold, not copied.
+
+    ``repeats``: rows of the batch for each input. ``None`` without such a cache, or if a layer holds nothing.
+    """
+    if cache is None or isinstance(cache, EncoderDecoderCache):
+        return None
+    held = []
+    for layer in cache.layers[:layers]:
+        rows, inner = (layer.rows, layer.inner) if isinstance(layer, RowSubsetLayer) else (None, layer)
+        if not isinstance(inner, DynamicLayer) or inner.keys is None or inner.values is None:
+            return None
+        held.append(LayerKeys(inner.keys, inner.values, rows, repeats))
+    return tuple(held)
+
+
+def joined_keys(parts: Sequence[tuple[LayerKeys, ...]]) -> tuple[LayerKeys, ...]:
+    """Those of all inputs of several batches, at equally many positions."""
+    return tuple(
+        LayerKeys(torch.cat([own.keys for own in layer]), torch.cat([own.values for own in layer]))
+        for layer in zip(*parts, strict=True)
+    )
+
+
+def fill_layers(cache: Cache, held: Sequence[LayerKeys], inputs: Tensor, positions: int) -> None:
+    """Fill the first layers of an empty cache with what they held of prompts of so many positions.
+
+    ``inputs``: the prompt of each row of the batch, int64 ``[rows]``. The cache's own layers are put back first.
+    """
+    restore_layers(cache)
+    for number, layer in enumerate(held):
+        keys, values, *_ = layer.of(inputs, positions)
+        cache.update(keys, values, number)
 
 
 def restore_layers(cache: Cache) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache
 
+from sd_gym.switch.cache import held_keys
 from sd_gym.switch.stages import PassState, Stage
 from sd_gym.switch.tokens import DroppedTokens, TokenPass
 
@@ -96,9 +97,10 @@ class PendingDecision:
     settle: Callable[[Decision, Tensor, Cache | None], Decision | None]
     needs: tuple[int, ...]  # indices of the patches that it needs
 
-    def state(self, hidden: Tensor, encoded: Tensor | None, tokens: DroppedTokens | None, repeats: int) -> PassState:
-        """The pass's state at the next stage, where each row is repeated for its beams or samples."""
-        stage = self.stages[0]
+    def state(self, decision: Decision, hidden: Tensor, cache: Cache | None) -> PassState:
+        """The pass's state at the next stage, a row for each input, whose beams or samples are the same."""
+        stage, encoded, tokens, repeats = self.stages[0], decision.state.encoded, decision.tokens, decision.repeats
+        keys = held_keys(cache, stage.place[1], repeats) if decision.generating else None
         if repeats > 1:
             hidden, encoded = hidden[::repeats], None if encoded is None else encoded[::repeats]
         if stage.follows_encoder and not stage.is_between:
@@ -106,7 +108,7 @@ class PendingDecision:
             mask[:, :1] = 1
         else:
             mask = self._mask(hidden, tokens)
-        return PassState(stage.name, hidden, mask, encoded)
+        return PassState(stage.name, hidden, mask, encoded, keys)
 
     def is_at(self, place: tuple[str, int]) -> bool:
         """Whether the next stage is right before this layer."""
@@ -213,12 +215,13 @@ class Decision:
         """The hidden states that a layer takes instead of its own, where the pass is resumed."""
         state = self.resume_from
         assert state is not None  # only called for a resumed pass
-        if state.hidden.shape != hidden.shape:
+        resumed = state.hidden if self.repeats == 1 else state.hidden.repeat_interleave(self.repeats, dim=0)
+        if resumed.shape != hidden.shape:
             raise ValueError(
                 f"cannot resume at {state.stage!r}: the stopped pass had hidden states {list(state.hidden.shape)}, "
                 f"this one has {list(hidden.shape)}; pass the same inputs and the same keep as before"
             )
-        return state.hidden
+        return resumed
 
     def repeats_in(self, total: int) -> int:
         """How often each row is repeated in a batch of ``total``; ``ValueError`` if that is another batch."""

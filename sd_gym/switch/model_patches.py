@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from threading import current_thread, main_thread
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from sd_gym.switch.cache import cache_among, hidden_states
+from sd_gym.switch.cache import cache_among, fill_layers, hidden_states
 from sd_gym.switch.context import Block, Scope
 from sd_gym.switch.decision import Decision, Pass
 from sd_gym.switch.sublayer_patch import SublayerPatch, is_gathering
@@ -27,9 +28,11 @@ class LayerPatch:
     A stage right before the layer is decided here, and a pass that is resumed here gets its hidden states.
     """
 
+    scope: Scope
     model: PreTrainedModel
     layer: nn.Module
     place: tuple[str, int]  # name of its stack, and its index there
+    first: int  # index of its first switch
     attentions: list[SublayerPatch]
     norms: list[nn.Module]  # norms that run where no row runs any sublayer
     reads_input: bool  # whether its stack reads the input
@@ -46,6 +49,10 @@ class LayerPatch:
         if decision.resume_from is not None and decision.resumes == self.place:
             hidden = decision.resumed(hidden_states(args, kwargs))
             args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+            encodes = self.reads_input and self.model.config.is_encoder_decoder  # once, before generate() begins
+            if decision.generating and decision.pending is None and not encodes:
+                self._generate_densely(decision, hidden, cache_among(args, kwargs))
+                return inner(*args, **kwargs)
         if decision.pending is not None and decision.pending.is_at(self.place):
             decision = decision.pending.settle(decision, hidden_states(args, kwargs), cache_among(args, kwargs))
             if decision is None:
@@ -59,6 +66,20 @@ class LayerPatch:
         idle = self.place in decision.plan.idle
         output = self._skipped(decision, args, kwargs) if idle else inner(*args, **kwargs)
         return tokens.after_last_layer(output) if tokens is not None and self.restores else output
+
+    def _generate_densely(self, decision: Decision, hidden: Tensor, cache: Cache | None) -> None:
+        """Let all layers run on what is generated, after the prompt's pass was resumed here with ``hidden`` states."""
+        state = decision.resume_from
+        assert state is not None  # only called for a resumed pass
+        if decision.tokens is not None or any(rows is not None for rows in decision.plan.rows[self.first :]):
+            raise ValueError(f"generate() resumes at {state.stage!r} only densely; skip and drop nothing there")
+        if cache is not None:
+            if state.keys is None:
+                wanted = "generate() needs one of a decoder-only model's generate() with a cache"
+                raise ValueError(f"the state at {state.stage!r} has no keys of earlier layers; {wanted}")
+            rows = torch.arange(len(state.hidden), device=hidden.device).repeat_interleave(decision.repeats)
+            fill_layers(cache, state.keys, rows, hidden.shape[1])
+        self.scope.settle(None)
 
     def _begin(self, decision: Decision, tokens: DroppedTokens, args: tuple, kwargs: dict[str, Any]) -> None:
         decision.refuse_tracing()

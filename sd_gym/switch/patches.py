@@ -53,11 +53,12 @@ class Patches:
             layers, reads_input = stack.layers_in(model), stack is architecture.stacks[0]
             for index, layer in enumerate(layers):
                 place, restores = (stack.name, index), single and index == len(layers) - 1
+                first = self._places.index(place)
                 attentions = [
                     patch for patch in of_switches if patch.switch.layer is layer and patch.switch.sublayer.attention
                 ]
                 norms = [layer.get_submodule(path) for path in stack.norms or ()]
-                patch = LayerPatch(model, layer, place, attentions, norms, reads_input, restores)
+                patch = LayerPatch(scope, model, layer, place, first, attentions, norms, reads_input, restores)
                 self.of_layer[place] = self._add(layer, "forward", patch.run)
         if not single:
             for name, run in (("encoder", partial(run_encoder, scope)), ("decoder", run_decoder)):

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sd_gym.switch.architectures import Switch
+from sd_gym.switch.cache import LayerKeys, joined_keys
 
 EVERY_LAYER = "every_layer"  # all stages of a backbone
 BETWEEN = "decoder"  # the stage between encoder and decoder
@@ -30,27 +32,50 @@ class PassState:
         mask: 1 at the input's tokens, 0 at padding and at an answer after a prompt, ``[batch, positions]``. In the
             decoder of an encoder-decoder only the first position is 1, as ``generate()`` has no other.
         encoded: At the decoder's stages, the encoder's output ``[batch, source, width]``; else ``None``.
+        keys: In ``generate()`` of a decoder-only model with a cache, what each earlier layer holds; else ``None``.
     """
 
     stage: str
     hidden: Tensor
     mask: Tensor
     encoded: Tensor | None = None
+    keys: tuple[LayerKeys, ...] | None = None
+
+    @property
+    def size(self) -> int:
+        """Padded tokens, and how many more would take the memory of its keys and values."""
+        keys = sum(layer.keys.numel() + layer.values.numel() for layer in self.keys or ())
+        return (self.hidden.numel() + keys) // self.hidden.shape[-1]
 
     def rows(self, indices: Tensor) -> PassState:
-        """The state of some rows, by indices int64 ``[rows]``, to resume only those; the padding stays the same."""
+        """The state of some rows, by indices int64 ``[rows]``, to resume only those; the padding stays the same.
+
+        Raises ``ValueError`` if there are ``keys``, and a row has skipped an earlier attention.
+        """
         encoded = None if self.encoded is None else self.encoded.index_select(0, indices)
-        return PassState(self.stage, self.hidden.index_select(0, indices), self.mask.index_select(0, indices), encoded)
+        keys = self.keys and tuple(layer.of(indices, self.hidden.shape[1]) for layer in self.keys)
+        hidden, mask = self.hidden.index_select(0, indices), self.mask.index_select(0, indices)
+        return PassState(self.stage, hidden, mask, encoded, keys)
 
     def padded(self, length: int, side: str) -> PassState:
         """The state at so many positions: padding is added at a ``side``, ``left`` or ``right``, or taken away."""
 
         def resized(values: Tensor) -> Tensor:
-            more = length - values.shape[1]
-            return F.pad(values, (0, 0) * (values.ndim - 2) + ((more, 0) if side == "left" else (0, more)))
+            more = length - values.shape[1 if values.ndim < 4 else 2]
+            return F.pad(values, (0, 0) * (values.ndim > 2) + ((more, 0) if side == "left" else (0, more)))
 
         encoded = None if self.encoded is None else resized(self.encoded)
-        return PassState(self.stage, resized(self.hidden), resized(self.mask), encoded)
+        keys = self.keys and tuple(LayerKeys(resized(layer.keys), resized(layer.values)) for layer in self.keys)
+        return PassState(self.stage, resized(self.hidden), resized(self.mask), encoded, keys)
+
+    @staticmethod
+    def joined(states: Sequence[PassState]) -> PassState:
+        """The state of all rows of several states at the same stage, at equally many positions."""
+        hidden, mask = torch.cat([state.hidden for state in states]), torch.cat([state.mask for state in states])
+        sources = [state.encoded for state in states if state.encoded is not None]
+        held = [state.keys for state in states if state.keys is not None]
+        encoded, keys = torch.cat(sources) if sources else None, joined_keys(held) if held else None
+        return PassState(states[0].stage, hidden, mask, encoded, keys)
 
 
 class StageReached(Exception):  # noqa: N818  (not an error: it ends the pass on purpose)

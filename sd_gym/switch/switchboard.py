@@ -161,11 +161,13 @@ class Switchboard:
                 without them. ``None``: all tokens are kept.
             resume_from: The state where a pass was stopped (``run_to``). Forward passes of the same inputs and ``keep``
                 continue there; only embeddings are looked up again. Decisions on earlier switches are ignored. Hidden
-                states of earlier layers are not available, and a cache cannot be continued.
+                states of earlier layers are not available, and a cache cannot be continued. A ``generate()`` of a
+                decoder-only model resumes a state of another one on the same prompts, and only densely: the prompts
+                from there on, and what is generated in all layers.
 
         Raises:
             ValueError: If a shape or a value is wrong, or a row keeps no token. Inside the block, the model raises it
-                if its input has another number of rows or another length than the decisions.
+                if its input has another number of rows or another length than the decisions, or cannot be resumed.
             StaleBoardError: If the board was removed, or the model's modules were replaced since it was made.
         """
         self.check_fresh()
@@ -265,7 +267,7 @@ class Switchboard:
         pending = decision.pending
         assert pending is not None
         stage = pending.stages[0]
-        skip, keep = pending.choose(pending.state(hidden, decision.state.encoded, decision.tokens, decision.repeats))
+        skip, keep = pending.choose(pending.state(decision, hidden, cache))
         if keep is not None and stage.name != "first":
             raise ValueError(f"tokens are dropped only before the first layer; at {stage.name!r} keep must be None")
         skip = pending.merged(self._checked(skip, stage.switches.stop - stage.switches.start, "switch"))

@@ -1,5 +1,6 @@
 """The stage after the head has answered: accept, or go on densely."""
 
+import json
 from itertools import product
 
 import gymnasium as gym
@@ -7,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
+from safetensors.numpy import load_file, save_file
 from sd_gym.agents.experiment.replay import replay
 from sd_gym.agents.learning.decisions import DENSE_MARGIN, versions
 from stable_baselines3.common.env_checker import check_env as check_sb3_env
 
 import sd_gym
 from sd_gym.envs import ConfigError
+from sd_gym.envs.actions import read_masks
 from sd_gym.policy import DecisionPolicy
-from tests.envs.conftest import SMALL, core_of
+from tests.envs.conftest import PROMPT, SMALL, core_of, trained
 
 TABLE = "SD/Table-v0"
 STAGES = [["first", "answer"], ["first", "encoder.1", "answer"]]
@@ -120,6 +123,41 @@ def test_a_table_has_the_same_looks_and_outcomes(core, table):
                 shown, _ = core.stage_observer.observe(theirs, rows, stage, decisions, None)
                 np.testing.assert_allclose(seen, shown, atol=1e-3)
         np.testing.assert_array_equal(ours.from_masks(ours.to_masks(decided)), decided * [*[1] * (len(ways) - 1), 0])
+
+
+def test_a_table_of_prompts_counts_what_runs_again_on_texts(tmp_path, tiny_tokenizer):
+    core, *_ = trained("prompted", "position", tmp_path, tiny_tokenizer, stages=("first", "answer"))
+    keys = {"dataset": str(tmp_path / "data"), "backbone": str(tmp_path / "backbone"), "prompt": PROMPT, "splits": {}}
+    keys |= {"max_target_length": 4, "max_source_length": 26, "overlap": "allow", "token_shares": [0.0, 0.4]}
+    keys |= {"token_ranking": "position", "stages": ["first", "answer"]}
+    masks = np.concatenate([np.zeros((1, 7), dtype=int), np.eye(7, dtype=int), np.ones((1, 7), dtype=int)])
+    (tmp_path / "masks.json").write_text(json.dumps(masks.tolist()))
+    env_id, folder = "SD/QuestionAnswering-Custom-v0", tmp_path / "table"
+    sd_gym.tabulate(env_id, folder, decisions=f"codebook:{tmp_path}/masks.json", **keys)
+
+    def of_masks():
+        ours, theirs = core_of(TABLE, table=str(folder)).split("test").costs, core.split("test").costs
+        table = read_masks(folder / "codebook.json", core.mask_nvec)
+        for number, mask in enumerate(table):
+            yield (
+                ours.going_on(rows, np.tile([number, 1], (24, 1))),
+                theirs.going_on(rows, np.tile(mask, (24, 1))),
+                mask,
+            )
+
+    rows = np.arange(24)
+    for came, expected, _ in of_masks():
+        np.testing.assert_array_equal(came, expected)
+    for file in folder.glob("*.safetensors"):  # as it was made when a prompt was read again from the start
+        tensors = load_file(file)
+        assert (tensors.pop("read", None) is not None) == (file.stem in ("train", "validation", "test"))
+        save_file(tensors, file)
+    described = json.loads((folder / "table.json").read_text())
+    assert described.pop("resume_points") == [0, 2, 4]
+    (folder / "table.json").write_text(json.dumps({**described, "resume_points": [0]}))
+    dense = core.split("test").costs.dense_flops(rows)
+    for came, _, mask in of_masks():
+        np.testing.assert_array_equal(came, dense * mask.any())
 
 
 @pytest.mark.parametrize("source", STAGES[1:], indirect=True, ids=["two looks"])

@@ -206,6 +206,72 @@ def test_a_text_is_written_again_densely_on_what_the_encoder_has_read(name, beam
     assert model.decisions.flops_ratio[4] == 1  # it has skipped nothing, so nothing ran again
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    decisions(),
+    st.sampled_from(["llama", "gpt2", "qwen2", "mistral"]),
+    st.sampled_from([{}, {"num_beams": 3}, {"num_beams": 2, "use_cache": False}]),
+    st.sampled_from([("first",), ("first", "decoder.1"), ("every_layer",)]),
+)
+def test_a_text_is_written_again_densely_on_what_of_its_prompt_is_dense(drawn, name, how, stages):
+    model, inputs = make_model(name), make_inputs(name, side="left")
+    prompts = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    how, (masks, levels, goes_on) = {"max_new_tokens": 6, "do_sample": False, **how}, drawn
+    dense = [model.generate(**row_of(prompts, row), **how)[0] for row in range(5)]
+    texts = []
+    for again in (goes_on & False, goes_on):
+        attach(model, scripted(model, masks, levels, again, (*stages, "answer")))
+        texts.append(model.generate(**prompts, **how))
+        detach(model)
+    for row, wanted in enumerate(dense):
+        for came, right in ((texts[1][row], wanted if goes_on[row] else texts[0][row]),):
+            length = min(len(came), len(right))
+            assert torch.equal(came[7:length], right[7:length])
+            assert set(came[length:].tolist()) | set(right[length:].tolist()) <= {1}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
+def test_a_prompt_is_read_again_from_its_first_skipped_layer_and_no_earlier(name):
+    model, inputs = make_model(name), make_inputs(name, side="left")
+    masks, ran = np.zeros((5, SWITCHES), dtype=int), []
+    masks[0, 1], masks[1, 2], masks[2, 5], masks[3, 4], masks[4, 3] = 1, 1, 1, 1, 1
+    levels, goes_on = np.array([0, 0, 0, 1, 0]), np.array([True, True, True, True, False])
+    policy = scripted(model, masks, levels, goes_on)
+    for switch in attach(model, policy)._attached.board.switches[::2]:
+        switch.modules[0].register_forward_pre_hook(
+            lambda _, args, number=switch.index: ran.append((number, *args[0].shape[:2]))
+        )
+    model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=2, min_new_tokens=2)
+    prompts = [(number, rows) for number, rows, positions in ran if positions > 1]
+    # Rows 0 and 3, which drops tokens, from the start; row 1 from the second layer, row 2 from the third one.
+    assert prompts == [(0, 5), (1, 5), (2, 5), (0, 2), (1, 2), (2, 2), (1, 1), (2, 1), (2, 1)]
+    steps = [(number, rows) for number, rows, positions in ran if positions == 1]
+    assert steps[3:] == [(number, rows) for rows in (2, 1, 1) for number in range(3)]
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_flops_of_texts_are_those_that_a_counter_counts(name, beams, tokens):
+    model, inputs = make_model(name, "eager"), make_inputs(name, batch=1)
+    how = {"max_new_tokens": tokens, "min_new_tokens": tokens, "num_beams": beams, "do_sample": False}
+    mask, counted = np.zeros((1, SWITCHES), dtype=int), []
+    mask[:, 3:] = 1
+    policy = scripted(model, mask, [0], [True])
+    for attached in (False, True):
+        if attached:
+            attach(model, policy)
+        with FlopCounterMode(display=False) as counter:
+            model.generate(inputs["input_ids"], **how)
+        # A pass over prompt and answer would have more pairs of positions than the steps of generating.
+        of = counter.get_flop_counts()["Global"]
+        counted.append(sum(flops for name, flops in of.items() if "bmm" not in str(name) or tokens == 1))
+    if tokens > 1:
+        model._attached._flops._per_pair[:] = 0
+    np.testing.assert_allclose(model.decisions.flops_ratio, counted[1] / counted[0])
+    assert model.decisions.resumed == [2]
+
+
 def test_what_a_generation_config_leaves_open_is_the_models():
     model, inputs = make_model("bart"), make_inputs("bart")
     model.generation_config.num_return_sequences = 2

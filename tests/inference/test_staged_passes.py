@@ -13,9 +13,10 @@ import sd_gym
 from sd_gym.going_on import answer_masks
 from sd_gym.inference import rollout, staged_passes
 from sd_gym.inference.rollout import StagedRollout
-from sd_gym.inference.staged_passes import StagedPasses
+from sd_gym.inference.staged_passes import PASS_TOKENS, StagedPasses
 from sd_gym.policy import DecisionPolicy
 from sd_gym.switch import PassState
+from sd_gym.switch.cache import LayerKeys
 from tests.envs.conftest import trained
 from tests.serving.test_engine import few_masks
 
@@ -65,6 +66,35 @@ def test_rows_that_go_on_from_a_layer_run_in_as_few_passes_as_they_may(tmp_path,
     assert resumed == {stage: ceil(count / 3) for stage, count in rows.items()}
 
 
+@pytest.mark.parametrize("held", [PASS_TOKENS, 0])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_prompts_of_several_passes_are_gone_on_with_together(beams, held, tmp_path, tiny_tokenizer, monkeypatch):
+    core, _, artefact, _ = trained("prompted", "position", tmp_path, tiny_tokenizer, stages=("first", "answer"))
+    monkeypatch.setattr(staged_passes, "PASS_TOKENS", held)
+    split, every, random = core.split("test"), np.arange(24), np.random.default_rng(0)
+    masks = np.zeros((24, 7), dtype=np.int64)
+    masks[every, every % 6] = 1  # four rows begin to skip at each switch
+    masks[:, :-1] |= (random.random((24, 6)) < 0.5) & (np.arange(6) > every[:, None] % 6)
+    masks[20:, -1] = 1
+    artefact.network.decide = lambda shown: np.ones((len(shown), 8), dtype=np.int64)
+    passes, ran = StagedPasses(split, artefact, known=True), []
+    passes.most, passes._num_beams, split.passes._num_beams = 3, beams, beams
+    dense = split.passes.answers(every, 0 * masks)
+    decide = core.backbone.board.decide
+
+    def decided(skip, keep=None, *, resume_from=None):
+        ran.append((resume_from.stage, len(resume_from.hidden)) if resume_from is not None else ("first", 0))
+        return decide(skip, keep, resume_from=resume_from)
+
+    core.backbone.board.decide = decided
+    assert passes.answers(every, masks) == dense
+    del core.backbone.board.decide
+    assert passes.went_on.all()
+    rows = {stage: sum(count for name, count in ran if name == stage) for stage in ("decoder.1", "decoder.2")}
+    assert rows == {"decoder.1": 6, "decoder.2": 6}  # of eight each, those that drop nothing
+    assert (max(count for _, count in ran) == 3) or not held
+
+
 @pytest.mark.parametrize("task", ["classification", "prompted"])
 def test_rows_of_a_mask_run_together_if_it_is_known_before_the_first_layer(task, tmp_path, tiny_tokenizer, monkeypatch):
     *_, artefact, texts = trained(task, None, tmp_path, tiny_tokenizer, stages=("first", "answer"))
@@ -108,13 +138,18 @@ def test_states_of_several_passes_are_joined_row_by_row(lengths, left, data):
         mask = torch.arange(max(own)) < torch.tensor(own)[:, None]
         mask = mask.flip(1) if left else mask
         hidden = torch.where(mask[..., None], torch.rand(*mask.shape, 2) + 1, 0)
-        states.append(PassState("encoder.1", hidden, mask.long(), encoded=hidden))
+        keys = LayerKeys(hidden[:, None], -hidden[:, None])
+        states.append(PassState("encoder.1", hidden, mask.long(), encoded=hidden, keys=(keys, keys)))
         rows += [one[present] for one, present in zip(hidden, mask, strict=True)]
     picked = np.array(data.draw(st.permutations(range(len(rows)))))[: data.draw(st.integers(1, len(rows)))]
     longest = max(len(rows[row]) for row in picked)
     joined = staged_passes._joined(states, picked, longest, side)
     assert joined.hidden.shape == (len(picked), longest, 2)
     assert torch.equal(joined.encoded, joined.hidden)
+    for layer in joined.keys:
+        assert torch.equal(layer.keys[:, 0], joined.hidden)
+        assert torch.equal(layer.values[:, 0], -joined.hidden)
+    assert joined.size == 5 * joined.mask.numel()  # two layers hold keys and values as wide as the hidden states
     for row, hidden, mask in zip(picked, joined.hidden, joined.mask.bool(), strict=True):
         assert torch.equal(hidden[mask], rows[row])
         assert not hidden[~mask].any()

@@ -389,6 +389,95 @@ def test_generating_goes_on_after_an_encoder_that_has_run(name):
     assert torch.equal(tokens, expected)
 
 
+# --- texts that are generated again on what the prompt has run -------------------------------------------------------
+
+
+def state_in_generate(case, stage, rows, **arguments):
+    """The state of some rows at a stage of a ``generate()`` that decides layer by layer, and goes on after it."""
+    columns, kept = case.board.decided_at(["every_layer"]), []
+
+    def choose(seen):
+        if seen.stage == stage:
+            kept.append(seen.rows(torch.tensor(rows)))
+        return case.skip[:, columns[seen.stage]], None
+
+    with case.board.decide_in_pass(choose, ["every_layer"], case.inputs["attention_mask"]):
+        case.board.model.generate(**case.prompt, **arguments)
+    return kept[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(DECODER),
+    seed=st.integers(0, 10_000),
+    layer=st.sampled_from([1, 2]),
+    arguments=st.sampled_from([{}, {"num_beams": 3}, {"num_beams": 2, "use_cache": False}]),
+)
+def test_a_text_is_generated_densely_on_what_its_prompt_has_run(name, seed, layer, arguments):
+    case, rows = Case(name, seed, side="left"), [3, 1]
+    case.skip[rows, : 2 * layer] = False
+    arguments = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **arguments}
+    seen = state_in_generate(case, f"decoder.{layer}", rows, **arguments)
+    prompts = {key: value[rows] for key, value in case.prompt.items()}
+
+    def generate(**given):
+        return case.board.model.generate(**given, **arguments, return_dict_in_generate=True, output_logits=True)
+
+    dense = generate(**prompts)
+    with case.board.decide(np.zeros((1, len(case.board))), resume_from=seen):
+        again, *more = (generate(**prompts) for _ in range(2))
+    for output in (again, *more):
+        assert torch.equal(output.sequences, dense.sequences)
+        torch.testing.assert_close(torch.stack(output.logits), torch.stack(dense.logits), rtol=1e-4, atol=1e-4)
+    for row, text in zip(rows, again.sequences, strict=True):
+        assert torch.equal(text, generate(**row_of(case.prompt, row)).sequences[0])
+    assert not case.board._scope.family.needs
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "mistral"])
+def test_layers_that_have_run_on_a_prompt_run_on_generated_tokens_alone(name, beams):
+    case, ran = Case(name, side="left"), []
+    case.skip[0, :2] = False
+    arguments = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": beams}
+    seen = state_in_generate(case, "decoder.1", [0], **arguments)
+    for switch in case.board.switches[::2]:
+        switch.modules[0].register_forward_pre_hook(
+            lambda _, args, number=switch.index: ran.append((number, *args[0].shape[:2]))
+        )
+    with case.board.decide(np.zeros((1, len(case.board))), resume_from=seen):
+        case.board.model.generate(**row_of(case.prompt, 0), **arguments)
+    assert ran == [(1, beams, 7), (2, beams, 7), *[(layer, beams, 1) for layer in range(3)] * 3]
+
+
+def test_what_generate_cannot_resume_is_refused():
+    case, length = Case("llama", side="left"), {"max_new_tokens": 3}
+    case.skip[:] = False
+    case.skip[0] = case.skip[1, 2:] = True
+    with pytest.raises(ValueError, match="an input that skipped an attention are missing; resume inputs"):
+        state_in_generate(case, "decoder.1", [1, 0], **length)
+    seen = state_in_generate(case, "decoder.1", [1, 1], **length)
+    prompt, dense = {key: value[[1, 1]] for key, value in case.prompt.items()}, np.zeros((2, len(case.board)))
+    for skip, keep in ((case.skip[[1, 1]], None), (dense, np.arange(14).reshape(2, 7) > 0)):
+        with (
+            case.board.decide(skip, keep, resume_from=seen),
+            pytest.raises(ValueError, match=r"resumes at 'decoder.1' only densely"),
+        ):
+            case.board.model.generate(**prompt, **length)
+    later = case.board.run_to("decoder.2", lambda: case.board.model.generate(**prompt, **length), resume_from=seen)
+    assert later.keys is None  # the first layer has not run
+    with torch.no_grad():
+        plain = case.board.run_to("decoder.1", functools.partial(case.board.model, **prompt))
+    with case.board.decide(dense, resume_from=plain), pytest.raises(ValueError, match="has no keys of earlier layers"):
+        case.board.model.generate(**prompt, **length)
+    case = Case("mbart")
+    with torch.no_grad():
+        plain = case.board.run_to("decoder.1", lambda: case.board.model.generate(**case.prompt, **length))
+    dense = np.zeros((1, len(case.board)))
+    with case.board.decide(dense, resume_from=plain), pytest.raises(ValueError, match="has no keys of earlier layers"):
+        case.board.model.generate(**case.prompt, **length)
+
+
 def test_a_pass_that_does_not_reach_its_stage_says_so():
     case = Case("mbart")
     with pytest.raises(RuntimeError, match="without reaching the stage 'decoder'"):

@@ -67,9 +67,10 @@ class Seq2SeqHead(Head):
         return (call or model)(**model_inputs(batch), decoder_input_ids=decoder_input_ids, use_cache=False).logits
 
     def resume_points(self, board: Switchboard) -> list[int]:
-        """The start, and the start of a decoder after an encoder: a text is always generated from its first token."""
-        between = [BETWEEN] if BETWEEN in board.stages else []
-        return [columns.start for columns in board.decided_at([board.stages[0], *between]).values()]
+        """With an encoder, its start and its end: a text is always generated from its first token."""
+        if BETWEEN not in board.stages:
+            return super().resume_points(board)
+        return [columns.start for columns in board.decided_at([board.stages[0], BETWEEN]).values()]
 
     def lengths(self, source: NDArray, target: NDArray, kept: NDArray) -> tuple[NDArray, NDArray, NDArray]:
         """The decoder runs on the answer's tokens."""
