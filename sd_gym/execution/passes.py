@@ -53,6 +53,7 @@ class Passes:
         self._num_beams = settings.num_beams
         self._stop = settings.stop
         self.generated = np.ones(len(encoded), dtype=np.int64)  # tokens of each row's last text, with its end
+        self.first_generated = self.generated  # of the texts before rows went on
         self.finished = np.ones(len(encoded), dtype=np.bool_)  # whether that text ended by itself
 
     def answers(self, rows: Array, decisions: Array, resume_from: PassState | None = None) -> list[str]:

@@ -49,7 +49,8 @@ class Resumption:
         rows = np.flatnonzero(self._from == self._point_of.get(state.stage, -1))
         if not len(rows):
             return
-        state = state.rows(torch.from_numpy(rows).to(state.hidden.device))
+        if len(rows) < len(self._from) or state.keys is not None:  # which only refer to the cache
+            state = state.rows(torch.from_numpy(rows).to(state.hidden.device))
         self._states.append((rows, state if keep is None else _at_all_positions(state, keep[rows])))
 
     def parts(self, goes_on: NDArray) -> Iterator[tuple[NDArray, PassState | None]]:

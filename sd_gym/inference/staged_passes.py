@@ -41,7 +41,7 @@ class StagedPasses(Passes):
         self._known = known
         self.masks = np.zeros((len(split), len(self.backbone.board) + 1), dtype=np.int64)  # the policy's decisions
         self.went_on = np.zeros(len(split), dtype=np.bool_)  # which rows went on after their answer
-        self.first_generated = self.generated.copy()  # tokens of the texts before rows went on
+        self.first_generated = self.generated.copy()
 
     def logits(self, rows: NDArray, decisions: NDArray) -> Iterator[tuple[NDArray, Tensor, Tensor]]:
         """Positions in ``rows``, final logits and labels, in parts; ``decisions``: zeros if they are not known."""

@@ -162,6 +162,7 @@ class SkippingModel(TextModel):
             passes = StagedPasses(split, self.policy, self._float32_input, known=known)
             answers = passes.answers(rows, decisions)
             decisions, went_on = passes.masks, passes.went_on
+            split.passes.first_generated = passes.first_generated
             costs, first_costs = self.costs(split), self.costs(split, passes.first_generated)
         again = costs.dense_flops(rows) if self._compiles else costs.going_on(rows, decisions)
         flops = first_costs.flops(rows, decisions) + went_on * again

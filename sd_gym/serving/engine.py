@@ -221,7 +221,12 @@ class TextEngine(BlockingEngine):
         rows = np.arange(len(texts))
         masks = np.array([[*answer.skip, answer.token_level, answer.went_on] for answer in answers], dtype=np.int64)
         passed = [rows] if self._staged else parts  # with stages, parts are not passes: rows go on after them
-        executed = costs.executed_flops(rows, masks, passed) / len(rows) + self.model.own_flops(split)
+        executed = costs.executed_flops(rows, masks, passed)
+        if (passes.first_generated != passes.generated).any():  # texts that were written again have other lengths
+            first, accepted = self.model.costs(split, passes.first_generated), masks.copy()
+            accepted[:, -1] = 0
+            executed -= costs.executed_flops(rows, accepted, passed) - first.executed_flops(rows, accepted, passed)
+        executed = executed / len(rows) + self.model.own_flops(split)
         dense = costs.dense_flops(rows)
         promised = dense * [answer.flops_ratio for answer in answers]
         lengths = split.encoded.source_length.tolist()

@@ -105,6 +105,21 @@ def test_groups_are_of_one_mask_and_operating_points_decide_at_once(tmp_path, ti
     assert all(value >= 0 for value in engine.warm_up())
 
 
+@pytest.mark.parametrize("task", ["summarization", "prompted"])
+def test_of_a_row_alone_all_that_was_promised_was_executed(task, tmp_path, tiny_tokenizer):
+    """Also where its text is written again, and has another length then."""
+    _, _, artefact, texts = trained(task, None, tmp_path, tiny_tokenizer, stages=("first", "answer"))
+    model = sd_gym.load(artefact)
+    engine, went_on, lengths = TextEngine(model, OperatingPoints(()), [0]), [], set()
+    for row in engine.prepare([Asked([text] if isinstance(text, str) else [*text.values()]) for text in texts]):
+        (one,) = engine.run([row], 0)
+        assert one.executed == pytest.approx(one.promised)
+        went_on.append(one.answer.went_on)
+        lengths.add(one.generated)
+    assert len({*went_on}) == 2
+    assert len(lengths) > 1
+
+
 @pytest.mark.parametrize("task", ["classification", "summarization"])
 def test_executed_flops_are_those_of_the_passes_that_ran(task, tmp_path, tiny_tokenizer, monkeypatch):
     """A group is divided into passes again, here because of their memory."""
