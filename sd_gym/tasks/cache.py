@@ -29,6 +29,7 @@ from sd_gym.version import __version__
 
 OF_BACKBONE = ("max_source_length", "max_target_length", "prompt", "stop")  # the config keys that encoding depends on
 ARRAYS = ("source_length", "target_length", "source_cut", "target_cut")  # fields that are arrays, not tensors
+RULES = 2  # of encoding; another number where ``encode`` gives other tensors than before
 SMALLEST = 2000  # instances; fewer are encoded as fast as they are read
 
 
@@ -57,14 +58,16 @@ def _key(instances: Sequence[Instance], tokenizer: Tokenizer, settings: dict[str
     described = json.loads(fast.backend_tokenizer.to_str())
     for state in ("truncation", "padding"):  # left there by the last call
         described.pop(state)
-    versions = [__version__, tokenizers.__version__, tokenizer.model_max_length, tokenizer.model_input_names]
+    versions = [RULES, __version__, tokenizers.__version__, tokenizer.model_max_length, tokenizer.model_input_names]
     versions += [tokenizer.truncation_side, tokenizer.pad_token_id, tokenizer.eos_token_id]
+    versions += [tokenizer.split_special_tokens]
     # The backend has the target's language only while targets are read.
     versions += [getattr(tokenizer, language, None) for language in ("src_lang", "tgt_lang")]
     digest = hashlib.sha256(json.dumps([versions, described, settings], sort_keys=True).encode())
     keys = ("source", "source_pair", "target", "more_targets", "protected", "answer_spans")
     for instance in instances:
-        digest.update(json.dumps([getattr(instance, key) for key in keys]).encode())
+        names = getattr(instance.target, "names", None)  # of a hub data set's classes
+        digest.update(json.dumps([*(getattr(instance, key) for key in keys), names]).encode())
     return digest.hexdigest()
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sd_gym.backbones.heads import LabelHead, Seq2SeqHead, SpanHead
 from sd_gym.config import BackboneConfig
-from sd_gym.data.instance import Instance
+from sd_gym.data.instance import Instance, NamedClass
 from sd_gym.tasks import cache
 from sd_gym.tasks.cache import encode_cached
 from sd_gym.tasks.encoding import encode
@@ -76,6 +76,14 @@ def test_everything_that_matters_makes_another_file(small, tiny_tokenizer):
 
 
 @pytest.mark.parametrize("head", HEADS, ids=lambda head: head.name)
+def test_names_of_classes_count(tiny_tokenizer):
+    """A model is asked for the class of that name."""
+    head, backbone = LabelHead({"no": 0, "yes": 1}), SETTINGS[1]
+    for names, expected in ((("no", "yes"), [0, 1]), (("yes", "no"), [1, 0])):
+        instances = [Instance(str(n), "the food", NamedClass.of(n, names)) for n in range(2)]
+        assert encode_cached(instances, tiny_tokenizer, head, backbone).labels.tolist() == expected
+
+
 def test_the_side_of_truncation_counts(head, tiny_tokenizer):
     instances = [dataclasses.replace(one, source_pair=None, protected=()) for one in INSTANCES]
     instances = INSTANCES if head.name == "span" else instances
