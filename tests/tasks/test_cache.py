@@ -75,7 +75,6 @@ def test_everything_that_matters_makes_another_file(small, tiny_tokenizer):
             setattr(tiny_tokenizer, attribute, before[0])
 
 
-@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.name)
 def test_names_of_classes_count(tiny_tokenizer):
     """A model is asked for the class of that name."""
     head, backbone = LabelHead({"no": 0, "yes": 1}), SETTINGS[1]
@@ -84,6 +83,7 @@ def test_names_of_classes_count(tiny_tokenizer):
         assert encode_cached(instances, tiny_tokenizer, head, backbone).labels.tolist() == expected
 
 
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.name)
 def test_the_side_of_truncation_counts(head, tiny_tokenizer):
     instances = [dataclasses.replace(one, source_pair=None, protected=()) for one in INSTANCES]
     instances = INSTANCES if head.name == "span" else instances
