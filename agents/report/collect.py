@@ -177,5 +177,5 @@ def _key(run: Run) -> tuple[str, str, str, str, str]:
     """Env, test rows, epsilon, backbone, and how quality is measured."""
     result, quality, backbone = run.result, run.env.quality, run.env.backbone
     measured = quality.kind if quality.kind != "metric" else quality.metric
-    measured += f", {backbone.max_source_length} and {backbone.max_target_length} tokens"
+    measured += f", inputs up to {backbone.max_source_length} and answers up to {backbone.max_target_length} tokens"
     return run.config["env"], result["data"]["test"]["hash"], f"{result['epsilon']:g}", run.config["weights"], measured

@@ -72,8 +72,9 @@ def group_by_agent(runs: Iterable[Run]) -> list[tuple[str, list[Run]]]:
     Where runs of any agents are judged otherwise, as with another epsilon, all names say so.
     """
     runs = list(runs)
-    judged = {key for key in _differing(runs) if key in (*OF_SERVING, "weights", "confidence")}
-    judged |= {key for key in _differing(runs) if key.startswith(JUDGING)}
+    judged = {key for key in _differing(runs) if key in (*OF_SERVING, "weights") or key.startswith(JUDGING)}
+    if len({run.config.get("confidence") for run in runs} - {None}) > 1:  # results of sd_gym.evaluate may have none
+        judged.add("confidence")
     by_label = grouped(runs, agent_label)
     return [group for label, of_agent in by_label.items() for group in _by_settings(label, of_agent, judged)]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from sd_gym.execution.bank import MaskModels
 from sd_gym.execution.mask_tree import MaskTree
 from sd_gym.switch import PassState, passes
 from sd_gym.switch.stages import BETWEEN
+from sd_gym.tasks.encoding import TOKENIZING
 from sd_gym.tasks.token_dropping import TokenDropping
 
 Value = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # a function of each row's logits and labels
@@ -192,13 +194,14 @@ class Passes:
             return texts, np.zeros((len(texts), len(self.head.judgement)))
         return texts, judged_text(backbone.model, output, self._stop_arguments.get("eos_token_id")).numpy()
 
-    @property
+    @cached_property
     def _stop_arguments(self) -> dict[str, Any]:
         """The arguments that end ``generate()`` at a stop of one token; a longer stop is removed from the text."""
         if self._stop is None:
             return {}
         tokenizer = self.backbone.tokenizer
-        stop, end = tokenizer(self._stop, add_special_tokens=False).input_ids, tokenizer.eos_token_id
+        with TOKENIZING:
+            stop, end = tokenizer(self._stop, add_special_tokens=False).input_ids, tokenizer.eos_token_id
         return {"eos_token_id": [*([] if end is None else [end]), *stop]} if len(stop) == 1 else {}
 
     @torch.inference_mode()

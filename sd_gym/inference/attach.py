@@ -18,14 +18,20 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from sd_gym.backbones.heads import Head, flops_share, head_of
 from sd_gym.going_on import going_on_flops, resumed_from
 from sd_gym.inference.rollout import Keep, StagedRollout
-from sd_gym.inference.second_answers import final_output, final_texts, generate_arguments, pass_arguments, setting
+from sd_gym.inference.second_answers import (
+    CACHES,
+    final_output,
+    final_texts,
+    generate_arguments,
+    pass_arguments,
+    setting,
+)
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.switch import FlopsModel, PassState, Switchboard, first_layer_input
 from sd_gym.switch.decision import refuse_compiled
 from sd_gym.switch.model_patches import CONTINUOUS, ending
 
 PASS_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # inputs of a pass that a head judges
-CACHES = ("cache", "past_key_values")  # names in different versions of transformers
 COMPUTED = ("encoder_outputs", "inputs_embeds")  # arguments that a caller may have computed densely
 InForce = tuple[NDArray, Keep]  # which switches are skipped, bool [n, switches], and which tokens stay
 

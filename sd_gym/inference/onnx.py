@@ -100,10 +100,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _known(providers: list[str]) -> list[str]:
+def _known(providers: list[Any]) -> list[Any]:
     """The execution providers; ValueError if there is none, or ONNX Runtime has one of them not."""
     known = runtime().get_available_providers()
-    wrong = [name for name in providers if name not in known]
+    names = [provider if isinstance(provider, str) else provider[0] for provider in providers]  # or with options
+    wrong = [name for name in names if name not in known]
     if wrong or not providers:
         raise ValueError(f"providers: expected some of {', '.join(known)}; got {', '.join(wrong) or 'none'}")
     return providers
@@ -160,9 +161,11 @@ class OnnxModel(TextModel):
         self.fingerprints = {"policy": f"{hashes[MANIFEST]}, margin {self.margin}", "backbone": hashes[WEIGHTS]}
         self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = manifest["splits_special_tokens"]  # which its file does not say
         cut = manifest["cut"]
         self._whole = deepcopy(self._tokenizer) if cut["strategy"] == "only_second" else None  # it measures questions
+        for tokenizer in (self._tokenizer, self._whole):
+            if tokenizer is not None:  # neither its file nor a copy says so
+                tokenizer.encode_special_tokens = manifest["splits_special_tokens"]
         self._tokenizer.enable_truncation(cut["length"], strategy=cut["strategy"], direction=cut["direction"])
         self._session = lru_cache(None)(self._opened)  # graphs are read when they are first run
 

@@ -35,7 +35,8 @@ class Resumption:
         }
         self.stages = list(self._point_of)
         self._from = np.zeros(0, dtype=np.int64)  # the switch from which each row would go on
-        self._states: list[tuple[NDArray, PassState]] = []  # rows and their state
+        # Rows and their state, what earlier layers hold of all rows, and the tokens that the pass keeps.
+        self._states: list[tuple[NDArray, PassState, tuple[LayerKeys, ...] | None, NDArray | Tensor | None]] = []
 
     def update(self, masks: NDArray) -> None:
         """Find where each row would be resumed, from the masks so far, int ``[n, switches + 1]``."""
@@ -49,23 +50,30 @@ class Resumption:
         rows = np.flatnonzero(self._from == self._point_of.get(state.stage, -1))
         if not len(rows):
             return
-        if len(rows) < len(self._from) or state.keys is not None:  # which only refer to the cache
+        keys, state = state.keys, replace(state, keys=None)  # which only refer to the cache, so they are taken later
+        if len(rows) < len(self._from):
             state = state.rows(torch.from_numpy(rows).to(state.hidden.device))
-        self._states.append((rows, state if keep is None else _at_all_positions(state, keep[rows])))
+        self._states.append((rows, state, keys, keep))
 
     def parts(self, goes_on: NDArray) -> Iterator[tuple[NDArray, PassState | None]]:
         """Groups of rows, int64 ``[rows]``, that go on from the same switch, and their state; ``None``: from the start.
 
         ``goes_on``: which rows go on, bool ``[n]``. Rows that skipped nothing are left out: their answer is dense.
         """
-        from_start = np.flatnonzero(self._from == 0)
-        for rows, state in [(from_start, None), *self._states]:
+        from_start = np.flatnonzero((self._from == 0) & goes_on)
+        if len(from_start):
+            yield from_start, None
+        for rows, state, keys, keep in self._states:
             again = np.flatnonzero(goes_on[rows])
             if not len(again):
                 continue
-            if state is not None and len(again) < len(rows):
-                state = state.rows(torch.from_numpy(again).to(state.hidden.device))
-            yield rows[again], state
+            own, device = rows[again], state.hidden.device
+            if len(again) < len(rows):
+                state = state.rows(torch.from_numpy(again).to(device))
+            if keys is not None:
+                inputs, positions = torch.from_numpy(own).to(device), state.hidden.shape[1]
+                state = replace(state, keys=tuple(layer.of(inputs, positions) for layer in keys))
+            yield own, state if keep is None else _at_all_positions(state, keep[own])
 
 
 def _at_all_positions(state: PassState, keep: NDArray | Tensor) -> PassState:

@@ -11,7 +11,8 @@ from sd_gym.backbones.heads import Head
 from sd_gym.backbones.heads.seq2seq import judged_text
 from sd_gym.inference.rollout import StagedRollout
 
-REFUSED_ARGUMENTS = ("labels", "cache", "past_key_values", "use_cache", "output_hidden_states", "output_attentions")
+CACHES = ("cache", "past_key_values")  # names in different versions of transformers
+REFUSED_ARGUMENTS = ("labels", *CACHES, "use_cache", "output_hidden_states", "output_attentions")
 Call = Callable[..., Any]
 
 
@@ -32,6 +33,9 @@ def generate_arguments(model: PreTrainedModel, given: dict[str, Any]) -> dict[st
         if (value := setting(model, given, name)) not in (None, expected):
             reason = "this policy may replace texts, so generate() gives one text per input, after all are complete"
             raise ValueError(f"{reason}; expected {name}={expected}, got {value}")
+    for name in CACHES:
+        if given.get(name) is not None:
+            raise ValueError(f"this policy may generate a text twice, each time with a new cache; leave {name} out")
     for name in ("logits_processor", "stopping_criteria"):
         if given.get(name):
             reason = "this policy generates some texts again, as a smaller batch, so the rows of a batch change"

@@ -265,10 +265,11 @@ def _with_class_names(
     rows: Iterable[dict[str, Any]], column: str, features: Mapping[str, Any]
 ) -> Iterable[dict[str, Any]]:
     """The rows; a class index knows the names of the data set's classes if its column has them."""
-    if not hasattr(features.get(column), "names"):
+    names = getattr(features.get(column), "names", None)
+    if not names or not all(isinstance(name, str) for name in names):  # YAML reads "no" as a truth value
         return rows
-    names = tuple(features[column].names)
-    return (row | {column: NamedClass.of(row[column], names)} if isinstance(row[column], int) else row for row in rows)
+    known = tuple(names)
+    return (row | {column: NamedClass.of(row[column], known)} if isinstance(row[column], int) else row for row in rows)
 
 
 def _check_columns(data: DataConfig, family: Task, task: str, file: str, rows: Sequence[tuple[str, dict]]) -> None:

@@ -17,7 +17,8 @@ from sd_gym.data.instance import Instance
 from sd_gym.errors import DataError
 
 # A fast tokenizer keeps its truncation and padding from call to call, so threads must take turns.
-_TOKENIZING = RLock()
+TOKENIZING = RLock()
+PADDED = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
 
 
 def encode(
@@ -32,7 +33,7 @@ def encode(
         DataError: If a label is not one of the backbone's classes, a question leaves no room for its context, or an
             answer to be extracted is not in its context.
     """
-    with _TOKENIZING:
+    with TOKENIZING:
         source, source_cut = _tokenize_sources(instances, tokenizer, backbone, **head.source_options)
         targets = head.targets(instances, source, tokenizer, backbone)
     if targets.context_mask is not None:
@@ -57,7 +58,7 @@ def droppable_tokens(instances: Sequence[Instance], tokenizer: Tokenizer, backbo
     if not tokenizer.is_fast:
         raise ValueError(f"dropping tokens needs a fast tokenizer, got {type(tokenizer).__name__}")
     options = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
-    with _TOKENIZING:
+    with TOKENIZING:
         tokens, _ = _tokenize_sources(instances, tokenizer, backbone, **options)
     droppable = (tokens.special_tokens_mask == 0).numpy()
     start, end = tokens.offset_mapping.numpy()[..., 0], tokens.offset_mapping.numpy()[..., 1]
@@ -84,14 +85,15 @@ def texts_and_tokens(
     A place is the text's index (-1 for special tokens), the first character, and the last character + 1:
     int64 ``[length, 3]``; ``None`` for slow tokenizers.
     """
-    if backbone.prompt is not None:
-        limit = min(backbone.max_source_length, tokenizer.model_max_length)
-        texts, _ = _prompts([instance], tokenizer, limit, backbone.prompt)
-    else:
-        texts = [instance.source] + ([] if instance.source_pair is None else [instance.source_pair])
+    texts = [instance.source] + ([] if instance.source_pair is None else [instance.source_pair])
+    options = {"return_offsets_mapping": True} if tokenizer.is_fast else {}
+    with TOKENIZING:
+        if backbone.prompt is not None:
+            texts, tokens, _ = _tokenize_prompts([instance], tokenizer, backbone, backbone.prompt, **options)
+        else:
+            tokens, _ = _tokenize_sources([instance], tokenizer, backbone, **options)
     if not tokenizer.is_fast:
         return texts, None
-    tokens, _ = _tokenize_sources([instance], tokenizer, backbone, return_offsets_mapping=True)
     text_index = [-1 if index is None else index for index in tokens.sequence_ids(0)]
     return texts, np.column_stack([text_index, tokens.offset_mapping[0].numpy()])
 
@@ -100,11 +102,10 @@ def _tokenize_sources(
     instances: Sequence[Instance], tokenizer: Tokenizer, backbone: BackboneConfig, **options: Any
 ) -> tuple[BatchEncoding, NDArray]:
     """The inputs' tokens, and which inputs were cut, bool ``[n]``."""
-    limit = min(backbone.max_source_length, tokenizer.model_max_length)
-    options |= {"padding": True, "padding_side": "right", "return_tensors": "pt"}
     if backbone.prompt is not None:
-        prompts, cut = _prompts(instances, tokenizer, limit, backbone.prompt)
-        return tokenizer(prompts, **options), cut
+        _, tokens, cut = _tokenize_prompts(instances, tokenizer, backbone, backbone.prompt, **options)
+        return tokens, cut
+    limit = min(backbone.max_source_length, tokenizer.model_max_length)
     has_questions = all(instance.protected and instance.source_pair is not None for instance in instances)
     if has_questions:  # they are not cut
         questions: Any = [(instance.source, "") for instance in instances]
@@ -115,7 +116,8 @@ def _tokenize_sources(
                 )
     # Texts beside pairs, which the annotation of transformers does not know.
     texts: Any = [(one.source, one.source_pair) if _is_pair(one) else one.source for one in instances]
-    tokens = tokenizer(texts, truncation="only_second" if has_questions else True, max_length=limit, **options)
+    options |= {"truncation": "only_second" if has_questions else True, "max_length": limit}
+    tokens = tokenizer(texts, **PADDED, **options)
     return tokens, was_cut(tokens, limit)
 
 
@@ -128,40 +130,41 @@ def _document(instance: Instance) -> str:
     return "source_pair" if _is_pair(instance) else "source"
 
 
-def _prompts(instances: Sequence[Instance], tokenizer: Tokenizer, limit: int, prompt: str) -> tuple[list[str], NDArray]:
-    """Each instance's prompt, its document cut so that the whole has at most ``limit`` tokens; and which were cut."""
+def _tokenize_prompts(
+    instances: Sequence[Instance], tokenizer: Tokenizer, backbone: BackboneConfig, prompt: str, **options: Any
+) -> tuple[list[str], BatchEncoding, NDArray]:
+    """Each instance's prompt, its document cut so that the whole fits; its tokens; and which were cut, bool ``[n]``."""
+    limit = min(backbone.max_source_length, tokenizer.model_max_length)
     documents = [getattr(instance, _document(instance)) for instance in instances]
-    for instance in instances:
-        if not _is_pair(instance) and "{source_pair}" in prompt:
-            raise DataError(f"{instance.place}: the prompt names {{source_pair}}, and there is only one text")
-        if f"{{{_document(instance)}}}" not in prompt or (instance.source_pair and "{source}" not in prompt):
-            expected = f"the prompt must name {{source}} (and {{source_pair}}, for a context), got {prompt!r}"
-            raise DataError(f"{instance.place}: {expected}")
+    without = [_filled(prompt, instance, "") for instance in instances]
+    different = list(dict.fromkeys(without))  # one, unless it has a question
+    alone = dict(zip(different, map(len, tokenizer(different).input_ids), strict=True))
+    for instance, text in zip(instances, without, strict=True):
+        if alone[text] >= limit:
+            raise DataError(f"{instance.place}: the prompt alone has {alone[text]} of max_source_length {limit} tokens")
+    places = tokenizer(documents, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    length, room = np.array([len(own) for own in places]), limit - np.array([alone[text] for text in without])
+    while True:
+        texts = [
+            _filled(prompt, instance, _beginning(document, own, tokens))
+            for instance, document, own, tokens in zip(instances, documents, places, room.tolist(), strict=True)
+        ]
+        tokens = tokenizer(texts, **PADDED, **options)
+        # Where prompt and document meet, there may be other tokens than those of each alone.
+        over = (tokens.attention_mask.sum(dim=1).numpy() - limit).clip(min=0)
+        if not over.any():
+            return texts, tokens, length > room
+        room = np.where(over > 0, np.minimum(room, length) - over, room)
 
-    def filled(instance: Instance, document: str) -> str:
-        return prompt.format(**{"source": instance.source, _document(instance): document})
 
-    used = [len(ids) for ids in tokenizer([filled(instance, "") for instance in instances]).input_ids]
-    for instance, length in zip(instances, used, strict=True):
-        if length >= limit:
-            raise DataError(f"{instance.place}: the prompt alone has {length} of max_source_length {limit} tokens")
-    offsets = tokenizer(documents, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-    room = limit - np.array(used)
-    cut = np.array([len(places) for places in offsets]) > room
-    texts = [
-        filled(instance, _beginning(document, places, tokens))
-        for instance, document, places, tokens in zip(instances, documents, offsets, room.tolist(), strict=True)
-    ]
-    # Where prompt and document meet, there may be other tokens than those of each alone.
-    over = np.array([len(ids) for ids in tokenizer(texts).input_ids]) - limit
-    for row in np.flatnonzero(over > 0).tolist():
-        cut[row] = True
-        kept, more = min(room.item(row), len(offsets[row])), over.item(row)
-        while more > 0:
-            kept -= more
-            texts[row] = filled(instances[row], _beginning(documents[row], offsets[row], kept))
-            more = len(tokenizer(texts[row]).input_ids) - limit
-    return texts, cut
+def _filled(prompt: str, instance: Instance, document: str) -> str:
+    """The prompt with an instance's texts and the beginning of its document."""
+    if not _is_pair(instance) and "{source_pair}" in prompt:
+        raise DataError(f"{instance.place}: the prompt names {{source_pair}}, and there is only one text")
+    if f"{{{_document(instance)}}}" not in prompt or (instance.source_pair and "{source}" not in prompt):
+        expected = f"the prompt must name {{source}} (and {{source_pair}}, for a context), got {prompt!r}"
+        raise DataError(f"{instance.place}: {expected}")
+    return prompt.format(**{"source": instance.source, _document(instance): document})
 
 
 def _beginning(document: str, places: list[tuple[int, int]], tokens: int) -> str:

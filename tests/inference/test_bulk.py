@@ -291,6 +291,17 @@ def test_labels_of_another_column_are_read_as_in_training(model, tmp_path, suffi
     assert [own for own, _ in bulk.quality] == [1.0] * ROWS
 
 
+@pytest.mark.parametrize("chunk", [5, ROWS])
+def test_what_numbers_mean_does_not_depend_on_the_chunk(model, tmp_path, monkeypatch, chunk):
+    model, texts = model
+    for place, name in ((model, "names"), (model.backbone.head, "_names")):
+        monkeypatch.setattr(place, name, {0: "1", 1: "2"})
+    answered = sorted(zip((int(one.answer) - 1 for one in model(texts)), texts, strict=True), reverse=True)
+    source = write(tmp_path / "in.jsonl", [{"text": text, "label": label} for label, text in answered])
+    bulk = run_file(model, source, tmp_path / "o.jsonl", compare=True, chunk=chunk)
+    assert [own for own, _ in bulk.quality] == [1.0] * ROWS
+
+
 def test_a_command_averages_its_rows_once(model, tmp_path, monkeypatch):
     averaged, figures = [], Bulk.figures
     monkeypatch.setattr(Bulk, "figures", lambda bulk: averaged.append(bulk.rows) or figures(bulk))

@@ -495,11 +495,23 @@ def test_a_tokenizer_that_reads_special_tokens_as_text_stays_so(tmp_path, tiny_t
         )
 
 
+def test_questions_are_measured_with_the_same_tokens(tmp_path, tiny_tokenizer):
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "sep_token": "[SEP]", "split_special_tokens": True}
+    backend = copy.deepcopy(tiny_tokenizer.backend_tokenizer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=32, **special)
+    policy, _ = few_masks("extracted", tmp_path, tokenizer)
+    sd_gym.export(policy, tmp_path / "onnx")
+    question = [["[SEP]" * 30, "the food was good"]]
+    (ours,), (theirs,) = sd_gym.load(policy)(question), onnx.load(tmp_path / "onnx")(question)
+    assert ours.answer == theirs.answer
+
+
 @pytest.mark.parametrize(("providers", "got"), [(["Nope"], "Nope"), ("Nope", "Nope"), ([], "none")])
 def test_providers_that_are_none_are_refused(exported, providers, got):
     with pytest.raises(ValueError, match=f"providers: expected some of .*CPUExecutionProvider.*; got {got}"):
         onnx.load(exported[1], providers=providers)
-    assert onnx.load(exported[1], providers="CPUExecutionProvider")(["good food"])
+    for known in ("CPUExecutionProvider", [("CPUExecutionProvider", {})]):
+        assert onnx.load(exported[1], providers=known)(["good food"])
 
 
 def test_an_export_needs_a_mask(exported, tmp_path):

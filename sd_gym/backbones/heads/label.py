@@ -60,8 +60,24 @@ class LabelHead(Head):
         return nothing_generated(self._labels(instances))
 
     def _labels(self, instances: Sequence[Instance]) -> Tensor:
+        if (indices := self._indices_of_named(instances)) is not None:
+            return torch.tensor(indices)
         named = all(str(instance.target) in self.label2id for instance in instances)
         return torch.tensor([class_index(instance, self.label2id, named=named) for instance in instances])
+
+    def _indices_of_named(self, instances: Sequence[Instance]) -> list[int] | None:
+        """The model's indices of classes that a data set names; ``None`` if it does not, or the model has other names.
+
+        Models and data sets may order the same classes differently.
+        """
+        targets = [instance.target for instance in instances if isinstance(instance.target, NamedClass)]
+        if not targets or len(targets) < len(instances):
+            return None
+        names = targets[0].names
+        for known, wanted in ((self.label2id, names), (_folded(self.label2id), [name.casefold() for name in names])):
+            if known is not None and len({*wanted}) == len(names) and all(name in known for name in wanted):
+                return [known[wanted[target]] for target in targets]
+        return None
 
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
         """1.0 where the most probable class is the right one."""
@@ -94,6 +110,12 @@ class LabelHead(Head):
         return self._names[int(value)]
 
 
+def _folded(label2id: Mapping[str, int]) -> dict[str, int] | None:
+    """Class indices by names without case; ``None`` if two names are then the same."""
+    folded = {name.casefold(): index for name, index in label2id.items()}
+    return folded if len(folded) == len(label2id) else None
+
+
 def labels_of(config: PretrainedConfig) -> dict[str, int]:
     """Class index of each class's name in a model's configuration."""
     if not config.label2id:  # some configurations have the names alone
@@ -104,14 +126,9 @@ def labels_of(config: PretrainedConfig) -> dict[str, int]:
 def class_index(instance: Instance, label2id: Mapping[str, int], *, named: bool) -> int:
     """The class index of an instance's label; DataError if the label is not one of the classes.
 
-    ``named``: whether all labels of the data are names of classes. If they are not, numbers are indices: of the data
-    set's classes if the model knows the names of all, whatever their case and order, and of the model's otherwise.
+    ``named``: whether all labels of the data are names of classes. If they are not, numbers are indices.
     """
     target = instance.target
-    if isinstance(target, NamedClass) and 0 <= target < len(target.names):
-        by_name = {name.casefold(): index for name, index in label2id.items()}
-        if len(by_name) == len(label2id) and all(name.casefold() in by_name for name in target.names):
-            return by_name[target.names[target].casefold()]
     if isinstance(target, int) and not named and target < len(label2id):
         return target
     if str(target) in label2id and (named or not isinstance(target, int)):

@@ -294,6 +294,14 @@ def test_a_run_that_learned_on_rows_of_the_test_is_no_start(custom, tmp_path):
     assert "guarantee" in sd_gym.evaluate(CUSTOM, tmp_path / "then", select=True, splits=parts, **custom)
 
 
+def test_rows_that_an_env_shares_on_purpose_are_no_leak(custom, tmp_path):
+    splits = {"train": "train[:30]", "validation": "train[28:34]", "test": "train[34:]"}
+    options = {**custom, "steps": 8, "num_envs": 4, "splits": splits, "overlap": "allow"}
+    with pytest.warns(UserWarning, match="overlap"):
+        train(CUSTOM, "a2c", tmp_path / "a", train_size=29, **options)
+    train(CUSTOM, "a2c", tmp_path / "b", start=tmp_path / "a", **options)
+
+
 def test_the_runs_before_a_start_count_too(custom, tmp_path):
     first, second, third = "train[:14]", "train[14:28]", "train[28:]"
     options = {**custom, "steps": 8, "num_envs": 4}

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from pathlib import Path
 
 import gymnasium as gym
 import pytest
@@ -11,7 +12,7 @@ from transformers import PretrainedConfig
 
 from sd_gym.backbones.heads.label import LabelHead, class_index, labels_of
 from sd_gym.config import DataConfig
-from sd_gym.data.instance import Instance
+from sd_gym.data.instance import Instance, NamedClass
 from sd_gym.errors import BackboneError, DataError
 from sd_gym.tasks.data import load_split
 from tests.conftest import write_mirror
@@ -59,3 +60,22 @@ def test_a_class_of_a_hub_data_set_is_found_by_its_name(tmp_path):
     assert other_order._labels(pickle.loads(pickle.dumps(list(instances)))).tolist() == [2, 1, 0]
     without_names = LabelHead({"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2})
     assert without_names._labels(instances).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("names", [["b", "B", "c"], ["x", "y", "z"]])
+def test_names_that_do_not_tell_the_classes_apart_leave_indices(names):
+    instances = [Instance(str(index), "x", NamedClass.of(index, tuple(names))) for index in range(3)]
+    assert LabelHead({"c": 0, "b": 1, "a": 2})._labels(instances).tolist() == [0, 1, 2]
+
+
+def test_names_that_are_no_texts_are_not_used(tmp_path):
+    """YAML reads "no" and "yes" as truth values."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    rows = Dataset.from_dict({"text": ["a b", "c"], "label": [0, 1]}, features=features)
+    dataset = Path(write_mirror(tmp_path, "default", {"train": rows}))
+    card = (dataset / "README.md").read_text()
+    info = "dataset_info:\n  config_name: default\n  features:\n  - name: text\n    dtype: string\n  - name: label\n"
+    info += "    dtype:\n      class_label:\n        names:\n          '0': no\n          '1': yes\n"
+    (dataset / "README.md").write_text(card[: card.rindex("---")] + info + "---\n")
+    instances = load_split(DataConfig(dataset=str(dataset), subset="default"), "classification", "train")
+    assert LabelHead({"no": 0, "yes": 1})._labels(instances).tolist() == [0, 1]
