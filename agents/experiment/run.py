@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,6 @@ from sd_gym.tasks.ranking import STATISTICS_SIZE
 from sd_gym.tasks.splits import check_unchanged
 
 VALIDATIONS = 8  # during training
-CHECKPOINT = "checkpoint.pt"
 MOST = 2**32 - 1  # largest seed of all libraries
 TIMED_BATCH_SIZES = {"1": 1, "8": 8, "32": 32, "in bulk": None}
 
@@ -160,8 +159,7 @@ def _unfinished_run(folder: Path, resume: bool) -> dict[str, Any] | None:
         description = read_description(folder)
     except (FileNotFoundError, ValueError) as error:
         raise other_content_error(folder, "run folder") from error
-    ended = (folder / "result.json").exists()
-    if ended and not (resume and (folder / CHECKPOINT).exists()):  # which goes last
+    if (folder / "result.json").exists():
         raise FileExistsError(f"{folder} holds a finished run; choose another --output")
     if not resume:
         raise FileExistsError(f"{folder} holds an interrupted run; continue with --resume, or choose another --output")
@@ -185,7 +183,7 @@ def _train(
         check_unchanged(folder, unfinished["data"], core.data)
     learner = agent if isinstance(agent, Agent) else None
     steps = names["steps"]
-    checkpoint = folder / CHECKPOINT
+    checkpoint = folder / "checkpoint.pt"
     selection = Selection(core, names["confidence"])
     reached = None if learner is None else _load_checkpoint(checkpoint, learner, selection)
     write_json(folder / "config.json", description)
@@ -215,9 +213,12 @@ def _train(
             log_validation(logger, selection.validate(reached, policy, agent.env.objective))
         policy.save(folder)
     agent.save_extra(folder)
-    result = _finish(folder, description, policy, selection, last)
-    log_result(logger, reached, result, core.backbone.board.names)
-    logger.close()
+
+    def log(result: dict[str, Any]) -> None:
+        log_result(logger, reached, result, core.backbone.board.names)
+        logger.close()
+
+    result = _finish(folder, description, policy, selection, last, log)
     checkpoint.unlink(missing_ok=True)
     return result
 
@@ -332,8 +333,12 @@ def _finish(
     policy: PolicyLike | SplitPolicy,
     selection: Selection,
     last: dict[str, Any] | None = None,
+    log: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Write the result of a run and, if the policy can decide without its env, the artefact; return the result."""
+    """Write the result of a run and, if the policy can decide without its env, the artefact; return the result.
+
+    It is logged before it is written, since a run with a result is finished.
+    """
     core = selection.core
     result = measure(selection, policy, "test", SPLITS, folder, last)
     result["artefact"] = None
@@ -341,6 +346,7 @@ def _finish(
     if isinstance(policy, DecisionPolicy) and (artefact := export(core, policy, points, card)):
         artefact.save_pretrained(folder)
         result["artefact"] = FILE
+    log(result)
     write_result(result, core, folder)
     return result
 

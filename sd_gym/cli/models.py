@@ -130,7 +130,7 @@ def run(
     source: Annotated[str, Option("--input", help=".jsonl, .csv or .parquet file; -: JSON lines from stdin.")],
     output: Annotated[Path, Option(help="JSON lines file to write, one line per row, in the same order.")],
     backbone: Annotated[str | None, Option(help="Path of the backbone [default: that of the run].")] = None,
-    max_loss: Annotated[float | None, Option(help="The point with fewest FLOPs at this loss (0.005).")] = None,
+    max_loss: Annotated[float | None, Option(help="The point with fewest FLOPs at this loss, such as 0.005.")] = None,
     max_flops: Annotated[
         float | None, Option(help="Most cautious point within this share of FLOPs (0.4), without the policy's.")
     ] = None,
@@ -216,7 +216,7 @@ def serve(
     backbone: Annotated[str | None, Option(help="Where the backbone is [default: where it was in training].")] = None,
     device: Annotated[str, Option(help="Where the backbone runs: cpu, cuda, cuda:1.")] = "cpu",
     threads: Annotated[int | None, Option(min=1, help="Threads of the model [default: all cores].")] = None,
-    max_loss: Annotated[float | None, Option(help="Default: the point with fewest FLOPs at this loss (0.005).")] = None,
+    max_loss: Annotated[float | None, Option(help="Default point: fewest FLOPs at this loss, such as 0.005.")] = None,
     max_flops: Annotated[
         float | None, Option(help="Or the most cautious point within this share of FLOPs (0.4), without the policy's.")
     ] = None,

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from itertools import takewhile
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def page_of(env_id: str) -> Page:
     facts["stages"] = ", ".join(values.get("stages") or ["of the table"])
     if description is not None:
         with naming_damage(table_folder(values["table"])):
-            facts["decisions"] = str(description["masks"] or "all")
+            facts["decisions"] = f"{description['masks'] or prod(description['nvec']):,}"
             counts = [f"{split['instances']:,} {name}" for name, split in description["splits"].items()]
         facts["instances"] = ", ".join(counts)
     facts |= {name: str(values[key]) for name, key in _FACTS.items() if values.get(key) is not None}

@@ -33,7 +33,7 @@ def test_envs_lists_the_ids():
 def test_envs_describes_one_of_a_table_and_a_users_own(tmp_path):
     shown = run("envs", "SD/Classification-TREC-Table-v1").output
     assert "kind of answer that a question asks for" in shown
-    for fact in ("instances    1,224 train", "epsilon      0.02", "decisions    all", "v1 "):
+    for fact in ("instances    1,224 train", "epsilon      0.02", "decisions    4,096", "v1 "):
         assert fact in shown
     assert "requests     10000" in run("envs", "SD/Serving-TREC-Table-v0").output
     assert "unknown env 'nope'" in run("envs", "nope").output

@@ -12,7 +12,7 @@ from sd_gym.agents.drawing.run_picture import plot_run
 from sd_gym.agents.experiment import run as run_module
 from sd_gym.agents.experiment.evaluation import evaluate
 from sd_gym.agents.experiment.run import load_run, train
-from sd_gym.agents.runs.folder import read_description, read_result
+from sd_gym.agents.runs.folder import read_description
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
@@ -255,21 +255,19 @@ def test_numpys_integers_are_seeds_and_steps(seed, custom, tmp_path):
     assert results[0]["decisions_hash"] == results[1]["decisions_hash"]
 
 
-def test_a_run_that_was_killed_after_its_result_is_completed(custom, tmp_path, monkeypatch):
-    options = {"steps": 16, "num_envs": 4, **custom}
-
+def test_a_run_that_has_a_result_has_all_its_curves(custom, tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sd_gym.agents.experiment.run.log_result", killed)
+    options = {"steps": 16, "num_envs": 4, **custom}
+    monkeypatch.setattr("sd_gym.agents.experiment.run.write_result", killed)
     with pytest.raises(KeyboardInterrupt):
         train(CUSTOM, "a2c", tmp_path / "run", **options)
     monkeypatch.undo()
-    before = read_result(tmp_path / "run")["decisions_hash"]
-    assert train(CUSTOM, "a2c", tmp_path / "run", resume=True, **options)["decisions_hash"] == before
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert "test/flops_ratio_with_policy" in events.Tags()["scalars"]
+    train(CUSTOM, "a2c", tmp_path / "run", resume=True, **options)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
-    with pytest.raises(FileExistsError, match="holds a finished run"):
-        train(CUSTOM, "a2c", tmp_path / "run", resume=True, **options)
 
 
 @pytest.mark.parametrize("wrong", [{"seed": -1}, {"seed": 2**32}, {"seed": 0.5}, {"steps": "100"}, {"steps": True}])
