@@ -215,7 +215,7 @@ def _train(
     agent.save_extra(folder)
 
     def log(result: dict[str, Any]) -> None:
-        log_result(logger, reached, result, core.backbone.board.names)
+        log_result(logger, reached or steps, result, core.backbone.board.names)
         logger.close()
 
     result = _finish(folder, description, policy, selection, last, log)
