@@ -18,10 +18,7 @@ from sd_gym.tasks.splits import Splits
 
 
 def check_starts(settings: dict[str, Any], data: Any) -> None:
-    """Raise ``ValueError`` if a run that an agent's ``settings`` start from learned on rows of a test.
-
-    See ``check_not_learned``.
-    """
+    """``check_not_learned`` for each run that an agent's ``settings`` start from."""
     for key in STARTS:
         folder = settings.get(key)
         if folder is not None and Path(folder, "config.json").is_file():

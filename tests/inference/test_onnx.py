@@ -477,12 +477,16 @@ def test_its_commands_and_in_int8_decisions_stay_the_same(exported, tmp_path):
     assert "in ONNX" in done.output
 
 
-def test_a_tokenizer_that_reads_special_tokens_as_text_stays_so(tmp_path, tiny_tokenizer):
-    """It keeps users from writing them."""
+@pytest.fixture
+def splitting(tiny_tokenizer):
+    """A tokenizer that reads special tokens in a text as text, so that users cannot write them."""
     special = {"pad_token": "<pad>", "unk_token": "<unk>", "sep_token": "[SEP]", "split_special_tokens": True}
     backend = copy.deepcopy(tiny_tokenizer.backend_tokenizer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=32, **special)
-    policy, texts = few_masks("classification", tmp_path, tokenizer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=32, **special)
+
+
+def test_a_tokenizer_that_reads_special_tokens_as_text_stays_so(tmp_path, splitting):
+    policy, texts = few_masks("classification", tmp_path, splitting)
     sd_gym.export(policy, tmp_path / "onnx")
     ours, exported = sd_gym.load(policy), onnx.load(tmp_path / "onnx")
     assert ours.tokenizer.split_special_tokens
@@ -495,11 +499,8 @@ def test_a_tokenizer_that_reads_special_tokens_as_text_stays_so(tmp_path, tiny_t
         )
 
 
-def test_questions_are_measured_with_the_same_tokens(tmp_path, tiny_tokenizer):
-    special = {"pad_token": "<pad>", "unk_token": "<unk>", "sep_token": "[SEP]", "split_special_tokens": True}
-    backend = copy.deepcopy(tiny_tokenizer.backend_tokenizer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=32, **special)
-    policy, _ = few_masks("extracted", tmp_path, tokenizer)
+def test_questions_are_measured_with_the_same_tokens(tmp_path, splitting):
+    policy, _ = few_masks("extracted", tmp_path, splitting)
     sd_gym.export(policy, tmp_path / "onnx")
     question = [["[SEP]" * 30, "the food was good"]]
     (ours,), (theirs,) = sd_gym.load(policy)(question), onnx.load(tmp_path / "onnx")(question)
