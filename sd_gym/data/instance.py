@@ -1,5 +1,6 @@
 """The unit of every data set: one instance."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -18,6 +19,11 @@ class NamedClass(int):
         found = cls(index)
         found.names = names
         return found
+
+
+def have_numbers(names: Iterable[str]) -> bool:
+    """Whether some class is named by a number, as stars are: then numbers in data are names, else class indices."""
+    return any(name.isdecimal() for name in names)
 
 
 @dataclass(frozen=True, slots=True)

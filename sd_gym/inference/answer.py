@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
+from sd_gym.data.instance import have_numbers
 from sd_gym.errors import short
 from sd_gym.tasks.family import LARGEST, TASKS, check_text, is_number
 from sd_gym.tasks.metrics import text_quality
@@ -100,16 +101,10 @@ class TextModel(ABC):
             check_text(text, name)
         return texts
 
-    def are_names(self, references: Sequence[Any]) -> bool:
-        """Whether all numbers among references are names of classes; if one is not, numbers are their indices."""
-        numbers = [whole for value in references if isinstance(whole := _whole(value), int)]
-        return all(str(number) in self.names.values() for number in numbers)
-
-    def quality(self, answer: str, right: Any, *, named: bool = True) -> float | None:
+    def quality(self, answer: str, right: Any) -> float | None:
         """The quality in [0, 1] of an answer to a row whose reference is ``right``; ``None`` if that is no reference.
 
-        A class is right or wrong, as in the env; a score counts by its distance, a text by ``metric``. ``named``: see
-        ``are_names``.
+        A class is right or wrong, as in the env; a score counts by its distance, a text by ``metric``.
         """
         if right is None:
             return None
@@ -119,25 +114,19 @@ class TextModel(ABC):
             return max(0.0, 1 - abs(float(answer) - right) / self.label_range)
         try:
             if self.head == "label":
-                name = self._class_name(right, named)
+                name = self._class_name(right)
                 return None if name is None else float(answer == name)
             return text_quality(self.metric, answer, TASKS.find(self.task).right(right))
         except TypeError:  # a list in the place of a label, or the reverse
             return None
 
-    def _class_name(self, label: Any, named: bool) -> str | None:
-        """The name of a label's class, as ``class_index`` finds it."""
-        whole = _whole(label)
-        if isinstance(whole, int) and not named:
+    def _class_name(self, label: Any) -> str | None:
+        """The name of a label's class, as ``LabelHead`` finds it."""
+        # Parquet and pandas give indices as 1.0.
+        whole = int(label) if isinstance(label, float) and label.is_integer() else label
+        if isinstance(whole, int) and not have_numbers(self.names.values()):
             return self.names.get(whole)
-        return next(
-            (str(value) for value in (label, whole) if str(value) in self.names.values()), self.names.get(whole)
-        )
-
-
-def _whole(label: Any) -> Any:
-    """A label; Parquet and pandas give indices as 1.0."""
-    return int(label) if isinstance(label, float) and label.is_integer() else label
+        return str(whole) if str(whole) in self.names.values() else None
 
 
 def unknown_words(unknown: int, inputs: int) -> str:

@@ -40,20 +40,13 @@ class Bulk:
     flops_ratio: list[float] = field(default_factory=list)  # of each row, the policy's own FLOPs included
     dense_seconds: float = 0.0  # seconds of answering densely, if requested
     agree: list[bool] = field(default_factory=list)  # whether each row has the dense answer
-    as_names: list[tuple[float, float]] = field(default_factory=list)  # own and dense quality, rows with a reference
-    as_indices: list[tuple[float, float]] = field(default_factory=list)  # the same if numbers are indices of classes
-    indices: int = 0  # chunks with a number that is no class's name, so all numbers are indices
+    quality: list[tuple[float, float]] = field(default_factory=list)  # own and dense one, of rows with a reference
     unknown: int = 0  # inputs with words that the tokenizer does not know
 
     def __iadd__(self, other: Bulk) -> Bulk:
         for part in fields(self):
             setattr(self, part.name, iadd(getattr(self, part.name), getattr(other, part.name)))
         return self
-
-    @property
-    def quality(self) -> list[tuple[float, float]]:
-        """Own and dense quality of each row with a reference."""
-        return self.as_indices if self.indices else self.as_names
 
     @property
     def speed(self) -> str:
@@ -190,18 +183,11 @@ def _answered(model: SkippingModel, lines: list[Line], compare: bool, batch_size
         dense = model.answers([inputs[number] for number in answers], dense=True, batch_size=batch_size)
         bulk.dense_seconds += time.perf_counter() - started
         references = [(line.row or {}).get(model.reference) for line in lines if line.number in answers]
-        kinds = [(True, bulk.as_names)]
-        if model.head == "label":
-            bulk.indices = int(not model.are_names(references))
-            kinds.append((False, bulk.as_indices))
         for right, own, dense_answer in zip(references, answers.values(), dense, strict=True):
             bulk.agree.append(own.answer == dense_answer.answer)
-            for named, pairs in kinds:
-                own_quality, dense_quality = (
-                    model.quality(answer.answer, right, named=named) for answer in (own, dense_answer)
-                )
-                if own_quality is not None and dense_quality is not None:
-                    pairs.append((own_quality, dense_quality))
+            own_quality, dense_quality = (model.quality(answer.answer, right) for answer in (own, dense_answer))
+            if own_quality is not None and dense_quality is not None:
+                bulk.quality.append((own_quality, dense_quality))
     contents = {number: _described(answer) for number, answer in answers.items()}
     contents |= {number: {"error": error} for number, error in errors.items()}
     output = [json.dumps({"line": number, **contents[number]}, ensure_ascii=False) + "\n" for number, *_ in lines]

@@ -246,7 +246,7 @@ class Judge(TextModel):
         ("label", STARS, "1", 1, 1.0),  # a number that is a class's name is that class, as in the env
         ("label", STARS, "1", 1.0, 1.0),
         ("label", STARS, "3", 1, 0.0),
-        ("label", STARS, "1", 0, 1.0),
+        ("label", STARS, "1", 0, None),
         ("label", WORDED, "+", 1.0, 1.0),
         ("label", WORDED, "+", "-", 0.0),
         ("label", WORDED, "+", "no class", None),
@@ -269,16 +269,6 @@ def test_quality_is_that_of_the_env(head, names, answer, right, quality):
     assert model.quality(answer, right) == pytest.approx(quality)
 
 
-def test_numbers_are_names_of_classes_in_all_rows_or_in_none():
-    model = Judge()
-    model.head, model.names = "label", {0: "1", 1: "2"}
-    assert model.are_names([1, 2.0, None, "x"])
-    assert not model.are_names([0, 1])
-    assert model.quality("2", 1, named=False) == 1.0
-    assert model.quality("2", 2, named=False) is None
-    assert model.quality("2", 2, named=True) == 1.0
-
-
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
 def test_labels_of_another_column_are_read_as_in_training(model, tmp_path, suffix):
     model, texts = model
@@ -288,17 +278,6 @@ def test_labels_of_another_column_are_read_as_in_training(model, tmp_path, suffi
         lines = ["text,y\n", *(f"{text},{label}\n" for text, label in rows)]
     source = write(tmp_path / f"in{suffix}", lines)
     bulk = run_file(model, source, tmp_path / "o.jsonl", compare=True, columns={"label": "y"})
-    assert [own for own, _ in bulk.quality] == [1.0] * ROWS
-
-
-@pytest.mark.parametrize("chunk", [5, ROWS])
-def test_what_numbers_mean_does_not_depend_on_the_chunk(model, tmp_path, monkeypatch, chunk):
-    model, texts = model
-    for place, name in ((model, "names"), (model.backbone.head, "_names")):
-        monkeypatch.setattr(place, name, {0: "1", 1: "2"})
-    answered = sorted(zip((int(one.answer) - 1 for one in model(texts)), texts, strict=True), reverse=True)
-    source = write(tmp_path / "in.jsonl", [{"text": text, "label": label} for label, text in answered])
-    bulk = run_file(model, source, tmp_path / "o.jsonl", compare=True, chunk=chunk)
     assert [own for own, _ in bulk.quality] == [1.0] * ROWS
 
 

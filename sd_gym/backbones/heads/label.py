@@ -14,7 +14,7 @@ from sd_gym.backbones.heads.base import Head
 from sd_gym.backbones.heads.encoding import nothing_generated
 from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Encoded, Targets
-from sd_gym.data.instance import Instance, NamedClass
+from sd_gym.data.instance import Instance, NamedClass, have_numbers
 from sd_gym.errors import BackboneError, DataError, short
 
 MULTI_LABEL = "multi_label_classification"
@@ -62,8 +62,22 @@ class LabelHead(Head):
     def _labels(self, instances: Sequence[Instance]) -> Tensor:
         if (indices := self._indices_of_named(instances)) is not None:
             return torch.tensor(indices)
-        named = all(str(instance.target) in self.label2id for instance in instances)
-        return torch.tensor([class_index(instance, self.label2id, named=named) for instance in instances])
+        numbers_are_names = have_numbers(self.label2id)
+        return torch.tensor([self._index(instance, numbers_are_names) for instance in instances])
+
+    def _index(self, instance: Instance, numbers_are_names: bool) -> int:
+        """The class index of an instance's label; DataError if the label is not one of the classes."""
+        target = instance.target
+        if isinstance(target, int) and (isinstance(target, NamedClass) or not numbers_are_names):
+            if target < len(self.label2id):
+                return target
+        elif str(target) in self.label2id:
+            return self.label2id[str(target)]
+        known = f"{len(self.label2id)} classes: {', '.join([*self.label2id][:20])}"
+        raise DataError(
+            f"{instance.place}: label {short(target)} is not one of the backbone's {known}"
+            f"{' ...' if len(self.label2id) > 20 else ''}"
+        )
 
     def _indices_of_named(self, instances: Sequence[Instance]) -> list[int] | None:
         """The model's indices of classes that a data set names; ``None`` if it does not, or the model has other names.
@@ -121,19 +135,3 @@ def labels_of(config: PretrainedConfig) -> dict[str, int]:
     if not config.label2id:  # some configurations have the names alone
         return {str(name): int(index) for index, name in (config.id2label or {}).items()}
     return {str(name): int(index) for name, index in config.label2id.items()}
-
-
-def class_index(instance: Instance, label2id: Mapping[str, int], *, named: bool) -> int:
-    """The class index of an instance's label; DataError if the label is not one of the classes.
-
-    ``named``: whether all labels of the data are names of classes. If they are not, numbers are indices.
-    """
-    target = instance.target
-    if isinstance(target, int) and not named and target < len(label2id):
-        return target
-    if str(target) in label2id and (named or not isinstance(target, int)):
-        return label2id[str(target)]
-    raise DataError(
-        f"{instance.place}: label {short(target)} is not one of the backbone's {len(label2id)} classes: "
-        f"{', '.join([*label2id][:20])}{' ...' if len(label2id) > 20 else ''}"
-    )
