@@ -12,7 +12,9 @@ from sd_gym.cli.terminal import Confidence, Imports, Ray, Settings
 
 def compare(
     what: Annotated[list[str], Argument(metavar="ENV...|RUN...", help="Env ids to train on, or folders of runs.")],
-    algos: Annotated[str, Option(metavar="NAME,...", help="With envs: agents to train.")] = "ppo,a2c,reinforce",
+    algos: Annotated[
+        str, Option(metavar="NAME,...", help="With envs: agents to train; see sd-gym train --help.")
+    ] = "ppo,a2c,reinforce",
     controls: Annotated[bool, Option(help="With envs: also train the controls and a blind first agent.")] = True,
     seeds: Annotated[int, Option(min=1, help="With envs: seeds per agent.")] = 10,
     steps: Annotated[int, Option(min=1, help="With envs: decisions to learn from.")] = 50_000,

@@ -18,7 +18,8 @@ def train(
         Option(
             help="ppo, a2c (the env's reward); ppo_lagrangian (a learned penalty); ppo_lex, reinforce (quality first); "
             "imitation (of a search); controls: hull, static, every-other, early-exit, confidence, cascade, "
-            "full-information, oracle, dense, random, hash; blind-NAME, without the input; or an agent of --import."
+            "full-information, oracle, dense, random, hash (of serving envs: fixed, threshold, staircase, foresight); "
+            "blind-NAME, without the input; or an agent of --import."
         ),
     ] = "ppo",
     steps: Annotated[
