@@ -142,13 +142,14 @@ def export(
     terminal.import_all(imports)
     with terminal.errors_as_lines(), terminal.status("exporting"), TemporaryDirectory() as folder:
         from sd_gym.agents.experiment.run import reduce as reduce_run
-        from sd_gym.inference.choices import few_masks
+        from sd_gym.inference.choices import decided_masks
         from sd_gym.inference.export import check_exportable
         from sd_gym.inference.export import export as export_policy
         from sd_gym.policy.artefact import SkipPolicy
 
         policy = SkipPolicy.from_pretrained(run)
-        if not few_masks(policy, masks) and (run / "config.json").is_file():
+        among = decided_masks(policy)
+        if (among is None or len(among) > masks) and (run / "config.json").is_file():
             check_exportable(policy, output, backbone)  # before minutes of reducing
             terminal.say(f"the policy decides among more than {masks} masks, so it is reduced to those that fit best")
             reduce_run(run, masks, Path(folder, "reduced"), backbone=backbone)

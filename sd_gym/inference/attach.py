@@ -32,7 +32,8 @@ from sd_gym.switch.decision import refuse_compiled
 from sd_gym.switch.model_patches import CONTINUOUS, ending
 
 PASS_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # inputs of a pass that a head judges
-COMPUTED = ("encoder_outputs", "inputs_embeds")  # arguments that a caller may have computed densely
+COMPUTED = ("encoder_outputs", "inputs_embeds")  # arguments that replace what the policy has to see
+RankingFlops = Callable[[FlopsModel, NDArray, NDArray], NDArray]  # ``SkipPolicy.ranking_flops``
 InForce = tuple[NDArray, Keep]  # which switches are skipped, bool [n, switches], and which tokens stay
 
 
@@ -275,9 +276,9 @@ class Attached:
 
     def _record(self, shown: _PolicyInput, decisions: NDArray, keep: Keep, went_on: NDArray | None = None) -> InForce:
         """Put decisions ``[n, switches + 1]`` and the tokens that stay into ``model.decisions``."""
-        skip, ranked = decisions[:, :-1].astype(bool), keep is not None and self.policy.ranking_costs_flops
-        length = shown.mask.sum(dim=1)
-        self._decisions.record(skip, decisions[:, -1], (length, shown.kept_length(keep, length)), ranked)
+        skip, length = decisions[:, :-1].astype(bool), shown.mask.sum(dim=1)
+        lengths = length, shown.kept_length(keep, length)
+        self._decisions.record(skip, decisions[:, -1], lengths, self.policy.ranking_flops)
         if went_on is not None:
             points = self._head.resume_points(self.board)
             self._decisions.went_on = went_on
@@ -395,10 +396,12 @@ class Decisions(local):
         self._lengths: tuple[Tensor, Tensor] | None = None
         self._targets: tuple[int | None, int | None] = None, None
         self._beams = 1
-        self._ranked = False
+        self._ranking: RankingFlops
         self.logits_to_keep = 0  # positions that the head of a decoder-only model ran on, from the end; 0: all
 
-    def record(self, skip: NDArray, token_level: NDArray, lengths: tuple[Tensor, Tensor], ranked: bool) -> None:
+    def record(
+        self, skip: NDArray, token_level: NDArray, lengths: tuple[Tensor, Tensor], ranking: RankingFlops
+    ) -> None:
         """Store decisions; ``lengths``: of the inputs and of the tokens that stay, each ``[n]``."""
         self.skip = skip
         self.token_level = token_level
@@ -406,7 +409,7 @@ class Decisions(local):
         self._lengths = lengths
         self._targets = (None, None)
         self._beams = 1
-        self._ranked = ranked
+        self._ranking = ranking
         self.logits_to_keep = 0
 
     def record_target(self, length: int, again: int | None = None, *, beams: int = 1) -> None:
@@ -426,9 +429,7 @@ class Decisions(local):
         target, target_again = self._targets
         always, switched = self._costs(source, kept, target)
         dense_always, dense = self._costs(source, source, target)
-        ran = always + (switched * ~self.skip).sum(axis=1)
-        if self._ranked:  # the first attention ran on all tokens to rank them, for those that dropped any
-            ran = ran + np.where(kept < source, self._flops.first_attention(source), 0)
+        ran = always + (switched * ~self.skip).sum(axis=1) + self._ranking(self._flops, source, kept < source)
         whole = dense_always + dense.sum(axis=1)
         if self.went_on.any():
             again_always, again = self._costs(source, source, target_again)

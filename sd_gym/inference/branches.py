@@ -1,7 +1,7 @@
 """One ONNX graph for all masks: sublayers that are skipped together are a branch of an ``If``, chosen by an input.
 
-Rows go on in the same graph: what has run is skipped, and the states there are given. Branches are not nested, as ONNX
-Runtime packs weights for its matrix products only down to the first level.
+A row that goes on runs the same graph: what it has run is skipped, and its saved hidden states are an input. Branches
+are not nested, as ONNX Runtime packs weights for its matrix products only down to the first level.
 """
 
 from collections.abc import Iterable

@@ -8,14 +8,11 @@ from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.table_export import TablePolicy
 
 
-def few_masks(policy: SkipPolicy, most: int) -> bool:
-    """Whether a policy decides among at most so many masks before the first layer, at all its operating points."""
-    masks = decided_masks(policy)
-    return masks is not None and len(masks) <= most
-
-
 def decided_masks(policy: SkipPolicy) -> NDArray | None:
-    """The masks that a policy decides among, int64 ``[masks, switches + 1]``; ``None``: any."""
+    """The masks that a policy decides among before the first layer, at all its operating points; ``None``: any.
+
+    int64 ``[masks, switches + 1]``.
+    """
     choices = choices_of(policy)
     return None if choices is None else np.unique(masks_of(policy, choices), axis=0)
 
@@ -24,7 +21,7 @@ def choices_of(policy: SkipPolicy) -> NDArray | None:
     """What a policy chooses among before the first layer, int64 ``[choices, components]``; ``None``: anything."""
     network = policy.learned
     size = len(network.nvec) - policy.has_answer_stage
-    if not network.head.weight[: sum(network.nvec[:size])].any():  # one for all inputs, as a cascade's
+    if not network.head.weight[: sum(network.nvec[:size])].any():  # one mask for all inputs, as in a cascade
         margins = {0.0, *(point.margin for point in policy.operating_points)}
         biases = [network.with_margin(margin).head.bias.detach() for margin in margins]
         return np.unique(network.choose(torch.stack(biases)).numpy()[:, :size], axis=0)

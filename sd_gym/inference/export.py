@@ -21,7 +21,7 @@ from sd_gym.files import as_json, sha256, write_json, write_text
 from sd_gym.folders import check_empty, locked
 from sd_gym.going_on import resumed_from
 from sd_gym.inference.branches import branched
-from sd_gym.inference.choices import choices_of, decided_masks, few_masks, masks_of
+from sd_gym.inference.choices import choices_of, decided_masks, masks_of
 from sd_gym.inference.graphs import INPUTS, AnswerDecider, Decider, Graph, Switched, logits_of
 from sd_gym.inference.onnx import (
     ANSWER,
@@ -80,7 +80,7 @@ def export(
         model, among = check_exportable(policy, folder, backbone), decided_masks(policy)
         if len(policy.token_shares) > 1 if among is None else among[:, -1].any():
             raise _refused("it drops tokens", f"learn one with token_shares=[0.0], or {INSTEAD}")
-        if not few_masks(policy, masks):
+        if among is None or len(among) > masks:
             remedy = f"sd-gym reduce RUN --codebook {masks} --output REDUCED makes it decide among few; export that"
             raise _refused(f"it decides among more than {masks} masks, so few inputs would run together", remedy)
         temporary = folder / "export.tmp"

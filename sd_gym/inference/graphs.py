@@ -55,7 +55,7 @@ class Switched(Graph):
         self.model = twin_of(board.model)
         self._names = dict[str, str]()
         self._seen = dict[int, tuple[str, Tensor]]()
-        layers = _layers(board, self.model)
+        layers = twin_at(self.model, board.path_of_layers(board.architecture.stacks[0]))
         for branch in branches:
             first = _module(layers, board.switches[branch[0]], 0)
             first.register_forward_pre_hook(partial(self._enters, f"enters.{branch[0]}"), with_kwargs=True)
@@ -232,8 +232,3 @@ class _Network(nn.Module):
         if self.stage is not None:
             observed = [*observed, *read]
         return self.network(torch.cat(observed, dim=1))
-
-
-def _layers(board: Switchboard, twin: nn.Module) -> nn.Module:
-    """The layers of an encoder's twin."""
-    return twin_at(twin, board.path_of_layers(board.architecture.stacks[0]))

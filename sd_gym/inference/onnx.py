@@ -274,7 +274,7 @@ class OnnxModel(TextModel):
     def run_rest(self, number: int, batch: Batch, states: NDArray) -> NDArray:
         """Dense logits, continued from the ``states [n, length, width]`` of ``run_judged`` under a mask.
 
-        From scratch if they are empty: where the mask is dense, or skips something of the first layer.
+        From the beginning if they are empty: the mask is dense, or skips something of the first layer.
         """
         if not states.size:
             return self.run(DENSE, batch)[0]

@@ -77,7 +77,7 @@ class Resumption:
 
 
 def _at_all_positions(state: PassState, keep: NDArray | Tensor) -> PassState:
-    """The state of rows without dropped tokens, from a pass in which other rows dropped some: at all positions."""
+    """Scatter states of rows that dropped no tokens to their positions: other rows dropped some, so all moved."""
     order = np.argsort(~np.asarray(torch.as_tensor(keep).cpu(), dtype=np.bool_), axis=1, kind="stable")
 
     def spread(hidden: Tensor) -> Tensor:

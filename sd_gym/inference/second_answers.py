@@ -11,7 +11,7 @@ from sd_gym.backbones.heads import Head
 from sd_gym.backbones.heads.seq2seq import judged_text
 from sd_gym.inference.rollout import StagedRollout
 
-CACHES = ("cache", "past_key_values")  # names in different versions of transformers
+CACHES = ("cache", "past_key_values")  # the argument's name, and its deprecated one, which transformers still takes
 REFUSED_ARGUMENTS = ("labels", *CACHES, "use_cache", "output_hidden_states", "output_attentions")
 Call = Callable[..., Any]
 

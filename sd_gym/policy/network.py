@@ -24,12 +24,9 @@ from sd_gym.policy.token_encoder import TokenEncoder, flops_per_token
 from sd_gym.registry import naming_imports
 
 HIDDEN = 64
-STATIC_LOG_ODDS = (
-    6.0  # log-odds of the choices of a static mask, so that learning can still change them in a warm start
-)
-EARLIER_MARGIN_SHARE = (
-    0.1  # share of an answer's margin that counts at earlier stages; at dense's margin, 1,000, nothing is skipped
-)
+STATIC_LOG_ODDS = 6.0  # of a static mask's choices: low enough that learning from it as a start can still change them
+# Share of the margin that applies before the answer stage; of dense's margin, 1,000, it still prevents all skipping.
+EARLIER_MARGIN_SHARE = 0.1
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 

@@ -5,7 +5,7 @@ import math
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import takewhile
@@ -245,14 +245,11 @@ class TextEngine(BlockingEngine):
         def run(decisions: NDArray) -> None:
             self._answered([texts] * len(decisions), decisions, asked)
 
-        def repeated(masks: NDArray) -> Callable[[int], list[NDArray]]:
-            return lambda rows: [np.repeat(mask[None], rows, axis=0) for mask in masks]
-
-        token = _fit_seconds(run, repeated(dense))[0] / length
-        of_row, of_pass = _fit_seconds(run, repeated(masks))
+        token = _fit_seconds(run, [dense])[0] / length
+        of_row, of_pass = _fit_seconds(run, masks[:, None])
         if len(masks) == 1:
             return PassCost(max(LEAST_PADDING, of_pass / token))
-        mixed_row, mixed = _fit_seconds(run, lambda rows: [np.resize(masks, (rows, masks.shape[1]))])
+        mixed_row, mixed = _fit_seconds(run, [masks])
         return PassCost(max(LEAST_PADDING, of_pass / token), mixed / token, max(0.0, mixed_row - of_row) / token)
 
 
@@ -312,33 +309,32 @@ class GraphEngine(BlockingEngine):
             masks = [numbers[0]] * len(self._points)
             self.run([row._replace(masks=masks)] * len(numbers), 0)
 
-        def graphs(numbers: Sequence[int]) -> Callable[[int], list[NDArray]]:
-            return lambda rows: [np.full(rows, number) for number in numbers]
-
-        token = _fit_seconds(run, graphs([0]))[0] / row.length
-        return PassCost(max(LEAST_PADDING, _fit_seconds(run, graphs(range(len(self.model.masks))))[1] / token))
+        numbers = np.arange(len(self.model.masks))[:, None]
+        token = _fit_seconds(run, numbers[:1])[0] / row.length
+        return PassCost(max(LEAST_PADDING, _fit_seconds(run, numbers)[1] / token))
 
 
 def _sorted_scores(shares: list[float], names: dict[int, str]) -> dict[str, float]:
     return {names[number]: share for number, share in sorted(enumerate(shares), key=lambda pair: -pair[1])}
 
 
-def _fit_seconds(run: Callable[[NDArray], None], of_rows: Callable[[int], list[NDArray]]) -> tuple[float, float]:
-    """Seconds per row and per pass, of a linear fit to the mean time of the batches that ``of_rows`` returns.
+def _fit_seconds(run: Callable[[NDArray], None], batches: Iterable[NDArray]) -> tuple[float, float]:
+    """Seconds per row and per pass, of a linear fit to the mean time of batches, whose rows are repeated as needed.
 
-    ``of_rows``: from a number of rows to batches. Each counts with its fastest run, as other processes slow runs down.
+    Each counts with its fastest run, as other processes slow runs down.
     """
 
-    def seconds(given: NDArray) -> float:
+    def seconds(batch: NDArray, rows: int) -> float:
+        given = np.resize(batch, (rows, *batch.shape[1:]))
         started = time.perf_counter()
         run(given)
         return time.perf_counter() - started
 
     few, many = WARM_UP_ROWS
-    for given in of_rows(few):
-        run(given)
+    for batch in batches:
+        seconds(batch, few)
     times = [
-        statistics.fmean(min(seconds(given) for _ in range(WARM_UP_ROUNDS)) for given in of_rows(rows))
+        statistics.fmean(min(seconds(batch, rows) for _ in range(WARM_UP_ROUNDS)) for batch in batches)
         for rows in WARM_UP_ROWS
     ]
     of_row = max((times[1] - times[0]) / (many - few), 1e-9)

@@ -25,7 +25,7 @@ class Limits:
     tokens: int = 8192  # most padded tokens of a group; a longer row runs alone
     queued_rows: int = 1024
     queued_tokens: int = 131_072
-    max_wait: float = 0.05  # seconds for which larger groups may overtake a row; then the earliest deadline is first
+    max_wait: float = 0.05  # seconds in which larger groups may overtake a row; then it is in the next group
 
 
 class PassCost(NamedTuple):

@@ -71,7 +71,7 @@ class Switch:
 
     @property
     def tags_cache(self) -> bool:
-        """Whether it tags a cache with the decision in force: the first self-attention that fills it does."""
+        """Whether it records decisions in the key-value cache: the first self-attention that fills it does."""
         return self.decodes and self.index == 0 and self.sublayer.kind == "attention"
 
     def __post_init__(self) -> None:
