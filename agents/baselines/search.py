@@ -172,7 +172,7 @@ def beam_search(core: Core, split: Split, rows: Array, order: list[Array], good:
         flops = split.costs.flops_ratio(np.repeat(rows, both.shape[1]), both.reshape(-1, components)).reshape(n, -1)
         flops[:, beam.shape[1] :][~alive] = np.inf
         kept = np.argsort(flops, axis=1, kind="stable")[:, :width]
-        # If fewer are good, the best one takes the other places.
+        # If fewer are good, copies of the best one fill the beam.
         kept = np.where(np.isfinite(np.take_along_axis(flops, kept, axis=1)), kept, kept[:, :1])
         beam = np.take_along_axis(both, kept[:, :, None], axis=1)
     return beam[:, 0]

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sd_gym.agents.experiment import run
 from sd_gym.agents.experiment.comparison_plan import plan_comparison
 from sd_gym.agents.experiment.evaluation import summary
-from sd_gym.agents.experiment.exported import ExportedCore, ExportedPolicy, exported_config, is_exported
+from sd_gym.agents.experiment.exported import ExportedCore, ExportedPolicy, is_exported
 from sd_gym.agents.experiment.parallel import OnStatus, RunStatus, train_many
 from sd_gym.agents.experiment.selection import Selection
 from sd_gym.agents.learning.decisions import DENSE_MARGIN, Dense, PolicyLike, SplitPolicy, Version, check_fits, versions
@@ -20,8 +20,9 @@ from sd_gym.agents.runs.folder import check_backbone, read_description, run_desc
 from sd_gym.agents.runs.lineage import check_not_learned
 from sd_gym.agents.runs.verdict import CONFIDENCE
 
-from sd_gym.config import SPLITS, EnvConfig, dotted, stored_config
+from sd_gym.config import EnvConfig, dotted, stored_config
 from sd_gym.envs.config import load_config, make_config
+from sd_gym.envs.infos import checked_split
 from sd_gym.envs.protocols import Core, Observations
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import unbatched
@@ -152,8 +153,7 @@ def evaluate(
         ...     return np.zeros((len(observations), 13), dtype=int)
         >>> result = sd_gym.evaluate("SD/Classification-Mini-v0", dense, test_size=20)  # doctest: +SKIP
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; expected train, validation or test")
+    checked_split(split)
     folder = None if output is None else Path(output)
     with nullcontext() if folder is None else locked(folder):
         if folder is not None and (folder / "result.json").exists():
@@ -165,11 +165,11 @@ def evaluate(
             if select:
                 raise ValueError("an exported policy was selected already; select from the run that it was made of")
             model = OnnxModel(Path(str(policy)))
-            core: Core = ExportedCore(exported_config(model, env_id, settings), model)
+            core: Core = ExportedCore(_config(env_id, model.manifest["env"], settings), model)
             evaluated: Any = ExportedPolicy(model)
         else:
             origin, evaluated = _origin(env_id, policy), policy
-            core = shared_core(_config(env_id, origin, settings))
+            core = shared_core(_config_of_origin(env_id, origin, settings))
         if origin is not None:
             same_data = _check_origin(origin, env_id, core, dotted(settings))
             evaluated = origin.exported.network if origin.exported else DecisionPolicy.load(origin.folder)
@@ -225,25 +225,15 @@ def _versions(policy: Any, flops: int | None, core: Core) -> list[Version]:
     return [Version(_policy_like(policy, flops, core))]
 
 
-@dataclass
-class _PolicyFunction:
-    """A function as ``PolicyLike``, with the FLOPs of one decision."""
-
-    function: Callable[[Any], NDArray]
-    flops: int | None
-
-    def decide(self, observations: Observations) -> NDArray:
-        return self.function(observations)
-
-
-def _policy_like(policy: Any, flops: int | None, core: Core) -> PolicyLike | SplitPolicy:
+def _policy_like(policy: Any, flops: int | None, core: Core) -> Any:
+    """A policy as ``PolicyLike`` or ``SplitPolicy``; ``flops``: see ``evaluate``."""
     if isinstance(policy, ExportedPolicy):
         return policy
     if isinstance(policy, DecisionPolicy | TablePolicy):
         check_fits(policy, core)
         if flops is None and isinstance(policy, DecisionPolicy):
             return policy
-        return _PolicyFunction(policy.decide, policy.flops if flops is None else flops)
+        return SimpleNamespace(decide=policy.decide, flops=policy.flops if flops is None else flops)
     predict: Callable[..., Any] | None = getattr(policy, "predict", None)
     act: Any = (lambda observations: predict(observations, deterministic=True)[0]) if callable(predict) else policy
     if not callable(act):
@@ -259,7 +249,7 @@ def _policy_like(policy: Any, flops: int | None, core: Core) -> PolicyLike | Spl
             raise ValueError(f"{error}".rstrip(".") + _other_spaces(policy, core)) from error
         return core.stage_actions.observed_to_decisions(observations, choices)
 
-    return _PolicyFunction(decide, getattr(policy, "flops", None) if flops is None else flops)
+    return SimpleNamespace(decide=decide, flops=getattr(policy, "flops", None) if flops is None else flops)
 
 
 def _other_spaces(model: Any, core: Core) -> str:
@@ -312,12 +302,18 @@ def _check_origin(origin: _Origin, env_id: str, core: Core, settings: dict[str, 
     return same_data
 
 
-def _config(env_id: str, origin: _Origin | None, settings: dict[str, Any]) -> EnvConfig:
+def _config_of_origin(env_id: str, origin: _Origin | None, settings: dict[str, Any]) -> EnvConfig:
     """The env's config: that of the run if the run is on this env or on a table of it."""
     if origin is not None and origin.description["env"] == env_id:
         return run.run_config(origin.description, settings)
-    if origin is not None and origin.exported is not None and origin.exported_env == env_id:
-        if "backbone.name" not in dotted(settings, env_id):
-            origin.exported.check_reachable()
-        return make_config({**dotted(origin.exported.card["env"]), **dotted(settings, env_id)}, env_id)
+    exported = None if origin is None or origin.exported_env != env_id else origin.exported
+    if exported is not None and "backbone.name" not in dotted(settings, env_id):
+        exported.check_reachable()
+    return _config(env_id, exported and exported.card["env"], settings)
+
+
+def _config(env_id: str, stored: dict[str, Any] | None, settings: dict[str, Any]) -> EnvConfig:
+    """An env's config: the ``stored`` one of a policy of this env, or the env's own, with overrides."""
+    if stored is not None and stored["id"] == env_id:
+        return make_config({**dotted(stored), **dotted(settings, env_id)}, env_id)
     return load_config(config_of(env_id), settings)

@@ -11,6 +11,7 @@ from sd_gym.policy.table_export import TablePolicy
 
 RESULT_KEYS = ("split", "instances", "quality", "quality_ref", "flops_ratio", "flops_ratio_with_policy")
 RESULT_KEYS += ("quality_difference", "quality_difference_interval", "verdict", "guarantee", "goes_on")
+NOT_OF_POLICY = ("env", "backbone", "masks", "projection")  # fields of an ``Export`` that no ``SkipPolicy`` has
 
 
 def run_card(result: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
@@ -39,15 +40,5 @@ def export(
     env = exported.env.model_dump()
     env["reward"].pop("objective")
     card = {"env": env, "backbone": exported.backbone, **card}
-    return SkipPolicy(
-        network,
-        mean=exported.mean,
-        deviation=exported.deviation,
-        rarity=exported.rarity,
-        protection=exported.protection,
-        operating_points=tuple(operating_points),
-        card=card,
-        token_statistics=exported.token_statistics,
-        ranking_costs_flops=exported.ranking_costs_flops,
-        context=exported.context,
-    )
+    same = {key: value for key, value in exported._asdict().items() if key not in NOT_OF_POLICY}
+    return SkipPolicy(network, operating_points=tuple(operating_points), card=card, **same)

@@ -10,26 +10,17 @@ from numpy.typing import NDArray
 from sd_gym.agents.learning.decisions import SplitDecisions
 from torch import Tensor
 
-from sd_gym.config import EnvConfig, dotted
-from sd_gym.envs.config import load_config, make_config
+from sd_gym.config import EnvConfig
 from sd_gym.envs.core import BackboneCore
 from sd_gym.envs.protocols import Outcome
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.inference.onnx import DECIDED, MANIFEST, OnnxModel
-from sd_gym.registration import config_of
 from sd_gym.switch import PassState
 
 
 def is_exported(policy: object) -> bool:
     """Whether ``policy`` is the folder of an exported policy."""
     return isinstance(policy, str | Path) and Path(policy, MANIFEST).is_file()
-
-
-def exported_config(model: OnnxModel, env_id: str, settings: dict[str, Any]) -> EnvConfig:
-    """An env's config; for the exported policy's own env, the config in its manifest."""
-    if model.manifest["env"]["id"] == env_id:
-        return make_config({**dotted(model.manifest["env"]), **dotted(settings, env_id)}, env_id)
-    return load_config(config_of(env_id), settings)
 
 
 class ExportedCore(BackboneCore):

@@ -10,7 +10,6 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from numpy.typing import NDArray
 from sd_gym.agents.drawing.run_picture import plot_run
 from sd_gym.agents.experiment.evaluation import evaluate, summary, time_ratio
 from sd_gym.agents.experiment.export import export, run_card
@@ -24,6 +23,7 @@ from sd_gym.agents.learning.decisions import (
     SplitPolicy,
     Version,
     check_fits,
+    observed,
     row_batches,
     versions,
 )
@@ -38,7 +38,7 @@ from sd_gym.agents.serving.learn import OnProgress
 from sd_gym.config import KEYS, SPLITS, EnvConfig, dotted, is_key
 from sd_gym.envs.config import TABLE_KEYS, make_config
 from sd_gym.envs.core import BackboneCore
-from sd_gym.envs.protocols import SCORES, Core, Observations
+from sd_gym.envs.protocols import SCORES, Core
 from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import joined
 from sd_gym.envs.vector import SwitchableVectorEnv
@@ -316,15 +316,9 @@ def _reduced(policy: DecisionPolicy, codebook: int, core: Core) -> DecisionPolic
     """The policy with a codebook from the first training inputs, per stage after its own earlier decisions."""
     train = core.split("train")
     batches = row_batches(core, np.arange(min(len(train), STATISTICS_SIZE)))
-    observed: list[Observations] = []
-
-    def decide(observations: Observations) -> NDArray:
-        observed.append(observations)
-        return policy.decide(observations)
-
-    for rows in batches if policy.channels is None else batches[:1]:  # tokens of one batch fit into memory
-        core.rollout(train, rows, decide)
-    return policy.reduced(codebook, joined(observed), core.stage_actions.components)
+    batches = batches if policy.channels is None else batches[:1]  # tokens of one batch fit into memory
+    seen = joined([observations for rows in batches for observations in observed(core, policy, train, rows)])
+    return policy.reduced(codebook, seen, core.stage_actions.components)
 
 
 def _finish(

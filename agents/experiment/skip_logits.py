@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.experiment.run import load_run
-from sd_gym.agents.learning.decisions import row_batches
+from sd_gym.agents.learning.decisions import observed, row_batches
 
 from sd_gym.config import EnvConfig, dotted
 from sd_gym.envs.config import make_config
 from sd_gym.envs.core import BackboneCore
-from sd_gym.envs.protocols import Observations
 from sd_gym.envs.shared import shared_core
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.policy import DecisionPolicy
@@ -47,12 +46,6 @@ def skip_logits_of_run(folder: Path, overrides: dict[str, Any]) -> tuple[EnvConf
 def _skip_logits(core: BackboneCore, policy: DecisionPolicy, split: BackboneSplit, rows: NDArray) -> NDArray:
     """Log-odds of skipping on rows ``[n]``, float32 ``[n, switches]``; minus infinity for switches of no stage."""
     logits = np.full((len(rows), core.n_switches), -np.inf, dtype=np.float32)
-    stages = iter(core.columns)
-
-    def decide(observations: Observations) -> NDArray:
-        columns = next(stages)
+    for columns, observations in zip(core.columns, observed(core, policy, split, rows), strict=True):
         logits[:, columns] = policy.skip_logits(observations)[:, columns]
-        return policy.decide(observations)
-
-    core.rollout(split, rows, decide)
     return logits

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 STUDY, BEST = "study.db", "best.yaml"
 HIGHEST_CONFIDENCE = 0.9999  # as of ``sd-gym train``
-FOLDER = "folder"  # of a trial in the study that repeats another: the number of that one, whose folder it has
+FOLDER = "folder"  # attribute of a trial that repeats another: the number of that one, in whose folder it goes on
 
 
 class TrialResult(NamedTuple):

@@ -38,7 +38,7 @@ from sd_gym.policy import HIDDEN, DecisionPolicy
 
 ORDER_INSTANCES = 1000  # for the search of the path
 NETWORKS = 5  # that predict the risk, each with other rows held out; the mean of their predictions is less noisy
-PRICES = 2.0 ** (np.arange(-6, 4) / 3)  # of a lost instance, over the env's penalty; for several stages
+PRICES = 2.0 ** (np.arange(-6, 4) / 3)  # of a lost instance, as multiples of the env's penalty; with several stages
 Loss = Callable[[NDArray | slice], Tensor]  # of some instances
 SURE = 6.0  # highest log-odds of skipping, so that learning can still change decisions in a warm start
 

@@ -127,7 +127,7 @@ class BaseAgent(ABC, Generic[SettingsT]):
     Settings: ClassVar[type[AgentSettings]] = AgentSettings
     is_control: ClassVar[bool] = False  # whether it is a control baseline
     staged: ClassVar[bool] = False  # whether it can decide at several stages, or only before the first layer
-    draws: ClassVar[bool] = True  # whether it depends on the seed, and so is compared with several
+    draws: ClassVar[bool] = True  # whether its result depends on the seed, so that comparisons train it with several
     selects: ClassVar[bool] = True  # whether an operating point is selected; else its only one is evaluated
     searches: ClassVar[bool] = False  # whether it trains no policy; "as learned" is then its best point on policy rows
 

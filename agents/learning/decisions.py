@@ -127,21 +127,20 @@ def _preferences(core: Core, policy: DecisionPolicy) -> NDArray:
     """Those of ``DecisionPolicy.preference`` on policy rows, at the last stage; float32, flat."""
     split, few = core.split("train"), core.is_staged and core.config.table is None
     parts = row_batches(core, policy_rows(core, FEW_ROWS if few else POLICY_ROWS))
-    return np.concatenate([policy.preference(_last_observations(core, policy, split, part)).ravel() for part in parts])
+    last = (observed(core, policy, split, part)[-1] for part in parts)
+    return np.concatenate([policy.preference(observations).ravel() for observations in last])
 
 
-def _last_observations(core: Core, policy: DecisionPolicy, split: Split, rows: NDArray) -> Observations:
-    """What a policy observes at the last stage."""
-    if not core.is_staged:
-        return core.observe(split, rows)
+def observed(core: Core, policy: PolicyLike, split: Split, rows: NDArray) -> list[Observations]:
+    """What a policy observes at each stage on ``rows [n]``, after its own earlier decisions."""
     seen = list[Observations]()
 
     def decide(observations: Observations) -> NDArray:
-        seen[:] = [observations]
+        seen.append(observations)
         return policy.decide(observations)
 
     core.rollout(split, rows, decide)
-    return seen[0]
+    return seen
 
 
 def check_fits(policy: PolicyT, core: Core) -> PolicyT:

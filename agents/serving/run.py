@@ -136,8 +136,9 @@ def _arrival_errors(config: ServingConfig, played: Played) -> Array:
 
 
 def goodput_at(loss: Array, goodput: Array, limits: Array) -> Array:
-    """The highest goodput of random mixtures of dials that lose at most ``limits`` per answer; a dial loses nothing.
+    """The highest goodput of random mixtures of dials that lose at most ``limits`` per answer.
 
+    One of the dials, dense, loses nothing, so each limit can be met.
     A mixture's loss per answer counts bold dials more, which answer more. So goodput and loss per request are mixed,
     and the best mixture is where their hull meets the limit.
     """
@@ -162,7 +163,7 @@ def _at_front(goodput: Array) -> dict[str, float]:
 def _measured(config: ServingConfig, played: Played) -> dict[str, Any]:
     """The result of one dial on the test rows.
 
-    A dial does not observe the row, so all rows have the same shares of points. A row's quality is the mean over them.
+    A dial does not observe the row, so a row's quality is its mean over points, weighted by how often each was chosen.
     """
     known, shares = outcomes(config, "test"), played.shares[0]
     quality, quality_ref = known.quality @ shares, known.quality[:, 0]

@@ -185,11 +185,6 @@ class StageActions:
         has = [[np.arange(most) < own for most, own in zip(self.choices, size, strict=True)] for size in sizes]
         self.masks = np.stack([np.concatenate(allowed) for allowed in has])
 
-    def take(self, stage: int, decisions: Array, choices: Array) -> None:
-        """Copy the components of a stage from ``choices`` to ``decisions``; both ``[n, components]``."""
-        components = self.components[stage]
-        decisions[:, components] = choices[:, components]
-
     def to_decisions(self, stage: Array, choices: Array) -> Array:
         """Actions as decisions, int64 ``[n, components]``: zeros where the ``stage [n]`` of a row decides nothing."""
         if self.is_whole:

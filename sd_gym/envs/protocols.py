@@ -218,7 +218,7 @@ class Core(ABC, Generic[S]):
 
     @abstractmethod
     def export(self) -> Export | None:
-        """What a policy needs outside of this env; ``None`` if it cannot leave it."""
+        """What a policy needs to decide without this env; ``None`` if it needs the env."""
 
     @property
     def observation_space(self) -> gym.Space:
@@ -293,9 +293,9 @@ class Core(ABC, Generic[S]):
         which ``score`` goes on; ``None`` where that is before the first layer, or no backbone runs.
         """
         decisions, state = np.zeros((len(rows), len(self.nvec)), dtype=np.int64), None
-        for stage in range(len(self.stages)):
+        for stage, components in enumerate(self.stage_actions.components):
             observations, state = self.stage_observer.observe(split, rows, stage, decisions, state)
-            self.stage_actions.take(stage, decisions, decide(observations))
+            decisions[:, components] = decide(observations)[:, components]
         return decisions, state
 
     def score(self, split: Any, rows: Array, decisions: Any, resume_from: PassState | None = None) -> Outcome:

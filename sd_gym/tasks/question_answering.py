@@ -24,11 +24,7 @@ class QuestionAnswering(Task):
     reference = "answers"
     gives = ("text", "span")
     metrics = ("squad", "exact_match")
-
-    @property
-    def unknown(self) -> list[str]:
-        """No answer."""
-        return []
+    unknown = None  # no answer
 
     def instance(
         self, row: Mapping[str, Any], identity: str, origin: str, *, difficulty: int = 0, unanswerable: bool = True

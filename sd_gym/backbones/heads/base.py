@@ -48,7 +48,7 @@ class Head(Encoding, Losses, Answers):
         """Logits of one forward pass under the decisions in force, teacher-forced where texts are generated.
 
         They are ``[batch, target length, vocabulary]``, ``[batch, classes]``, or ``[batch, 2, length]`` (starts and
-        ends). ``call`` is called instead of the model: the same model wrapped, or a static one.
+        ends). ``call`` replaces the model: a wrapper of it, or a plain module of one mask.
         """
         return (call or board.model)(**model_inputs(batch)).logits
 
