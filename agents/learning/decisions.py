@@ -116,7 +116,7 @@ def versions(core: Core, policy: DecisionPolicy | TablePolicy) -> list[Version]:
     margins = list(MARGINS if core.config.table is None else TABLE_MARGINS)
     if isinstance(policy, DecisionPolicy):
         sees_answer = core.has_answer_stage and not policy.blind
-        if sees_answer or (not core.is_staged and policy.codebook is None):
+        if sees_answer or not core.is_staged:
             preferences = _preferences(core, policy)
             quantiles = np.quantile(preferences[np.isfinite(preferences)], np.linspace(0, 1, MAX_VERSIONS - 1))
             margins = np.unique([0.0, *quantiles]).tolist()

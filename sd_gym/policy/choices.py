@@ -85,6 +85,23 @@ def greedy_cover(log_likelihood: Tensor, size: int) -> list[int]:
     return chosen
 
 
+def changes(scores: Tensor, per_margin: Tensor) -> Tensor:
+    """The margins at which the best mask changes, falling, ``[n, changes]``; minus infinity after a row's last one.
+
+    A margin of m adds ``m * per_margin [masks]`` to the ``scores [n, masks]``. Each change goes to a mask with less per
+    margin, on the upper envelope of these lines.
+    """
+    rows, found = torch.arange(len(scores), device=scores.device), list[Tensor]()
+    best = scores.where(per_margin == per_margin.max(), -torch.inf).argmax(dim=1)
+    for _ in range(len(per_margin.unique()) - 1):
+        less = per_margin[best][:, None] - per_margin
+        margins = ((scores - scores[rows, best][:, None]) / less).where(less > 0, -torch.inf)
+        highest, following = margins.max(dim=1)
+        best = following.where(highest > -torch.inf, best)
+        found.append(highest)
+    return torch.stack(found, dim=1) if found else scores[:, :0]
+
+
 def codebook_of_each_stage(codebook: Tensor) -> list[Tensor]:
     """The masks ``[masks, components]`` of each stage; masks of a stage decide the same components."""
     _, group = (codebook >= 0).unique(dim=0, return_inverse=True)

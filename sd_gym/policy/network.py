@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from sd_gym.files import write_json, write_tensors
 from sd_gym.going_on import ANSWER
-from sd_gym.policy.choices import Noise, bounded, codebook_of_each_stage, greedy_cover, groups_of, with_noise
+from sd_gym.policy.choices import Noise, bounded, changes, codebook_of_each_stage, greedy_cover, groups_of, with_noise
 from sd_gym.policy.network_files import FORMAT, NetworkDescription, read_model, read_weights
 from sd_gym.policy.networks import Bias, PerStageMLP, counted_flops, hidden_layers, registered_network
 from sd_gym.policy.observations import Observations, TensorObservations, blinded, select_rows, to_tensors
@@ -227,12 +227,17 @@ class DecisionPolicy(nn.Module):
         """The margins at which decisions change (``with_margin``), in log-odds, float32 ``[n, margins]``.
 
         At the answer stage there is one, that of accepting against going on. Otherwise each component has one, that of
-        its best choice against running; if ``graded``, each choice has one, against the choice before it. Not finite
-        where there is no such choice. For a policy with that stage, or with one stage and no codebook.
+        its best choice against running; if ``graded``, each choice has one, against the choice before it. With a
+        codebook these are the margins at which another of its masks becomes the most probable one. Not finite where
+        there is no such choice. For a policy with that stage, or with one stage.
         """
         logits = self(to_tensors(observations, self.head.weight.device))
         if self.stages[-1] == ANSWER:
             return (logits[:, -2:-1] - logits[:, -1:]).cpu().numpy()
+        if self.codebook is not None:
+            added = torch.from_numpy(self.per_margin).to(logits)[None]
+            scores, slopes = (self.log_likelihood(values, self.codebook) for values in (logits, added))
+            return changes(scores, slopes[0]).cpu().numpy()
         choices = self._padded(logits)
         if self.graded:
             return choices.diff(dim=2).flatten(1).cpu().numpy()

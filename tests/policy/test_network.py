@@ -1,6 +1,7 @@
 """The decision network: what it chooses."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -74,6 +75,26 @@ def test_a_margin_counts_for_each_choice_of_graded_components(tmp_path):
     assert decided == [[1, 3], [1, 2], [1, 1], [0, 1], [0, 0]]
     found = again.preference(seen)
     np.testing.assert_allclose(found[np.isfinite(found)], [2.5, 3.0, 2.0, 1.0])
+
+
+@pytest.mark.parametrize("graded", [False, True])
+def test_preferences_are_the_margins_at_which_decisions_change(graded):
+    torch.manual_seed(0)
+    policy = DecisionPolicy(3, [2, 2, 2, 4], [], graded=graded).eval()
+    with torch.no_grad():
+        policy.head.bias.copy_(4 * torch.randn(len(policy.head.bias)))
+    seen = np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32)
+    # Without a codebook, graded choices compare with the choice before them alone.
+    for one in (*([] if graded else [policy]), policy.reduced(5, seen), policy.reduced(1, seen)):
+        found = one.preference(seen)
+        for row in range(len(seen)):
+            changes = np.unique(found[row][np.isfinite(found[row])].round(4))
+            between = np.convolve(np.concatenate([[-100], changes, [100]]), [0.5, 0.5], mode="valid")
+            decided = [one.with_margin(margin).decide(seen[row : row + 1])[0].tolist() for margin in between]
+            assert all(one != other for one, other in pairwise(decided))
+            for low, high, skipped in zip([-100, *changes], [*changes, 100], decided, strict=True):
+                for margin in np.linspace(low + 1e-3, high - 1e-3, 4):
+                    assert one.with_margin(margin).decide(seen[row : row + 1])[0].tolist() == skipped
 
 
 def test_a_codebook_is_saved_and_checked(tmp_path):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from sd_gym.agents import make_agent
 from sd_gym.agents.experiment.selection import PASSES, Selection
-from sd_gym.agents.learning.decisions import DENSE_MARGIN, MARGINS, Version, outcomes, versions
+from sd_gym.agents.learning.decisions import DENSE_MARGIN, Version, outcomes, versions
 from sd_gym.agents.runs.verdict import Verdict
 
 from sd_gym.config import RewardConfig
@@ -165,8 +165,10 @@ def test_versions_of_a_policy_go_from_dense_to_bold(env):
     np.testing.assert_array_equal(
         outcomes(env.core, learned, split, rows)["decision"], outcomes(env.core, policy, split, rows)["decision"]
     )
-    reduced = policy.reduced(2, env.core.observe(split, rows))
-    assert [one.margin for one in versions(env.core, reduced)] == list(MARGINS)[::-1]
+    seen = env.core.observe(split, rows)
+    shares = [one.policy.decide(seen).any(axis=1).mean() for one in versions(env.core, policy.reduced(2, seen))]
+    assert len(set(shares)) > 10  # evenly from dense to its mask, whatever the scale of its logits
+    assert (np.diff(shares) >= 0).all()
 
 
 def test_the_validation_reward_is_the_objectives(custom):
