@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.experiment.evaluation import decisions_hash, evaluate
-from sd_gym.agents.experiment.run import core_of_run
+from sd_gym.agents.experiment.run import core_of_run, moved
 from sd_gym.agents.learning.decisions import SplitDecisions, check_fits, decide_on, decision_flops, score_decisions
 from sd_gym.agents.runs.folder import instance_rows, read_description, read_result
 
@@ -53,17 +53,17 @@ class RecordedInstances(NamedTuple):
     scores: dict[str, NDArray]  # those of ``TOLERANCES``, and flops_ratio_with_policy; float64 [n] each
 
 
-def replay(folder: Path) -> Replay:
+def replay(folder: Path, **places: Any) -> Replay:
     """Replay a run: its data, its backbone, the outcome of each decision, its result, and its policy's decisions.
 
-    The folder is that of a run or of ``sd_gym.evaluate``.
+    The folder is that of a run or of ``sd_gym.evaluate``. ``places``: see ``sd_gym.agents.experiment.run.moved``.
 
     Raises:
         FileNotFoundError: If it holds no finished run.
         ReplayError: If something is not as recorded.
         ValueError: If a file is damaged, or the data or the backbone have changed.
     """
-    description, result = read_description(folder), read_result(folder)
+    description, result = moved(read_description(folder), places), read_result(folder)
     with naming_imports(folder):
         core = core_of_run(folder, description)
     split, file = core.split(result["split"]), folder / "instances.csv"

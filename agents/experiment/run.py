@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ from sd_gym.tasks.ranking import STATISTICS_SIZE
 from sd_gym.tasks.splits import check_unchanged
 
 VALIDATIONS = 8  # during training
+PLACES = ("dataset", "backbone", "table")  # settings of a finished run that may change: where its files are
 MOST = 2**32 - 1  # largest seed of all libraries
 TIMED_BATCH_SIZES = {"1": 1, "8": 8, "32": 32, "in bulk": None}
 
@@ -275,7 +276,7 @@ def _load_checkpoint(checkpoint: Path, agent: Agent, selection: Selection) -> in
         raise ValueError(damaged_checkpoint(checkpoint, error)) from error
 
 
-def reduce(run: str | Path, codebook: int, output: str | Path, *, backbone: str | None = None) -> dict[str, Any]:
+def reduce(run: str | Path, codebook: int, output: str | Path, **places: Any) -> dict[str, Any]:
     """Make a run's policy choose among a few masks, select its operating point, and evaluate it: ``sd-gym reduce``.
 
     More inputs then share a decision, and those run together, which is faster.
@@ -284,7 +285,7 @@ def reduce(run: str | Path, codebook: int, output: str | Path, *, backbone: str 
         run: The run.
         codebook: Different decisions per stage, at most; see ``DecisionPolicy.reduced``.
         output: A run folder, written like that of ``train``; its ``agent_settings`` have ``codebook``.
-        backbone: Where the backbone is; ``None``: where it was in training.
+        **places: Where ``dataset``, ``backbone`` or ``table`` are, if not where they were in training.
 
     Returns:
         The result, as in ``result.json``.
@@ -298,7 +299,7 @@ def reduce(run: str | Path, codebook: int, output: str | Path, *, backbone: str 
     with locked(folder):
         if _unfinished_run(folder, resume=True) is not None:
             raise FileExistsError(f"{folder} holds a run that was cut off; choose another --output, or delete it")
-        description, core, policy = load_run(Path(run), backbone)
+        description, core, policy = load_run(Path(run), places)
         if policy.noise != "none":
             raise ValueError(f"{run}: its policy decides at random; expected the run of an agent that learns")
         selection = Selection(core, description["confidence"])
@@ -411,17 +412,28 @@ def _identity(description: dict[str, Any]) -> dict[str, Any]:
     return {**named, **(env if description["env"] in SERVING else dotted(env)), **description["agent_settings"]}
 
 
-def load_run(folder: Path, backbone: str | None = None) -> tuple[dict[str, Any], Core, DecisionPolicy]:
-    """The config, core and policy of a run folder; ``backbone``: where the backbone is, if not where it was.
+def load_run(folder: Path, places: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], Core, DecisionPolicy]:
+    """The config, core and policy of a run folder; ``places``: see ``moved``.
 
     Raises ``FileNotFoundError`` if it holds no run; ``ValueError`` if its network is not registered, its policy does
     not fit the env, or its data have changed.
     """
-    description = read_description(folder)
-    if backbone is not None and description["env_config"].get("table") is None:  # a table has the outcomes of its own
-        description["env_config"] = run_config(description, {"backbone": backbone}).model_dump()
+    description = moved(read_description(folder), places or {})
     core = core_of_run(folder, description)
     return description, core, check_fits(DecisionPolicy.load(folder), core)
+
+
+def moved(description: dict[str, Any], places: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's description whose ``PLACES`` are elsewhere; raises ``ValueError`` for other keys.
+
+    A table has the outcomes of its backbone, so another place of the backbone changes nothing there.
+    """
+    if others := [key for key in places if key not in PLACES]:
+        raise ValueError(f"{others[0]}: a run keeps its settings; only {', '.join(PLACES)} may be elsewhere now")
+    found = dict(places)
+    if description["env_config"].get("table") is not None:
+        found.pop("backbone", None)
+    return {**description, "env_config": run_config(description, found).model_dump()} if found else description
 
 
 def core_of_run(folder: Path, description: dict[str, Any]) -> Core:

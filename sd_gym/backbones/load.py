@@ -160,8 +160,8 @@ def _read_config(name: str) -> tuple[PretrainedConfig, type[Head] | None, str, d
             raise BackboneError(f"the backbone {name!r}: {what} cannot be read ({one_line(error)})") from error
         raise FileNotFoundError(
             f"cannot load the backbone {name!r}: it is no local folder, and loading it from the Hugging Face "
-            "hub failed. Without network, pass the path of a local copy as backbone=... (in training on the command "
-            "line --set backbone=...)"
+            "hub failed. Without network, pass the path of a local copy as backbone=... (on the command line "
+            "--backbone, or --set backbone=...)"
         ) from error
     architecture_of(config.model_type)
     architectures = [str(name) for name in config.architectures or []]

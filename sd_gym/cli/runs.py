@@ -103,12 +103,14 @@ def reduce(
     run: Annotated[Path, Argument(help="Run folder that sd-gym train wrote.")],
     output: Annotated[Path, Option(help="Run folder to write.")],
     codebook: Annotated[int, Option(min=1, help="Largest number of different decisions (per stage).")] = 8,
+    set_: Settings = [],
     imports: Imports = [],
 ) -> None:
     """Restrict a run's policy to a few masks, so that more inputs share a mask and run together.
 
     The masks are those of its decisions that fit the training inputs best. The operating point is selected again on the
-    validation split. The result is a new run, evaluated on the test split.
+    validation split. The result is a new run, evaluated on the test split. `--set backbone=PATH` (`dataset`, `table`)
+    says where they are now.
 
     Example: `sd-gym reduce runs/Summarization-Mini-ppo-0 --codebook 8 --output runs/reduced`
     """
@@ -116,7 +118,7 @@ def reduce(
     with terminal.errors_as_lines(), terminal.status("reducing"):
         from sd_gym.agents.experiment.run import reduce as reduce_run
 
-        result = reduce_run(run, codebook, output)
+        result = reduce_run(run, codebook, output, **terminal.settings_of(set_, call=reduce_run))
     terminal.print_result(f"{run}, a codebook of {codebook}", result)
     terminal.print_line(f"Run folder: {output}")
 
@@ -152,7 +154,7 @@ def export(
         if (among is None or len(among) > masks) and (run / "config.json").is_file():
             check_exportable(policy, output, backbone)  # before minutes of reducing
             terminal.say(f"the policy decides among more than {masks} masks, so it is reduced to those that fit best")
-            reduce_run(run, masks, Path(folder, "reduced"), backbone=backbone)
+            reduce_run(run, masks, Path(folder, "reduced"), **({} if backbone is None else {"backbone": backbone}))
             policy = SkipPolicy.from_pretrained(Path(folder, "reduced"))
         manifest = export_policy(policy, output, masks=masks, int8=int8, backbone=backbone)
     points = len(manifest["operating_points"])
@@ -167,16 +169,16 @@ def validate(
 ) -> None:
     """Replay a run's recorded decisions and fail on any difference; or check an env before learning on it.
 
+    `--set` says where a run's `dataset`, `backbone` or `table` are now; of an env it sets any key.
+
     Example: `sd-gym validate runs/Classification-Mini-ppo-0`
     """
     terminal.import_all(imports)
     with terminal.errors_as_lines(), terminal.status("checking"):
         if Path(what).is_dir():
-            if set_:
-                raise ValueError("--set is for the check of an env; a run is replayed with its own settings")
             from sd_gym.agents.experiment.replay import replay
 
-            lines, failed = replay(Path(what)).lines(), False
+            lines, failed = replay(Path(what), **terminal.settings_of(set_)).lines(), False
         else:
             from sd_gym.envs.checker import check_env
 

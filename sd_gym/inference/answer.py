@@ -106,8 +106,6 @@ class TextModel(ABC):
 
         A class is right or wrong, as in the env; a score counts by its distance, a text by ``metric``.
         """
-        if right is None:
-            return None
         if self.head == "score":
             if not is_number(right) or not abs(right) <= LARGEST:
                 return None
@@ -116,7 +114,8 @@ class TextModel(ABC):
             if self.head == "label":
                 name = self._class_name(right)
                 return None if name is None else float(answer == name)
-            return text_quality(self.metric, answer, TASKS.find(self.task).right(right))
+            references = TASKS.find(self.task).right(right)
+            return None if references is None else text_quality(self.metric, answer, references)
         except TypeError:  # a list in the place of a label, or the reverse
             return None
 
@@ -124,6 +123,8 @@ class TextModel(ABC):
         """The name of a label's class, as ``LabelHead`` finds it."""
         # Parquet and pandas give indices as 1.0.
         whole = int(label) if isinstance(label, float) and label.is_integer() else label
+        if whole is None:
+            return None
         if isinstance(whole, int) and not have_numbers(self.names.values()):
             return self.names.get(whole)
         return str(whole) if str(whole) in self.names.values() else None

@@ -182,10 +182,14 @@ def _answered(model: SkippingModel, lines: list[Line], compare: bool, batch_size
         started = time.perf_counter()
         dense = model.answers([inputs[number] for number in answers], dense=True, batch_size=batch_size)
         bulk.dense_seconds += time.perf_counter() - started
-        references = [(line.row or {}).get(model.reference) for line in lines if line.number in answers]
-        for right, own, dense_answer in zip(references, answers.values(), dense, strict=True):
+        rows = [line.row or {} for line in lines if line.number in answers]
+        for row, own, dense_answer in zip(rows, answers.values(), dense, strict=True):
             bulk.agree.append(own.answer == dense_answer.answer)
-            own_quality, dense_quality = (model.quality(answer.answer, right) for answer in (own, dense_answer))
+            if model.reference not in row:
+                continue
+            own_quality, dense_quality = (
+                model.quality(answer.answer, row[model.reference]) for answer in (own, dense_answer)
+            )
             if own_quality is not None and dense_quality is not None:
                 bulk.quality.append((own_quality, dense_quality))
     contents = {number: _described(answer) for number, answer in answers.items()}
@@ -245,4 +249,5 @@ def _renamed(number: int, row: dict[str, Any], columns: dict[str, str], may_lack
     if missing:
         has = ", ".join(map(str, row))
         return Line(number, None, f"no column {columns[missing[0]]!r} (for {missing[0]}); the columns are {short(has)}")
-    return Line(number, {**row, **{name: row.get(column) for name, column in columns.items()}})
+    others = {name: value for name, value in row.items() if name not in columns}
+    return Line(number, others | {name: row[column] for name, column in columns.items() if column in row})

@@ -236,7 +236,7 @@ class TextEngine(BlockingEngine):
 
     def warm_up(self) -> PassCost:
         """Measure the overhead of passes of one mask and of several."""
-        texts = [WARM_UP_TEXT] * len(self.model.fields)
+        texts = _warm_up_texts(self.model.fields)
         length = self.prepare([Asked(texts)])[0].length
         dense = np.zeros((1, len(self.model.board) + 1), dtype=np.int64)
         masks = dense if self._masks is None else self._masks
@@ -302,7 +302,7 @@ class GraphEngine(BlockingEngine):
 
     def warm_up(self) -> PassCost:
         """Open all graphs, and measure the overhead of their passes."""
-        asked = Asked([WARM_UP_TEXT] * len(self.model.fields))
+        asked = Asked(_warm_up_texts(self.model.fields))
         row = self.prepare([asked])[0]
 
         def run(numbers: NDArray) -> None:
@@ -312,6 +312,11 @@ class GraphEngine(BlockingEngine):
         numbers = np.arange(len(self.model.masks))[:, None]
         token = _fit_seconds(run, numbers[:1])[0] / row.length
         return PassCost(max(LEAST_PADDING, _fit_seconds(run, numbers)[1] / token))
+
+
+def _warm_up_texts(names: Sequence[str]) -> list[str]:
+    """The last text is long; a question in front of it has to be shorter than the model's inputs."""
+    return [*["one"] * (len(names) - 1), WARM_UP_TEXT]
 
 
 def _sorted_scores(shares: list[float], names: dict[int, str]) -> dict[str, float]:

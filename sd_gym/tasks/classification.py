@@ -38,9 +38,9 @@ class Classification(Task):
         """The label."""
         return {"label": head.classes(instances)}
 
-    def right(self, value: Any) -> list[str]:
+    def right(self, value: Any) -> list[str] | None:
         """The label, of backbones that generate it."""
-        return [str(value)]
+        return None if value is None else [str(value)]
 
     def head_to_prepare(self, stored: type[Head] | None, answers: str | None, train: Sequence[Instance]) -> NewHead:
         """A new head with as many classes as the data."""

@@ -61,8 +61,10 @@ class Task(ABC):
         """Facts about the right answers that reports group results by, by name, each ``[n]``."""
         return {}
 
-    def right(self, value: Any) -> list[str]:
-        """The right texts of a row with this reference."""
+    def right(self, value: Any) -> list[str] | None:
+        """The right texts of a row with this reference; ``None`` if it says nothing."""
+        if value is None:
+            return None
         return [value] if isinstance(value, str) else [str(answer) for answer in value]
 
     def head_to_prepare(self, stored: type[Head] | None, answers: str | None, train: Sequence[Instance]) -> NewHead:

@@ -114,7 +114,6 @@ def test_prepare_train_evaluate_compare(tmp_path, reviews, tiny_backbone, monkey
         (["train", "SD/Classification-Custom-v0", "--set", "dataset=./no.jsonl"], "'backbone' has no value"),
         (["train", "SD/Classification-TREC-Table-v1", "--set", "num_envs=1"], "at least 2 decisions per rollout"),
         (["evaluate", "nowhere"], "no config.json"),
-        (["validate", ".", "--set", "epsilon=1"], "a run is replayed with its own settings"),
         (["report", ".", "-o", "report.md"], "expected a page with the suffix .html"),
         (["evaluate", "nowhere", "--split", "dev"], "'dev' is not one of 'train'"),
         (["compare", "nowhere"], "no folder 'nowhere', and unknown env 'nowhere'"),

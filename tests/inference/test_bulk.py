@@ -269,6 +269,24 @@ def test_quality_is_that_of_the_env(head, names, answer, right, quality):
     assert model.quality(answer, right) == pytest.approx(quality)
 
 
+def test_an_empty_cell_is_a_question_without_answer():
+    """As in training, and as an empty list."""
+    model = Judge()
+    model.task, model.metric, model.head = "question_answering", "squad", "span"
+    for right in (None, [], {"text": []}):
+        assert model.quality("", right) == 1.0
+        assert model.quality("was", right) == 0.0
+
+
+def test_a_row_without_reference_has_no_quality(model, tmp_path):
+    model, texts = model
+    rows = [{"text": text, "y": None} for text in texts[:2]] + [{"text": texts[0]}, {"text": texts[1], "y": 1}]
+    source = write(tmp_path / "in.jsonl", rows)
+    bulk = run_file(model, source, tmp_path / "o.jsonl", compare=True, columns={"label": "y"})
+    assert len(bulk.agree) == 4
+    assert len(bulk.quality) == 1
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
 def test_labels_of_another_column_are_read_as_in_training(model, tmp_path, suffix):
     model, texts = model

@@ -64,6 +64,22 @@ def test_a_run_that_is_as_it_was_passes(run):
     assert "decides the same again" in shown.output
 
 
+def test_data_and_backbone_may_be_elsewhere_now(run):
+    description = json.loads((run / "config.json").read_text())
+    values = description["env_config"]
+    places = {"dataset": values["data"]["dataset"], "backbone": values["backbone"]["name"]}
+    values["data"]["dataset"], values["backbone"]["name"] = "gone.jsonl", "./gone"
+    (run / "config.json").write_text(json.dumps(description))
+    with pytest.raises(FileNotFoundError, match=r"gone"):
+        replay(run)
+    assert replay(run, **places).has_policy
+    options = [part for key, value in places.items() for part in ("--set", f"{key}={value}")]
+    shown = CliRunner().invoke(app, ["validate", str(run), *options])
+    assert shown.exit_code == 0, shown.output
+    with pytest.raises(ValueError, match="epsilon: a run keeps its settings; only dataset, backbone, table may be"):
+        replay(run, epsilon=1)
+
+
 def test_a_reward_that_is_not_known_here_is_not_replayed(run):
     """That of an own objective, without its --import."""
     description = json.loads((run / "config.json").read_text())
