@@ -42,7 +42,7 @@ class _AgentSettings(BaseModel):
 
 
 class _Description(BaseModel):
-    """``config.json``; ``sd_gym.evaluate`` writes no seed and no steps, and ``named`` if it was given a name."""
+    """``config.json``; ``sd_gym.evaluate`` writes no seed, steps or confidence, and ``named`` if it got a name."""
 
     env: str
     algo: str
@@ -52,6 +52,7 @@ class _Description(BaseModel):
     control: bool
     seed: int | None = None
     steps: int | None = None
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] | None = None
     data: dict[str, _Data]
     weights: str
     versions: dict[str, str] = {}
