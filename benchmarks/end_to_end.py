@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from sd_gym.agents.experiment.run import reduce
+from sd_gym.agents.experiment.reduction import reduce
 
 import sd_gym
 from sd_gym.backbones import load_backbone

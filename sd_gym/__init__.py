@@ -18,7 +18,8 @@ from sd_gym.version import __version__
 if TYPE_CHECKING:
     from sd_gym import onnx
     from sd_gym.agents.experiment.api import evaluate, train_all
-    from sd_gym.agents.experiment.run import reduce, train
+    from sd_gym.agents.experiment.reduction import reduce
+    from sd_gym.agents.experiment.run import train
     from sd_gym.agents.experiment.tabulation import tabulate
     from sd_gym.agents.registry import register_agent
     from sd_gym.agents.report.compare import compare
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 
 _MODULES = {  # modules of names that need torch, or are slow to import
     "agents.experiment.api": ["evaluate", "train_all"],
-    "agents.experiment.run": ["reduce", "train"],
+    "agents.experiment.reduction": ["reduce"],
+    "agents.experiment.run": ["train"],
     "agents.experiment.tabulation": ["tabulate"],
     "agents.registry": ["register_agent"],
     "agents.report.compare": ["compare"],

@@ -15,6 +15,7 @@ from sd_gym.agents.experiment.evaluation import summary
 from sd_gym.agents.experiment.exported import ExportedCore, ExportedPolicy, is_exported
 from sd_gym.agents.experiment.parallel import OnStatus, RunStatus, train_many
 from sd_gym.agents.experiment.selection import Selection
+from sd_gym.agents.experiment.trained import run_config
 from sd_gym.agents.learning.decisions import DENSE_MARGIN, Dense, PolicyLike, SplitPolicy, Version, check_fits, versions
 from sd_gym.agents.runs.folder import check_backbone, read_description, run_description
 from sd_gym.agents.runs.lineage import check_not_learned
@@ -305,7 +306,7 @@ def _check_origin(origin: _Origin, env_id: str, core: Core, settings: dict[str, 
 def _config_of_origin(env_id: str, origin: _Origin | None, settings: dict[str, Any]) -> EnvConfig:
     """The env's config: that of the run if the run is on this env or on a table of it."""
     if origin is not None and origin.description["env"] == env_id:
-        return run.run_config(origin.description, settings)
+        return run_config(origin.description, settings)
     exported = None if origin is None or origin.exported_env != env_id else origin.exported
     if exported is not None and "backbone.name" not in dotted(settings, env_id):
         exported.check_reachable()

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.experiment.evaluation import decisions_hash, evaluate
-from sd_gym.agents.experiment.run import core_of_run, moved
+from sd_gym.agents.experiment.trained import core_of_run, moved
 from sd_gym.agents.learning.decisions import SplitDecisions, check_fits, decide_on, decision_flops, score_decisions
 from sd_gym.agents.runs.folder import instance_rows, read_description, read_result
 
@@ -56,7 +56,7 @@ class RecordedInstances(NamedTuple):
 def replay(folder: Path, **places: Any) -> Replay:
     """Replay a run: its data, its backbone, the outcome of each decision, its result, and its policy's decisions.
 
-    The folder is that of a run or of ``sd_gym.evaluate``. ``places``: see ``sd_gym.agents.experiment.run.moved``.
+    The folder is that of a run or of ``sd_gym.evaluate``. ``places``: see ``sd_gym.agents.experiment.trained.moved``.
 
     Raises:
         FileNotFoundError: If it holds no finished run.

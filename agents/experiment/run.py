@@ -1,10 +1,8 @@
-"""A run: its folder, training with model selection, and its result."""
+"""Training of a run: its folder, model selection, and its result."""
 
 import json
-import shlex
-import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,44 +14,29 @@ from sd_gym.agents.experiment.export import export, run_card
 from sd_gym.agents.experiment.selection import Selection
 from sd_gym.agents.experiment.tensorboard_logs import log_result, log_validation, open_logger
 from sd_gym.agents.learning.agent import Agent, BaseAgent, Rollout
-from sd_gym.agents.learning.decisions import (
-    DENSE_MARGIN,
-    Dense,
-    PolicyLike,
-    SplitPolicy,
-    Version,
-    check_fits,
-    observed,
-    row_batches,
-    versions,
-)
+from sd_gym.agents.learning.decisions import DENSE_MARGIN, Dense, PolicyLike, SplitPolicy, Version
 from sd_gym.agents.registry import agent_class, is_control, make_agent, make_settings
-from sd_gym.agents.runs.folder import check_backbone, origins, read_description, run_description
+from sd_gym.agents.runs.folder import origins, read_description, run_description
 from sd_gym.agents.runs.guarantee import measured_loss
 from sd_gym.agents.runs.lineage import check_starts
 from sd_gym.agents.runs.verdict import CONFIDENCE
 from sd_gym.agents.serving import run as dials
 from sd_gym.agents.serving.learn import OnProgress
 
-from sd_gym.config import KEYS, SPLITS, EnvConfig, dotted, is_key
-from sd_gym.envs.config import TABLE_KEYS, make_config
+from sd_gym.config import KEYS, SPLITS, dotted, is_key
 from sd_gym.envs.core import BackboneCore
 from sd_gym.envs.protocols import SCORES, Core
-from sd_gym.envs.shared import shared_core
-from sd_gym.envs.spaces import joined
 from sd_gym.envs.vector import SwitchableVectorEnv
 from sd_gym.errors import short
 from sd_gym.files import as_json, damaged_checkpoint, read_checkpoint, write_checkpoint, write_json
 from sd_gym.folders import contents, locked, other_content_error
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.card import FILE
-from sd_gym.registration import SERVING, all_ids, plain_id, serving_env_refused
+from sd_gym.registration import SERVING, all_ids, plain_id
 from sd_gym.registry import UnknownNameError, naming_imports, nearest, unknown
-from sd_gym.tasks.ranking import STATISTICS_SIZE
 from sd_gym.tasks.splits import check_unchanged
 
 VALIDATIONS = 8  # during training
-PLACES = ("dataset", "backbone", "table")  # settings of a finished run that may change: where its files are
 MOST = 2**32 - 1  # largest seed of all libraries
 TIMED_BATCH_SIZES = {"1": 1, "8": 8, "32": 32, "in bulk": None}
 
@@ -125,7 +108,7 @@ def train(
     env_id = plain_id(env_id)
     folder = default_folder(env_id, algo, seed) if output is None else Path(output)
     with locked(folder):
-        unfinished = _unfinished_run(folder, resume)
+        unfinished = unfinished_run(folder, resume)
         if env_id in SERVING:
             described = dials.describe(env_id, algo, steps, seed, settings, confidence)
             if unfinished is not None:
@@ -152,7 +135,7 @@ def default_folder(env_id: str, algo: str, seed: int) -> Path:
     return Path("runs") / f"{name}-{algo}-{seed}"
 
 
-def _unfinished_run(folder: Path, resume: bool) -> dict[str, Any] | None:
+def unfinished_run(folder: Path, resume: bool) -> dict[str, Any] | None:
     """``config.json`` of the run to resume, ``None`` for an empty folder; raises if it holds anything else."""
     if not contents(folder):
         return None
@@ -219,7 +202,7 @@ def _train(
         log_result(logger, reached or steps, result, core.backbone.board.names)
         logger.close()
 
-    result = _finish(folder, description, policy, selection, last, log)
+    result = finish(folder, description, policy, selection, last, log)
     checkpoint.unlink(missing_ok=True)
     return result
 
@@ -276,53 +259,7 @@ def _load_checkpoint(checkpoint: Path, agent: Agent, selection: Selection) -> in
         raise ValueError(damaged_checkpoint(checkpoint, error)) from error
 
 
-def reduce(run: str | Path, codebook: int, output: str | Path, **places: Any) -> dict[str, Any]:
-    """Make a run's policy choose among a few masks, select its operating point, and evaluate it: ``sd-gym reduce``.
-
-    More inputs then share a decision, and those run together, which is faster.
-
-    Args:
-        run: The run.
-        codebook: Different decisions per stage, at most; see ``DecisionPolicy.reduced``.
-        output: A run folder, written like that of ``train``; its ``agent_settings`` have ``codebook``.
-        **places: Where ``dataset``, ``backbone`` or ``table`` are, if not where they were in training.
-
-    Returns:
-        The result, as in ``result.json``.
-
-    Raises:
-        FileNotFoundError: If there is no such run.
-        FileExistsError: If the output holds anything.
-        ValueError: If the codebook is empty, the run's policy decides at random, or its data have changed.
-    """
-    folder = Path(output)
-    with locked(folder):
-        if _unfinished_run(folder, resume=True) is not None:
-            raise FileExistsError(f"{folder} holds a run that was cut off; choose another --output, or delete it")
-        description, core, policy = load_run(Path(run), places)
-        if policy.noise != "none":
-            raise ValueError(f"{run}: its policy decides at random; expected the run of an agent that learns")
-        selection = Selection(core, description["confidence"])
-        reduced = _reduced(policy, codebook, core)
-        selection.select(versions(core, reduced))
-        selected = reduced.with_margin(selection.margin)
-        description["command"] = shlex.join(sys.argv)
-        description["agent_settings"] = {**description["agent_settings"], "codebook": codebook}
-        write_json(folder / "config.json", description)
-        selected.save(folder)
-        return _finish(folder, description, selected, selection)
-
-
-def _reduced(policy: DecisionPolicy, codebook: int, core: Core) -> DecisionPolicy:
-    """The policy with a codebook from the first training inputs, per stage after its own earlier decisions."""
-    train = core.split("train")
-    batches = row_batches(core, np.arange(min(len(train), STATISTICS_SIZE)))
-    batches = batches if policy.channels is None else batches[:1]  # tokens of one batch fit into memory
-    seen = joined([observations for rows in batches for observations in observed(core, policy, train, rows)])
-    return policy.reduced(codebook, seen, core.stage_actions.components)
-
-
-def _finish(
+def finish(
     folder: Path,
     description: dict[str, Any],
     policy: PolicyLike | SplitPolicy,
@@ -410,52 +347,3 @@ def _identity(description: dict[str, Any]) -> dict[str, Any]:
     named = {key: description[key] for key in keys if key in description}
     env = description["env_config"]
     return {**named, **(env if description["env"] in SERVING else dotted(env)), **description["agent_settings"]}
-
-
-def load_run(folder: Path, places: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], Core, DecisionPolicy]:
-    """The config, core and policy of a run folder; ``places``: see ``moved``.
-
-    Raises ``FileNotFoundError`` if it holds no run; ``ValueError`` if its network is not registered, its policy does
-    not fit the env, or its data have changed.
-    """
-    description = moved(read_description(folder), places or {})
-    core = core_of_run(folder, description)
-    return description, core, check_fits(DecisionPolicy.load(folder), core)
-
-
-def moved(description: dict[str, Any], places: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's description whose ``PLACES`` are elsewhere; raises ``ValueError`` for other keys.
-
-    A table has the outcomes of its backbone, so another place of the backbone changes nothing there.
-    """
-    if others := [key for key in places if key not in PLACES]:
-        raise ValueError(f"{others[0]}: a run keeps its settings; only {', '.join(PLACES)} may be elsewhere now")
-    found = dict(places)
-    if description["env_config"].get("table") is not None:
-        found.pop("backbone", None)
-    return {**description, "env_config": run_config(description, found).model_dump()} if found else description
-
-
-def core_of_run(folder: Path, description: dict[str, Any]) -> Core:
-    """The core of a run; raises ``ValueError`` if its data or its backbone have changed."""
-    core = shared_core(run_config(description))
-    check_unchanged(folder, description["data"], core.data)
-    check_backbone(folder, description["weights"], core.backbone)
-    return core
-
-
-def run_config(description: dict[str, Any], settings: dict[str, Any] | None = None) -> EnvConfig:
-    """The env's config of a run, with some keys overridden, for evaluation.
-
-    The run's own objective need not be registered here; then there are no rewards.
-    """
-    if "arrivals" in description["env_config"]:
-        raise ValueError(serving_env_refused(description["env"]))
-    values = dotted(description["env_config"])
-    if values.get("table") is not None:  # the table has the other keys
-        values = {key: value for key, value in values.items() if key in ("id", "table", *TABLE_KEYS)}
-    overrides, objective = dotted(settings or {}, description["env"]), values.pop("reward.objective", None)
-    config = make_config({**values, **overrides}, description["env"])
-    if objective is None or "reward.objective" in overrides:
-        return config
-    return config.model_copy(update={"reward": config.reward.model_copy(update={"objective": objective})})

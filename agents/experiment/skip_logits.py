@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sd_gym.agents.experiment.run import load_run
+from sd_gym.agents.experiment.trained import load_run
 from sd_gym.agents.learning.decisions import observed, row_batches
 
 from sd_gym.config import EnvConfig, dotted

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.full_information import full_information
 from sd_gym.agents.baselines.search import all_masks, greedy_path, skip_units
-from sd_gym.agents.experiment.run import run_config
+from sd_gym.agents.experiment.trained import run_config
 from sd_gym.agents.imitation.staged import ways_of_stages
 from sd_gym.agents.learning.decisions import policy_rows
 from sd_gym.agents.runs.folder import read_description

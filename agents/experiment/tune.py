@@ -17,7 +17,8 @@ import yaml
 from sd_gym.agents.experiment.comparison_plan import PlannedRun
 from sd_gym.agents.experiment.evaluation import summary
 from sd_gym.agents.experiment.parallel import RunStatus, train_many
-from sd_gym.agents.experiment.run import load_run, split_settings
+from sd_gym.agents.experiment.run import split_settings
+from sd_gym.agents.experiment.trained import load_run
 from sd_gym.agents.registry import agent_class, make_settings
 from sd_gym.agents.runs.verdict import CONFIDENCE
 

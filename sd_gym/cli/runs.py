@@ -116,7 +116,7 @@ def reduce(
     """
     terminal.import_all(imports)
     with terminal.errors_as_lines(), terminal.status("reducing"):
-        from sd_gym.agents.experiment.run import reduce as reduce_run
+        from sd_gym.agents.experiment.reduction import reduce as reduce_run
 
         result = reduce_run(run, codebook, output, **terminal.settings_of(set_, call=reduce_run))
     terminal.print_result(f"{run}, a codebook of {codebook}", result)
@@ -143,7 +143,7 @@ def export(
     """
     terminal.import_all(imports)
     with terminal.errors_as_lines(), terminal.status("exporting"), TemporaryDirectory() as folder:
-        from sd_gym.agents.experiment.run import reduce as reduce_run
+        from sd_gym.agents.experiment.reduction import reduce as reduce_run
         from sd_gym.inference.choices import decided_masks
         from sd_gym.inference.export import check_exportable
         from sd_gym.inference.export import export as export_policy

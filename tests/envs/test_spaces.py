@@ -17,7 +17,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sd_gym.agents.baselines.search import nested_codebook
-from sd_gym.agents.experiment.run import load_run, train
+from sd_gym.agents.experiment.run import train
+from sd_gym.agents.experiment.trained import load_run
 from sd_gym.agents.registry import make_agent
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.env_checker import check_env as check_sb3_env

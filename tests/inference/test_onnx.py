@@ -363,7 +363,7 @@ def test_a_backbone_that_generates_is_not_exported(tmp_path, tiny_tokenizer):
 def test_what_cannot_be_exported_is_not_reduced_before(
     task, stages, output, why, tmp_path, tiny_tokenizer, monkeypatch
 ):
-    monkeypatch.setattr("sd_gym.agents.experiment.run.reduce", pytest.fail)
+    monkeypatch.setattr("sd_gym.agents.experiment.reduction.reduce", pytest.fail)
     trained(task, None, tmp_path, tiny_tokenizer, stages=stages)
     (tmp_path / "artefact" / "config.json").write_text("{}")  # as in a run's folder
     command = ["export", str(tmp_path / "artefact"), "--output", str(tmp_path / output)]

@@ -6,7 +6,8 @@ import gymnasium as gym
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sd_gym.agents.experiment.run import load_run, train
+from sd_gym.agents.experiment.run import train
+from sd_gym.agents.experiment.trained import load_run
 from sd_gym.agents.registry import make_agent
 from typer.testing import CliRunner
 

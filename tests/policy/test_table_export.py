@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sd_gym.agents.experiment.reduction import reduce
 from sd_gym.agents.experiment.replay import replay
-from sd_gym.agents.experiment.run import reduce
 from sd_gym.agents.learning.decisions import check_fits, decision_flops
 
 import sd_gym

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sd_gym.agents import make_agent
 from sd_gym.agents.experiment.evaluation import evaluate
-from sd_gym.agents.experiment.run import load_run
+from sd_gym.agents.experiment.trained import load_run
 from sd_gym.agents.learning.decisions import check_fits, decision_flops
 from stable_baselines3.common.logger import configure
 from torch.utils.flop_counter import FlopCounterMode

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from sd_gym.agents.experiment.run import load_run, train
+from sd_gym.agents.experiment.run import train
+from sd_gym.agents.experiment.trained import load_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sd_gym.agents.experiment.evaluation import decisions_hash
 from sd_gym.agents.experiment.replay import ReplayError, read_instances, replay
-from sd_gym.agents.experiment.run import run_config
+from sd_gym.agents.experiment.trained import run_config
 from sd_gym.agents.runs.folder import read_description
 from typer.testing import CliRunner
 

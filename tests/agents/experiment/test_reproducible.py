@@ -7,7 +7,8 @@ from functools import cache
 import gymnasium as gym
 import pytest
 import torch
-from sd_gym.agents.experiment.run import load_run, train
+from sd_gym.agents.experiment.run import train
+from sd_gym.agents.experiment.trained import load_run
 from sd_gym.agents.registry import make_agent
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner

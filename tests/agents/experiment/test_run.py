@@ -11,7 +11,8 @@ from matplotlib.image import imread
 from sd_gym.agents.drawing.run_picture import plot_run
 from sd_gym.agents.experiment import run as run_module
 from sd_gym.agents.experiment.evaluation import evaluate
-from sd_gym.agents.experiment.run import load_run, train
+from sd_gym.agents.experiment.run import train
+from sd_gym.agents.experiment.trained import load_run
 from sd_gym.agents.runs.folder import read_description
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner

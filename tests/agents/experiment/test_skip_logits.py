@@ -3,8 +3,9 @@
 import gymnasium as gym
 import numpy as np
 import pytest
-from sd_gym.agents.experiment.run import load_run, train
+from sd_gym.agents.experiment.run import train
 from sd_gym.agents.experiment.skip_logits import skip_logits_of_run
+from sd_gym.agents.experiment.trained import load_run
 from typer.testing import CliRunner
 
 from sd_gym.cli import app

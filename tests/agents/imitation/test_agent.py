@@ -9,7 +9,8 @@ import pytest
 import torch
 from sd_gym.agents.baselines.search import path_losses
 from sd_gym.agents.baselines.static import MASKS
-from sd_gym.agents.experiment.run import load_run, train
+from sd_gym.agents.experiment.run import train
+from sd_gym.agents.experiment.trained import load_run
 from sd_gym.agents.registry import make_agent
 from stable_baselines3.common.logger import configure
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from sd_gym.agents import AgentSettings, PrivilegedAgent, Rollout, agent_names, make_agent, register_agent
-from sd_gym.agents.experiment.run import load_run, train
+from sd_gym.agents.experiment.run import train
+from sd_gym.agents.experiment.trained import load_run
 from sd_gym.agents.learning.decisions import SplitDecisions, Version
 from sd_gym.agents.ppo.agent import PPOAgent
 from sd_gym.agents.runs.finished_runs import finished_runs

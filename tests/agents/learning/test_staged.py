@@ -6,7 +6,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from sd_gym.agents.experiment.run import load_run, train
+from sd_gym.agents.experiment.run import train
+from sd_gym.agents.experiment.trained import load_run
 from sd_gym.agents.learning.decisions import outcomes
 from sd_gym.agents.registry import agent_class, learning_agents, make_agent
 from sd_gym.agents.reinforce.agent import ReinforceAgent

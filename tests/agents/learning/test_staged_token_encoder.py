@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
-from sd_gym.agents.experiment.run import load_run, train
+from sd_gym.agents.experiment.run import train
+from sd_gym.agents.experiment.trained import load_run
 from sd_gym.agents.learning.decisions import check_fits, decision_flops
 from sd_gym.agents.registry import make_agent
 from stable_baselines3 import PPO
