@@ -206,7 +206,8 @@ class OnnxModel(TextModel):
                 if sum(map(len, waiting.values())) > WAITING:
                     finish(mask, waiting)
                     waiting = {}
-            finish(mask, waiting)
+            if waiting:
+                finish(mask, waiting)
         return self.answers_of(rows, answers.tolist(), number, went_on, own)
 
     def answers_of(
