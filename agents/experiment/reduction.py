@@ -28,7 +28,7 @@ def reduce(run: str | Path, codebook: int, output: str | Path, **places: Any) ->
         run: The run.
         codebook: Different decisions per stage, at most; see ``DecisionPolicy.reduced``.
         output: A run folder, written like that of ``train``; its ``agent_settings`` have ``codebook``.
-        **places: Where ``dataset``, ``backbone`` or ``table`` are, if not where they were in training.
+        **places: Where the run's ``dataset`` and ``backbone``, or its ``table``, are now, if they moved.
 
     Returns:
         The result, as in ``result.json``.

@@ -1,6 +1,7 @@
 """Replay of a finished run: its recorded decisions are scored again with the real backbone and data."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +54,7 @@ class RecordedInstances(NamedTuple):
     scores: dict[str, NDArray]  # those of ``TOLERANCES``, and flops_ratio_with_policy; float64 [n] each
 
 
-def replay(folder: Path, **places: Any) -> Replay:
+def replay(folder: Path, places: Mapping[str, Any] | None = None) -> Replay:
     """Replay a run: its data, its backbone, the outcome of each decision, its result, and its policy's decisions.
 
     The folder is that of a run or of ``sd_gym.evaluate``. ``places``: see ``sd_gym.agents.experiment.trained.moved``.
@@ -63,7 +64,7 @@ def replay(folder: Path, **places: Any) -> Replay:
         ReplayError: If something is not as recorded.
         ValueError: If a file is damaged, or the data or the backbone have changed.
     """
-    description, result = moved(read_description(folder), places), read_result(folder)
+    description, result = moved(read_description(folder), places or {}), read_result(folder)
     with naming_imports(folder):
         core = core_of_run(folder, description)
     split, file = core.split(result["split"]), folder / "instances.csv"

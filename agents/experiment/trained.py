@@ -15,8 +15,6 @@ from sd_gym.policy import DecisionPolicy
 from sd_gym.registration import serving_env_refused
 from sd_gym.tasks.splits import check_unchanged
 
-PLACES = ("dataset", "backbone", "table")  # settings of a finished run that may change: where its files are
-
 
 def load_run(folder: Path, places: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], Core, DecisionPolicy]:
     """The config, core and policy of a run folder; ``places``: see ``moved``.
@@ -30,15 +28,19 @@ def load_run(folder: Path, places: Mapping[str, Any] | None = None) -> tuple[dic
 
 
 def moved(description: dict[str, Any], places: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's description whose ``PLACES`` are elsewhere; raises ``ValueError`` for other keys.
+    """A run's description with new ``places`` of its ``dataset`` and ``backbone``, or of its ``table``.
 
-    A table has the outcomes of its backbone, so another place of the backbone changes nothing there.
+    A table has the outcomes of its backbone, so another place of the backbone changes nothing there. Raises
+    ``ValueError`` for other keys.
     """
-    if others := [key for key in places if key not in PLACES]:
-        raise ValueError(f"{others[0]}: a run keeps its settings; only {', '.join(PLACES)} may be elsewhere now")
-    found = dict(places)
-    if description["env_config"].get("table") is not None:
-        found.pop("backbone", None)
+    found = dotted(places, "places")
+    has_table = description["env_config"].get("table") is not None
+    known = {"table": "table"} if has_table else {"data.dataset": "dataset", "backbone.name": "backbone"}
+    if has_table:
+        found.pop("backbone.name", None)
+    if others := [key for key in found if key not in known]:
+        may = " and ".join(known.values())
+        raise ValueError(f"{others[0]}: a run keeps its settings; only its {may} may be elsewhere now")
     return {**description, "env_config": run_config(description, found).model_dump()} if found else description
 
 

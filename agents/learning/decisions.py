@@ -118,7 +118,8 @@ def versions(core: Core, policy: DecisionPolicy | TablePolicy) -> list[Version]:
         sees_answer = core.has_answer_stage and not policy.blind
         if sees_answer or not core.is_staged:
             preferences = _preferences(core, policy)
-            quantiles = np.quantile(preferences[np.isfinite(preferences)], np.linspace(0, 1, MAX_VERSIONS - 1))
+            finite = preferences[np.isfinite(preferences)]  # none if its codebook has one mask
+            quantiles = np.quantile(finite, np.linspace(0, 1, MAX_VERSIONS - 1)) if len(finite) else finite
             margins = np.unique([0.0, *quantiles]).tolist()
     return [Version(policy.with_margin(margin), margin, policy) for margin in margins[::-1]]
 

@@ -8,7 +8,7 @@ import typer
 from typer import Argument, Option
 
 from sd_gym.cli import terminal
-from sd_gym.cli.terminal import Confidence, Imports, Settings
+from sd_gym.cli.terminal import Confidence, Imports, Places, Settings
 
 
 def train(
@@ -103,14 +103,13 @@ def reduce(
     run: Annotated[Path, Argument(help="Run folder that sd-gym train wrote.")],
     output: Annotated[Path, Option(help="Run folder to write.")],
     codebook: Annotated[int, Option(min=1, help="Largest number of different decisions (per stage).")] = 8,
-    set_: Settings = [],
+    set_: Places = [],
     imports: Imports = [],
 ) -> None:
     """Restrict a run's policy to a few masks, so that more inputs share a mask and run together.
 
     The masks are those of its decisions that fit the training inputs best. The operating point is selected again on the
-    validation split. The result is a new run, evaluated on the test split. `--set backbone=PATH` (`dataset`, `table`)
-    says where they are now.
+    validation split. The result is a new run, evaluated on the test split.
 
     Example: `sd-gym reduce runs/Summarization-Mini-ppo-0 --codebook 8 --output runs/reduced`
     """
@@ -164,12 +163,10 @@ def export(
 
 def validate(
     what: Annotated[str, Argument(metavar="RUN_OR_ENV", help="Folder of a finished run, or the id of an env.")],
-    set_: Settings = [],
+    set_: Places = [],
     imports: Imports = [],
 ) -> None:
     """Replay a run's recorded decisions and fail on any difference; or check an env before learning on it.
-
-    `--set` says where a run's `dataset`, `backbone` or `table` are now; of an env it sets any key.
 
     Example: `sd-gym validate runs/Classification-Mini-ppo-0`
     """
@@ -178,7 +175,7 @@ def validate(
         if Path(what).is_dir():
             from sd_gym.agents.experiment.replay import replay
 
-            lines, failed = replay(Path(what), **terminal.settings_of(set_)).lines(), False
+            lines, failed = replay(Path(what), terminal.settings_of(set_)).lines(), False
         else:
             from sd_gym.envs.checker import check_env
 

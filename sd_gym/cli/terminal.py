@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Annotated, Any
 
 import typer
@@ -45,6 +45,14 @@ Settings = Annotated[
     list[str],
     Option(
         "--set", metavar="KEY=VALUE", help="Override a key of the env's config, or a setting of the agent; repeatable."
+    ),
+]
+Places = Annotated[
+    list[str],
+    Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Of a run: where its dataset, backbone or table is now, if it moved. Of an env: a key of its config.",
     ),
 ]
 Confidence = Annotated[
@@ -107,10 +115,12 @@ def settings_of(pairs: list[str], call: Callable[..., Any] | None = None) -> dic
     """
     from sd_gym.envs.config import parse_yaml
 
+    parameters = () if call is None else signature(call).parameters.values()
+    options = [one.name for one in parameters if one.kind != Parameter.VAR_KEYWORD]
     settings = {}
     for key, value in pairs_of(pairs, "--set"):
         pair = short(f"{key}={value}")
-        if call is not None and key in signature(call).parameters:
+        if key in options:
             name = {"imports": "import", **dict.fromkeys(NO_OPTIONS)}.get(key, key)
             advice = f"use the option --{name}" if name else "leave it out"
             raise ValueError(f"--set {pair}: {key} is not a setting; {advice}")

@@ -121,13 +121,14 @@ class TextModel(ABC):
 
     def _class_name(self, label: Any) -> str | None:
         """The name of a label's class, as ``LabelHead`` finds it."""
-        # Parquet and pandas give indices as 1.0.
-        whole = int(label) if isinstance(label, float) and label.is_integer() else label
-        if whole is None:
+        names = self.names.values()
+        if label is None or isinstance(label, bool):
             return None
-        if isinstance(whole, int) and not have_numbers(self.names.values()):
-            return self.names.get(whole)
-        return str(whole) if str(whole) in self.names.values() else None
+        if isinstance(label, float) and label.is_integer() and str(label) not in names:
+            label = int(label)  # Parquet and pandas give indices as 1.0
+        if isinstance(label, int) and not have_numbers(names):
+            return self.names.get(label)
+        return str(label) if str(label) in names else None
 
 
 def unknown_words(unknown: int, inputs: int) -> str:

@@ -231,6 +231,7 @@ def test_a_row_without_the_named_column_is_an_error_not_another_text(model, tmp_
 
 STARS = {0: "1", 1: "2", 2: "3"}
 WORDED = {0: "-", 1: "+"}
+FLOATS = {0: "1.0", 1: "2.0"}
 
 
 class Judge(TextModel):
@@ -254,6 +255,11 @@ class Judge(TextModel):
         ("label", WORDED, "+", 0.5, None),
         ("label", WORDED, "+", ["+"], None),
         ("label", WORDED, "+", None, None),
+        ("label", WORDED, "+", True, None),
+        ("label", {0: "None", 1: "some"}, "None", None, None),
+        ("label", FLOATS, "1.0", 1.0, 1.0),
+        ("label", FLOATS, "1.0", 1, 0.0),  # an index
+        ("seq2seq", WORDED, "None", None, None),
         ("score", {}, "2.50", 2.5, 1.0),
         ("score", {}, "2.50", 3, 0.9),
         ("score", {}, "2.50", 50, 0.0),

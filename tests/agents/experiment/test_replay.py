@@ -72,12 +72,16 @@ def test_data_and_backbone_may_be_elsewhere_now(run):
     (run / "config.json").write_text(json.dumps(description))
     with pytest.raises(FileNotFoundError, match=r"gone"):
         replay(run)
-    assert replay(run, **places).has_policy
+    assert replay(run, places).has_policy
+    assert replay(run, {"data": {"dataset": places["dataset"]}, "backbone.name": places["backbone"]}).has_policy
     options = [part for key, value in places.items() for part in ("--set", f"{key}={value}")]
     shown = CliRunner().invoke(app, ["validate", str(run), *options])
     assert shown.exit_code == 0, shown.output
-    with pytest.raises(ValueError, match="epsilon: a run keeps its settings; only dataset, backbone, table may be"):
-        replay(run, epsilon=1)
+    for wrong in ({"epsilon": 1}, {"table": "./table"}):
+        with pytest.raises(
+            ValueError, match="a run keeps its settings; only its dataset and backbone may be elsewhere"
+        ):
+            replay(run, wrong)
 
 
 def test_a_reward_that_is_not_known_here_is_not_replayed(run):

@@ -169,6 +169,7 @@ def test_versions_of_a_policy_go_from_dense_to_bold(env):
     shares = [one.policy.decide(seen).any(axis=1).mean() for one in versions(env.core, policy.reduced(2, seen))]
     assert len(set(shares)) > 10  # evenly from dense to its mask, whatever the scale of its logits
     assert (np.diff(shares) >= 0).all()
+    assert [one.margin for one in versions(env.core, policy.reduced(1, seen))] == [0.0]
 
 
 def test_the_validation_reward_is_the_objectives(custom):

@@ -4,7 +4,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from sd_gym.agents.experiment.run import _reduced
+from sd_gym.agents.experiment.reduction import _reduced
 from sd_gym.agents.learning.decisions import DENSE_MARGIN
 from sd_gym.agents.registry import make_agent
 
