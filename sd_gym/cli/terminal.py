@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from inspect import Parameter, signature
+from inspect import signature
 from typing import Annotated, Any
 
 import typer
@@ -35,7 +35,8 @@ ADVICE = {
 }
 
 # Arguments that no option sets.
-NO_OPTIONS = "env_id", "env_or_run", "on_progress", "on_trial", "settings", "policy", "select", "policy_flops", "name"
+NO_OPTIONS = ("env_id", "env_or_run", "run", "on_progress", "on_trial", "settings", "places")
+NO_OPTIONS += ("policy", "select", "policy_flops", "name")
 
 Imports = Annotated[
     list[str],
@@ -115,12 +116,10 @@ def settings_of(pairs: list[str], call: Callable[..., Any] | None = None) -> dic
     """
     from sd_gym.envs.config import parse_yaml
 
-    parameters = () if call is None else signature(call).parameters.values()
-    options = [one.name for one in parameters if one.kind != Parameter.VAR_KEYWORD]
     settings = {}
     for key, value in pairs_of(pairs, "--set"):
         pair = short(f"{key}={value}")
-        if key in options:
+        if call is not None and key in signature(call).parameters:
             name = {"imports": "import", **dict.fromkeys(NO_OPTIONS)}.get(key, key)
             advice = f"use the option --{name}" if name else "leave it out"
             raise ValueError(f"--set {pair}: {key} is not a setting; {advice}")

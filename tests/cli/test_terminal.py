@@ -8,6 +8,7 @@ from inspect import signature
 import numpy as np
 import pytest
 from rich.console import Console
+from sd_gym.agents.experiment.reduction import reduce
 from sd_gym.agents.experiment.run import train
 from sd_gym.agents.experiment.tabulation import tabulate
 from sd_gym.agents.experiment.tune import tune
@@ -119,9 +120,9 @@ def test_an_option_of_keys_and_values_names_itself():
             list(terminal.pairs_of(pairs, "--column"))
 
 
-@pytest.mark.parametrize(("command", "function"), [("train", train), ("tune", tune), ("tabulate", tabulate)])
-def test_the_advice_names_only_options_that_the_command_has(command, function):
-    options = [option for one in get_command(app).commands[command].params for option in one.opts]
+@pytest.mark.parametrize("function", [train, tune, tabulate, reduce])
+def test_the_advice_names_only_options_that_the_command_has(function):
+    options = [option for one in get_command(app).commands[function.__name__].params for option in one.opts]
     for key in signature(function).parameters:
         with pytest.raises(ValueError, match=f"{key} is not a setting; ") as told:
             terminal.settings_of([f"{key}=1"], call=function)
