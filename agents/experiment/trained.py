@@ -39,8 +39,8 @@ def moved(description: dict[str, Any], places: Mapping[str, Any]) -> dict[str, A
     if has_table:
         found.pop("backbone.name", None)
     if others := [key for key in found if key not in known]:
-        may = " and ".join(known.values())
-        raise ValueError(f"{others[0]}: a run keeps its settings; only its {may} may be elsewhere now")
+        files = " and ".join(known.values())
+        raise ValueError(f"{others[0]}: a run keeps its settings; only its {files} may be elsewhere now")
     return {**description, "env_config": run_config(description, found).model_dump()} if found else description
 
 

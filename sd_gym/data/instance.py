@@ -21,8 +21,8 @@ class NamedClass(int):
         return found
 
 
-def have_numbers(names: Iterable[str]) -> bool:
-    """Whether some class is named by a number, as stars are: then numbers in data are names, else class indices."""
+def numbers_are_names(names: Iterable[str]) -> bool:
+    """Whether numbers in data are names of classes, as where ratings are called 1 to 5; else they are indices."""
     return any(name.isdecimal() for name in names)
 
 

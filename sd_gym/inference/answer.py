@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from sd_gym.data.instance import have_numbers
+from sd_gym.data.instance import numbers_are_names
 from sd_gym.errors import short
 from sd_gym.tasks.family import LARGEST, TASKS, check_text, is_number
 from sd_gym.tasks.metrics import text_quality
@@ -126,7 +126,7 @@ class TextModel(ABC):
             return None
         if isinstance(label, float) and label.is_integer() and str(label) not in names:
             label = int(label)  # Parquet and pandas give indices as 1.0
-        if isinstance(label, int) and not have_numbers(names):
+        if isinstance(label, int) and not numbers_are_names(names):
             return self.names.get(label)
         return str(label) if str(label) in names else None
 

@@ -85,7 +85,7 @@ def greedy_cover(log_likelihood: Tensor, size: int) -> list[int]:
     return chosen
 
 
-def changes(scores: Tensor, per_margin: Tensor) -> Tensor:
+def margins_of_changes(scores: Tensor, per_margin: Tensor) -> Tensor:
     """The margins at which the best mask changes, falling, ``[n, changes]``; minus infinity after a row's last one.
 
     A margin of m adds ``m * per_margin [masks]`` to the ``scores [n, masks]``. Each change goes to a mask with less per

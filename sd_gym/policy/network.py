@@ -16,7 +16,15 @@ from torch.nn import functional as F
 
 from sd_gym.files import write_json, write_tensors
 from sd_gym.going_on import ANSWER
-from sd_gym.policy.choices import Noise, bounded, changes, codebook_of_each_stage, greedy_cover, groups_of, with_noise
+from sd_gym.policy.choices import (
+    Noise,
+    bounded,
+    codebook_of_each_stage,
+    greedy_cover,
+    groups_of,
+    margins_of_changes,
+    with_noise,
+)
 from sd_gym.policy.network_files import FORMAT, NetworkDescription, read_model, read_weights
 from sd_gym.policy.networks import Bias, PerStageMLP, counted_flops, hidden_layers, registered_network
 from sd_gym.policy.observations import Observations, TensorObservations, blinded, select_rows, to_tensors
@@ -237,7 +245,7 @@ class DecisionPolicy(nn.Module):
         if self.codebook is not None:
             added = torch.from_numpy(self.per_margin).to(logits)[None]
             scores, slopes = (self.log_likelihood(values, self.codebook) for values in (logits, added))
-            return changes(scores, slopes[0]).cpu().numpy()
+            return margins_of_changes(scores, slopes[0]).cpu().numpy()
         choices = self._padded(logits)
         if self.graded:
             return choices.diff(dim=2).flatten(1).cpu().numpy()

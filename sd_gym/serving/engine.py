@@ -315,7 +315,7 @@ class GraphEngine(BlockingEngine):
 
 
 def _warm_up_texts(names: Sequence[str]) -> list[str]:
-    """The last text is long; a question in front of it has to be shorter than the model's inputs."""
+    """Only the last text is long: a question before it is never cut, so a long one may not fit."""
     return [*["one"] * (len(names) - 1), WARM_UP_TEXT]
 
 

@@ -286,7 +286,8 @@ def test_an_empty_cell_is_a_question_without_answer():
 
 def test_a_row_without_reference_has_no_quality(model, tmp_path):
     model, texts = model
-    rows = [{"text": text, "y": None} for text in texts[:2]] + [{"text": texts[0]}, {"text": texts[1], "y": 1}]
+    rows = [{"text": text, "y": None} for text in texts[:2]]
+    rows += [{"text": texts[0], "label": 1}, {"text": texts[1], "y": 1}]  # its label is in the column y alone
     source = write(tmp_path / "in.jsonl", rows)
     bulk = run_file(model, source, tmp_path / "o.jsonl", compare=True, columns={"label": "y"})
     assert len(bulk.agree) == 4

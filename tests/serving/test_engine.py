@@ -198,6 +198,16 @@ def test_texts_of_a_generator_are_as_long_as_was_asked_for(tmp_path, tiny_tokeni
     assert came[::2] == [one.answer for one in sd_gym.load(replace(artefact, card=card))(texts[:6])]
 
 
+def test_a_server_of_short_inputs_starts(tmp_path, tiny_tokenizer):
+    """Questions are never cut, so those of its warm-up are short."""
+    _, _, artefact, texts = trained("extracted", None, tmp_path, tiny_tokenizer)
+    card = deepcopy(artefact.card)
+    card["env"]["backbone"]["max_source_length"] = 10
+    with client_of(service(replace(artefact, card=card), Limits(), Settings())) as client:
+        question = {"question": "is it", "context": texts[0]["context"]}
+        assert client.post("/predict", json={"inputs": question}).status_code == 200
+
+
 def test_one_long_question_fails_alone(tmp_path, tiny_tokenizer):
     """Which is seen only when it is tokenised."""
     _, _, artefact, texts = trained("extracted", None, tmp_path, tiny_tokenizer)

@@ -14,7 +14,7 @@ from sd_gym.backbones.heads.base import Head
 from sd_gym.backbones.heads.encoding import nothing_generated
 from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Encoded, Targets
-from sd_gym.data.instance import Instance, NamedClass, have_numbers
+from sd_gym.data.instance import Instance, NamedClass, numbers_are_names
 from sd_gym.errors import BackboneError, DataError, short
 
 MULTI_LABEL = "multi_label_classification"
@@ -62,13 +62,13 @@ class LabelHead(Head):
     def _labels(self, instances: Sequence[Instance]) -> Tensor:
         if (indices := self._indices_of_named(instances)) is not None:
             return torch.tensor(indices)
-        numbers_are_names = have_numbers(self.label2id)
-        return torch.tensor([self._index(instance, numbers_are_names) for instance in instances])
+        by_name = numbers_are_names(self.label2id)
+        return torch.tensor([self._index(instance, by_name) for instance in instances])
 
-    def _index(self, instance: Instance, numbers_are_names: bool) -> int:
+    def _index(self, instance: Instance, by_name: bool) -> int:
         """The class index of an instance's label; DataError if the label is not one of the classes."""
         target = instance.target
-        if isinstance(target, int) and (isinstance(target, NamedClass) or not numbers_are_names):
+        if isinstance(target, int) and (isinstance(target, NamedClass) or not by_name):
             if target < len(self.label2id):
                 return target
         elif str(target) in self.label2id:
