@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import is_initialized
+from accelerate.utils import broadcast_object_list
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
@@ -116,6 +117,7 @@ def prepare_backbone(
         recipe = replace(recipe, dense_steps=recipe.steps)
     with locked(output) if first else nullcontext():
         interrupted = _interrupted_settings(output, resume) if first else None
+        before = interrupted and interrupted.get("before")
         splits = Splits(data, task)
         model, tokenizer, board = _switchable(backbone, task, splits, recipe.seed, skip_logits is not None, accelerator)
         reading = head_of(model).prompting(backbone)
@@ -127,11 +129,15 @@ def prepare_backbone(
             if interrupted is not None:
                 check_unchanged(output, interrupted["data"], splits)
                 _check_same(output, interrupted, settings)
-            write_json(output / INTERRUPTED, settings)
+            write_json(output / INTERRUPTED, settings | {"before": before})
         mean = MeanQuality(board, encoded["held out"], label_range, reading, accelerator)
         begin = on_phase if first else lambda phase: None
-        begin("evaluating")
-        before = mean.by_rate(_importance(board, encoded["held out"], recipe, accelerator)), mean.by_share()
+        (before,) = broadcast_object_list([before])
+        if before is None:
+            begin("evaluating")
+            before = mean.by_rate(_importance(board, encoded["held out"], recipe, accelerator)), mean.by_share()
+            if first:  # generated text takes minutes to evaluate, and is not evaluated again on --resume
+                write_json(output / INTERRUPTED, settings | {"before": before})
         precision = accelerator.mixed_precision
         begin("preparing" if precision == "no" else f"preparing in {precision}")
         with _curves(output, on_step, write=first) as log:

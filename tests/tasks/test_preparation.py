@@ -82,8 +82,12 @@ def test_a_preparation_that_was_cut_off_is_resumed_with_the_same_result(tmp_path
     assert (tmp_path / "cut" / "checkpoint.pt").exists()
     with pytest.raises(ValueError, match="holds another preparation: its backbone_rows is"):
         prepare_backbone(*arguments, tmp_path / "cut", **settings, rows=0.9, resume=True)
-    steps = []
-    prepare_backbone(*arguments, tmp_path / "cut", **settings, resume=True, on_step=lambda step, *_: steps.append(step))
+    steps, phases = [], []
+    told = {"on_step": lambda step, *_: steps.append(step), "on_phase": phases.append}
+    prepare_backbone(*arguments, tmp_path / "cut", **settings, resume=True, **told)
+    assert phases == ["preparing", "evaluating"]  # the quality before is known
+    reports = [json.loads((tmp_path / name / "preparation.json").read_text()) for name in ("whole", "cut")]
+    assert reports[0] == reports[1]
     assert steps == list(range(25, 41))  # the last checkpoint was written after step 24
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
