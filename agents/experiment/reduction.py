@@ -13,7 +13,7 @@ from sd_gym.agents.learning.decisions import observed, row_batches, versions
 
 from sd_gym.envs.protocols import Core
 from sd_gym.envs.spaces import joined
-from sd_gym.files import write_json
+from sd_gym.files import as_json, write_json
 from sd_gym.folders import locked
 from sd_gym.policy import DecisionPolicy
 from sd_gym.tasks.ranking import STATISTICS_SIZE
@@ -35,22 +35,24 @@ def reduce(run: str | Path, codebook: int, output: str | Path, **places: Any) ->
 
     Raises:
         FileNotFoundError: If there is no such run.
-        FileExistsError: If the output holds anything.
+        FileExistsError: If the output holds anything but the same reduction, cut off.
         ValueError: If the codebook is empty, the run's policy decides at random, or its data have changed.
     """
     folder = Path(output)
     with locked(folder):
-        if unfinished_run(folder, resume=True) is not None:
-            raise FileExistsError(f"{folder} holds a run that was cut off; choose another --output, or delete it")
+        unfinished = unfinished_run(folder, resume=True)
         description, core, policy = load_run(Path(run), places)
+        description["agent_settings"] = {**description["agent_settings"], "codebook": codebook}
+        description["command"] = shlex.join(sys.argv)
+        # The same reduction starts anew, as it takes minutes at most.
+        if unfinished is not None and as_json(unfinished | {"command": description["command"]}) != as_json(description):
+            raise FileExistsError(f"{folder} holds a run that was cut off; choose another --output, or delete it")
         if policy.noise != "none":
             raise ValueError(f"{run}: its policy decides at random; expected the run of an agent that learns")
         selection = Selection(core, description["confidence"])
         reduced = _reduced(policy, codebook, core)
         selection.select(versions(core, reduced))
         selected = reduced.with_margin(selection.margin)
-        description["command"] = shlex.join(sys.argv)
-        description["agent_settings"] = {**description["agent_settings"], "codebook": codebook}
         write_json(folder / "config.json", description)
         selected.save(folder)
         return finish(folder, description, selected, selection)

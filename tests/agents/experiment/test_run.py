@@ -190,7 +190,10 @@ def test_the_reduced_run_stands_beside_the_one_it_was_made_of(run, tmp_path):
     assert "holds a finished run" in again.output
     (tmp_path / "few" / "result.json").unlink()
     with pytest.raises(FileExistsError, match="was cut off; choose another --output, or delete it"):
-        sd_gym.reduce(run, 3, tmp_path / "few")
+        sd_gym.reduce(run, 2, tmp_path / "few")
+    sd_gym.reduce(run, 3, tmp_path / "few")  # the same reduction, cut off, starts anew
+    repeated = json.loads((tmp_path / "few" / "result.json").read_text())
+    assert repeated | {"time": result["time"]} == result
 
 
 def test_where_nothing_may_be_lost_no_number_of_instances_is_enough(tmp_path):
