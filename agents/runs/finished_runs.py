@@ -80,10 +80,15 @@ def group_by_agent(runs: Iterable[Run]) -> list[tuple[str, list[Run]]]:
 
 
 def _differing(runs: list[Run]) -> set[str]:
-    """The keys in which runs differ, but for their seed."""
+    """The keys in which runs differ, but for their seed, and for the places of the same weights and the same data."""
     identities = [run.identity for run in runs]
     keys = {key for identity in identities for key in identity}
-    return {key for key in keys if len({json.dumps(identity.get(key)) for identity in identities}) > 1}
+    differ = {key for key in keys if len({json.dumps(identity.get(key)) for identity in identities}) > 1}
+    same = {
+        "backbone.name": "weights" in keys - differ,
+        "data.dataset": not any(key.endswith(" data") for key in differ),
+    }
+    return {key for key in differ if not same.get(key)}
 
 
 def _by_settings(agent: str, runs: list[Run], judged: set[str]) -> list[tuple[str, list[Run]]]:
