@@ -165,9 +165,11 @@ class _Writer:
         )
         branches = self._branches(resumed)
         switched = Switched(board, branches, resumed, self._inputs)
-        graphs: dict[str, Any] = {DECIDE: Decider(board, policy, self._choices), MODEL: switched}
+        first, graphs = Decider(board, policy, self._choices), dict[str, Graph]({MODEL: switched})
+        if first.constant is None:
+            graphs[DECIDE] = first
         if policy.has_answer_stage:
-            graphs[ANSWER] = AnswerDecider(policy, self._head, graphs[DECIDE].size, switched.logits)
+            graphs[ANSWER] = AnswerDecider(policy, self._head, first, switched.logits)
         with (self._folder / WEIGHTS).open("wb") as file:
             weights = _Weights(file)
             for name, module in graphs.items():
@@ -179,6 +181,7 @@ class _Writer:
         tokenizer.no_truncation()
         write_text(self._folder / TOKENIZER, tokenizer.to_str())
         manifest = {**self._described(), "branches": [number for number, *_ in branches]}
+        manifest["choices"]["scores"] = None if first.constant is None else first.constant.tolist()
         write_text(self._folder / "README.md", _card(manifest))
         hashed = (*graphs, WEIGHTS, TOKENIZER, "README.md")
         manifest["files"] = {name: sha256(self._folder / name) for name in hashed}
@@ -354,8 +357,8 @@ tags: [sd_gym, onnx, skipping]
 
 # A skipping policy for {backbone["name"]}, as ONNX graphs
 
-`{DECIDE}` chooses one of {len(manifest["masks"])} masks for each input, `{MODEL}` answers under it, in {kind}. The
-weights of all graphs are in `{WEIGHTS}`; `{MANIFEST}` has the hash of every file.
+`{MODEL}` answers each input under one of {len(manifest["masks"])} masks, in {kind}. The weights of all graphs are in
+`{WEIGHTS}`; `{MANIFEST}` has the hash of every file.
 
 On the {result["split"]} split, before it was exported: quality {result["quality"]:.4f}, dense
 {result["quality_ref"]:.4f}, {result["flops_ratio_with_policy"]:.1%} of the FLOPs; verdict: {result["verdict"]}.

@@ -112,7 +112,9 @@ def logits_of(output: Any) -> Tensor:
 class Decider(Graph):
     """The score of each choice for each input; if the policy judges answers, also the features for that.
 
-    A policy of one mask for all inputs that judges answers by the head's judgement alone does not read its input.
+    Attributes:
+        constant: The scores ``[choices]`` of a policy that does not read its input: it has one mask for all, and judges
+            answers by the head's judgement alone. ``None`` for all others.
     """
 
     chosen: Tensor
@@ -131,7 +133,8 @@ class Decider(Graph):
         padded = np.pad(choices, ((0, 0), (0, int(self.answers))), constant_values=-1)
         likelihood = network.log_likelihood(torch.eye(sum(network.nvec)), torch.from_numpy(padded))
         self.register_buffer("chosen", likelihood)
-        self.reads_input = not self.answers or _reads_input(network, self.network.judged)
+        reads_input = not self.answers or _reads_input(network, self.network.judged)
+        self.constant = None if reads_input else self.network.network.head.bias @ self.chosen
         self.outputs = ("scores", "seen") if self.answers else ("scores",)
 
     def inputs(self, of_model: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
@@ -140,10 +143,6 @@ class Decider(Graph):
 
     def forward(self, share: Tensor, *inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """The scores ``[n, choices]``, and what the answer stage sees again; ``share [n]``: FLOPs spent."""
-        if not self.reads_input:
-            read = 0 if self.encoder is None else len(self.encoder.mean)
-            [nothing] = _unknown(self.size + read, share[:, None])
-            return nothing[:, :1] + self.network.network.head.bias @ self.chosen, nothing
         hidden, attention_mask = self.first_input(**dict(zip(INPUTS, inputs, strict=False))), inputs[1]
         pooled, share = pooled_features(hidden, attention_mask), share[:, None]
         read = list[Tensor]()
@@ -158,28 +157,32 @@ class Decider(Graph):
 class AnswerDecider(Graph):
     """The policy's preference for going on over accepting the answer, in log-odds.
 
-    ``pooled`` is the number of features of the input, ``logits`` an example of the head's output.
+    ``first`` decides before the first layer; ``logits`` are an example of the head's output.
     """
 
     outputs = ("preference",)
 
-    def __init__(self, policy: SkipPolicy, head: Head, pooled: int, logits: Tensor) -> None:
+    def __init__(self, policy: SkipPolicy, head: Head, first: Decider, logits: Tensor) -> None:
         super().__init__()
-        self.network = _Network(policy, 1, pooled)
+        self.network = _Network(policy, 1, first.size)
         self.head = head
         self.logits = logits
-        self.sizes = [pooled]
+        self.sizes = [first.size]
         self.others = self.network.judged - len(head.judgement)
-        if isinstance(encoder := policy.learned.token_encoder, TokenEncoder):
-            self.sizes.append(len(encoder.mean))
+        if first.encoder is not None:
+            self.sizes.append(len(first.encoder.mean))
+        self.reads_input = first.constant is None
 
     def inputs(self, of_model: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
         """See ``Graph``."""
-        return [("share", torch.zeros(2)), ("seen", torch.zeros(2, sum(self.sizes))), ("logits", self.logits)]
+        seen = [("seen", torch.zeros(2, sum(self.sizes)))] if self.reads_input else []
+        return [("share", torch.zeros(2)), *seen, ("logits", self.logits)]
 
-    def forward(self, share: Tensor, seen: Tensor, logits: Tensor) -> Tensor:
-        """The preference ``[n]``, from what the first stage saw and the logits of the answer."""
-        share, (pooled, *read) = share[:, None], seen.split(self.sizes, dim=1)
+    def forward(self, share: Tensor, *given: Tensor) -> Tensor:
+        """The preference ``[n]``, from what the first stage saw, if it reads inputs, and the logits of the answer."""
+        share, (*seen, logits) = share[:, None], given
+        [features] = seen or _unknown(sum(self.sizes), share)
+        pooled, *read = features.split(self.sizes, dim=1)
         observed = [pooled, *_unknown(self.others, share), self.head.judge(logits)]
         scores = self.network(observed, read, share)
         return scores[:, -1] - scores[:, -2]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 MANIFEST, TOKENIZER, WEIGHTS = "sd_gym_onnx.json", "tokenizer.json", "weights.bin"
-FORMAT = 6  # which files and graphs a folder has
+FORMAT = 7  # which files and graphs a folder has
 DECIDE, MODEL, ANSWER = "decide.onnx", "model.onnx", "answer.onnx"  # before the first layer, the model, on the answer
 DENSE = 0  # index of the mask that skips nothing
 DECIDED = 256  # inputs per run of the graph that decides
@@ -139,6 +139,8 @@ class OnnxModel(TextModel):
         self.masks, choices = np.array(manifest["masks"], dtype=bool), manifest["choices"]
         self._mask_of_choice = np.array(choices["mask"])
         self._cautious = np.array(choices["cautious"], np.float32)
+        same = choices["scores"]  # of all inputs, if the policy does not read them
+        self._scores = None if same is None else np.array([same], np.float32)
         self._resumed_from, switches = np.array(manifest["resumed_from"]), len(manifest["switches"])
         self._count_flops(np.arange(manifest["cut"]["length"] + 1))
         self.has_answer_stage: bool = manifest["looks_at_answer"]
@@ -174,7 +176,7 @@ class OnnxModel(TextModel):
             raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
         rows = self.encoded(texts)
         length = np.array([len(row) for row in rows])
-        number = np.full(len(rows), DENSE)
+        number = np.zeros(len(rows), dtype=np.int64)  # dense
         own = np.zeros(len(rows))
         went_on = np.zeros(len(rows), dtype=bool)
         seen: NDArray | None = None
@@ -197,12 +199,14 @@ class OnnxModel(TextModel):
 
         for mask in sorted({*number.tolist()}):
             waiting = dict[int, NDArray]()  # few rows of a pass go on, so they wait for those of other passes
-            for part in _parts(np.flatnonzero(number == mask), length, size):
+            for part in _parts((number == mask).nonzero()[0], length, size):
                 batch = self.batch([rows[row] for row in part])
                 values, goes_on, states = self.run_judged(mask, batch, None if seen is None else seen[part])
-                keep(part[~goes_on], values[~goes_on])
-                went_on[part] = goes_on
-                waiting |= zip(part[goes_on].tolist(), states, strict=True)
+                if goes_on.any():
+                    went_on[part] = goes_on
+                    waiting |= zip(part[goes_on].tolist(), states, strict=True)
+                    part, values = part[~goes_on], values[~goes_on]
+                keep(part, values)
                 if sum(map(len, waiting.values())) > WAITING:
                     finish(mask, waiting)
                     waiting = {}
@@ -225,15 +229,18 @@ class OnnxModel(TextModel):
 
         Returns:
             The index of each row's mask, int64 ``[n]``; and the features with which the policy judges the answer,
-            float32 ``[n, features]``: none if it does not.
+            float32 ``[n, features]``: none if it does not, or if it does not read the input.
         """
         numbers, seen = self.decide_at(np.array([self.margin]), batch)
         return numbers[:, 0], seen
 
     def decide_at(self, margins: NDArray, batch: Batch) -> tuple[NDArray, NDArray]:
         """As ``decide``, at the margins of several operating points: indices of masks ``[n, margins]``."""
-        length = batch["attention_mask"].sum(axis=1)
-        scores, *seen = self._run(DECIDE, batch | {"share": self._least[length]})
+        if self._scores is None:
+            share = self._least[batch["attention_mask"].sum(axis=1)]
+            scores, *seen = self._run(DECIDE, batch | {"share": share})
+        else:
+            scores, seen = self._scores.repeat(len(batch["input_ids"]), axis=0), []
         choice = (scores[:, None] + margins[:, None] * self._cautious).argmax(axis=2)
         return self._mask_of_choice[choice], seen[0] if seen else scores[:, :0]
 
@@ -258,7 +265,7 @@ class OnnxModel(TextModel):
         values, *hidden = self.run(number, batch)
         goes_on = np.zeros(len(values), dtype=bool)
         if seen is not None and self.has_answer_stage and number != DENSE:
-            share = self.flops_ratio(np.full(len(values), number), batch["attention_mask"].sum(axis=1))
+            share = self.flops_ratio(number, batch["attention_mask"].sum(axis=1))
             shown = {"seen": seen, "logits": values, "share": share.astype(np.float32)}
             goes_on = self._run(ANSWER, shown)[0] + self.margin > 0
         states = hidden[0][goes_on] if hidden else np.zeros((goes_on.sum(), 0, 0), dtype=np.float32)
@@ -290,21 +297,22 @@ class OnnxModel(TextModel):
         """FLOPs of the dense backbone on rows of so many tokens, int64 ``[n]``."""
         return self._dense[length]
 
-    def flops_ratio(self, number: NDArray, length: NDArray, went_on: NDArray | bool = False) -> NDArray:
+    def flops_ratio(self, number: NDArray | int, length: NDArray, went_on: NDArray | bool = False) -> NDArray:
         """FLOPs under masks over dense FLOPs, for rows of ``length [n]`` tokens, without the policy's own."""
-        return (self._ran[number, length] + went_on * self._again[number, length]) / self.dense_flops(length)
+        return self._ratio[1 * went_on, number, length]
 
     def _count_flops(self, length: NDArray) -> None:
-        """Count FLOPs by length, ``[lengths]``: the policy's, dense; and by mask and length: once, and going on."""
+        """Count FLOPs by length, ``[lengths]``: the policy's, dense; ratios: by going on or not, mask and length."""
         flops, tokens = self.manifest["flops"], length[:, None]
         self._own = flops["policy"] + flops["policy_per_token"] * np.minimum(length, flops["policy_longest"])
         always = flops["per_sequence"] + flops["per_token"] * length
         switched = np.array(flops["per_query"]) * tokens + np.array(flops["per_pair"]) * tokens**2
-        self._dense = always + switched.sum(axis=1)
-        self._least = (always / np.maximum(self._dense, 1)).astype(np.float32)  # share of the FLOPs if all is skipped
-        self._ran = np.stack([always + switched[:, ~mask].sum(axis=1) for mask in self.masks])
+        self._dense = np.maximum(always + switched.sum(axis=1), 1)
+        self._least = (always / self._dense).astype(np.float32)  # share of the FLOPs if all is skipped
+        ran = np.stack([always + switched[:, ~mask].sum(axis=1) for mask in self.masks])
         first = self._resumed_from[:, None].repeat(len(length), axis=1)
-        self._again = np.stack([going_on_flops(always, switched, of_mask) for of_mask in first])
+        again = np.stack([going_on_flops(always, switched, of_mask) for of_mask in first])
+        self._ratio = np.stack([ran, ran + again]) / self._dense
 
     def _opened(self, name: str) -> tuple[Any, list[str]]:
         """The session of a graph, and the names of its inputs."""

@@ -117,7 +117,7 @@ def prepare_backbone(
         recipe = replace(recipe, dense_steps=recipe.steps)
     with locked(output) if first else nullcontext():
         interrupted = _interrupted_settings(output, resume) if first else None
-        before = interrupted and interrupted.get("before")
+        before = None if interrupted is None else interrupted.get("before")
         splits = Splits(data, task)
         model, tokenizer, board = _switchable(backbone, task, splits, recipe.seed, skip_logits is not None, accelerator)
         reading = head_of(model).prompting(backbone)
@@ -135,7 +135,7 @@ def prepare_backbone(
         (before,) = broadcast_object_list([before])
         if before is None:
             begin("evaluating")
-            before = mean.by_rate(_importance(board, encoded["held out"], recipe, accelerator)), mean.by_share()
+            before = [mean.by_rate(_importance(board, encoded["held out"], recipe, accelerator)), mean.by_share()]
             if first:  # generated text takes minutes to evaluate, and is not evaluated again on --resume
                 write_json(output / INTERRUPTED, settings | {"before": before})
         precision = accelerator.mixed_precision

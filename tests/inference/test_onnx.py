@@ -234,8 +234,7 @@ def test_one_mask_for_all_inputs_is_decided_without_reading_them(tmp_path, tiny_
                 weight[:, network.observation_size :] = 0
         static = with_points(replace(policy, network=network))
         sd_gym.export(static, folder := tmp_path / f"onnx-{unread}")
-        read = {one.name for one in onnx.runtime().InferenceSession(folder / "decide.onnx").get_inputs()}
-        assert ("input_ids" in read) == (not unread)
+        assert (folder / "decide.onnx").exists() == (not unread)
         for limits in LIMITS[:2]:
             answers = check_same(static, folder, texts + random_texts(50), **limits)
             assert len({one.went_on for one in answers}) == 2
@@ -299,7 +298,7 @@ def test_a_folder_of_another_version_is_an_error(exported, tmp_path):
     manifest = json.loads(file.read_text()) | {"format": 4}
     manifest["files"][onnx.MANIFEST] = onnx.own_hash(manifest)
     file.write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="expected format 6, got 4; export anew"):
+    with pytest.raises(ValueError, match="expected format 7, got 4; export anew"):
         onnx.load(tmp_path / "onnx")
 
 

@@ -14,6 +14,7 @@ from sd_gym.data.instance import Instance
 
 LEAST_LIKELIHOOD = 1e-13  # lower ones are raised to it before the logarithm is taken: about -30
 MOST_UNSURE = -30.0  # lower limit of log-odds and log-probabilities
+LEAST_LOG = -200.0  # the exponential of float32 below is 0
 CHOICE = ("log_odds", "margin", "entropy")  # the names of the values of ``judged_choice``
 
 
@@ -102,13 +103,13 @@ class Answers(ABC):
 def judged_choice(logits: Tensor) -> Tensor:
     """Log-odds of the best of ``[batch, classes]``, its margin over the next, entropy in nats: ``[batch, 3]``."""
     log_prob = logits.float().log_softmax(dim=-1)
-    probability = log_prob.exp()
-    two = probability.topk(min(2, logits.shape[-1]), dim=-1).values
-    margin = two[:, 0] - (two[:, 1] if two.shape[1] > 1 else 0.0)
-    entropy = -(probability * log_prob).nan_to_num().sum(dim=-1)
-    best, place = log_prob.max(dim=-1, keepdim=True)
-    others = log_prob.scatter(-1, place, MOST_UNSURE).logsumexp(dim=-1)  # more exact than 1 - probability
-    return torch.stack([best[:, 0] - others, margin, entropy], dim=1)
+    two, place = log_prob.topk(min(2, logits.shape[-1]), dim=-1)
+    probability = two.exp()
+    margin = probability[:, :1] - (probability[:, 1:] if two.shape[1] > 1 else 0.0)
+    # What is below the limit has the probability 0. There are few operations, as each takes time in an exported graph.
+    entropy = -(log_prob.exp() * log_prob.clamp(min=LEAST_LOG)).sum(dim=-1, keepdim=True)
+    others = log_prob.scatter(-1, place[:, :1], MOST_UNSURE).logsumexp(dim=-1, keepdim=True)
+    return torch.cat([two[:, :1] - others, margin, entropy], dim=1)  # this is more exact than 1 - probability
 
 
 def log_odds_of(log_prob: Tensor) -> Tensor:
