@@ -176,13 +176,13 @@ def write_file(file: Path, write: Callable[[Path], Any]) -> None:
 
 
 @contextmanager
-def naming(file: Path) -> Iterator[None]:
-    """Add the file to an error of the system that names none: when a disk is full, writing raises such errors."""
+def naming(place: Path) -> Iterator[None]:
+    """Add a file or folder to an error of the system that names none: when a disk is full, writing raises such."""
     try:
         yield
     except OSError as error:
         if error.errno and error.filename is None:
-            error.filename = str(file)
+            error.filename = str(place)
         raise
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from sd_gym.files import naming
+
 MARKER = "sd_gym"  # the key in our files for the version that wrote them
 LOCK = ".lock"
 SHOWN = 5
@@ -32,7 +34,8 @@ def locked(folder: Path) -> Iterator[None]:
         message = f"another process is writing to {folder}; wait for it, or choose another --output"
         raise FolderInUseError(message) from error
     try:
-        yield
+        with naming(folder):
+            yield
     except BaseException:
         if not contents(folder):
             (folder / LOCK).unlink(missing_ok=True)

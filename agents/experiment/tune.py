@@ -150,7 +150,7 @@ def _naming(file: Path) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, StorageInternalError) as error:
-        problem = f"{file} cannot be read or written ({one_line(error.__cause__ or error)})"
+        problem = f"{file} cannot be read or written ({one_line(error.__cause__ or getattr(error, 'orig', error))})"
         raise ValueError(f"{problem}; free the disk if it is full, else choose another --output") from error
 
 

@@ -177,18 +177,19 @@ def save_backbone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fo
     temporary = folder / "model.tmp"
     try:
         model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        # config.json comes last, so a folder that has it is complete.
+        mode = (temporary / "config.json").stat().st_mode
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+            if file.is_dir():  # of further chat templates; a folder replaces only an empty one
+                shutil.rmtree(folder / file.name, ignore_errors=True)
+            else:
+                file.chmod(mode)  # safetensors makes files that only their owner can read
+            file.replace(folder / file.name)
     except SafetensorError as error:
-        raise OSError(f"cannot write the model to {folder}: {one_line(error)}") from error
-    tokenizer.save_pretrained(temporary)
-    # config.json comes last, so a folder that has it is complete.
-    mode = (temporary / "config.json").stat().st_mode
-    for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
-        if file.is_dir():  # of further chat templates; a folder replaces only an empty one
-            shutil.rmtree(folder / file.name, ignore_errors=True)
-        else:
-            file.chmod(mode)  # safetensors makes files that only their owner can read
-        file.replace(folder / file.name)
-    temporary.rmdir()
+        raise OSError(f"cannot write the model to {folder} ({one_line(error)}); is the disk full?") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_own_backbone(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Backbone:

@@ -32,6 +32,7 @@ ADVICE = {
     errno.ENOTDIR: "choose a folder; this is a file, or is inside a file",
     errno.EISDIR: "choose a file; this is a folder",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EEXIST: "choose another name; this is a file, or a link to nothing",
 }
 
 # Arguments that no option sets.
@@ -85,10 +86,8 @@ def errors_as_lines() -> Iterator[None]:
 
 
 def _thread_failed(failure: threading.ExceptHookArgs) -> None:
-    """Print errors of the disk also in other threads, in which TensorBoard writes."""
-    if isinstance(failure.exc_value, OSError):
-        _print_error(failure.exc_value)
-    else:
+    """Print no errors of the disk in the threads in which TensorBoard writes, as it raises them in the main one, too."""
+    if not isinstance(failure.exc_value, OSError):
         threading.__excepthook__(failure)
 
 

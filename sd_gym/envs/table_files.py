@@ -66,7 +66,10 @@ def read_table(folder: Path) -> dict[str, Any]:
     """
     file = folder / "table.json"
     if not file.is_file():
-        raise FileNotFoundError(f"no table.json in {folder}; expected a table, as sd-gym tabulate writes it")
+        raise FileNotFoundError(
+            f"no table.json in {folder}; expected a table, as sd-gym tabulate writes it; if it moved, set table to "
+            "where it is now"
+        )
     described = read_json(file)
     if described.get("format") != FORMAT:
         raise ValueError(

@@ -14,7 +14,7 @@ from sd_gym.backbones.checks import BackboneError
 from sd_gym.backbones.heads import LabelHead, SpanHead
 from sd_gym.backbones.load import BUNDLED, load_model, save_backbone
 from tests.backbones.conftest import change_config, change_weights
-from tests.conftest import DECODER, ENCODER, ENCODER_DECODER, make_extractor, make_model, save
+from tests.conftest import DECODER, ENCODER, ENCODER_DECODER, make_extractor, make_model, save, small_disk
 
 
 @pytest.mark.parametrize("name", ["bart", "mbart", "pegasus", "marian", "t5", "gpt2", "llama", "qwen2", "bert"])
@@ -70,6 +70,15 @@ def test_a_folder_with_several_chat_templates_is_saved_again(tmp_path, tiny_toke
         (folder,) = (file for file in tmp_path.iterdir() if file.is_dir())
         assert folder.stat().st_mode & stat.S_IXUSR  # without it, only root can read what is in it
         assert load_model(str(tmp_path))[1].chat_template == tokenizer.chat_template
+
+
+def test_a_model_that_does_not_fit_on_the_disk_leaves_nothing_there(tmp_path, tiny_tokenizer):
+    with (
+        small_disk(1000),
+        pytest.raises(OSError, match=rf"(File too large|cannot write the model to {tmp_path} .*full\?)"),
+    ):
+        save_backbone(make_model("bert"), tiny_tokenizer, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_as_a_pickle_are_not_read(folder):
