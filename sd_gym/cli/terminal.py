@@ -86,7 +86,7 @@ def errors_as_lines() -> Iterator[None]:
 
 
 def _thread_failed(failure: threading.ExceptHookArgs) -> None:
-    """Print no errors of the disk in the threads in which TensorBoard writes, as it raises them in the main one, too."""
+    """Print no errors of the disk in TensorBoard's threads: it raises them in the main one, too."""
     if not isinstance(failure.exc_value, OSError):
         threading.__excepthook__(failure)
 
