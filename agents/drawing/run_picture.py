@@ -8,7 +8,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sd_gym.agents.drawing.style import ALLOWED, COLOURS, INK, SKIP_RATE, figure, flops_limit, style, write_png
-from sd_gym.agents.runs.folder import flops_with_policy
 
 FEW = 30  # levels with fewer instances are marked
 
@@ -43,7 +42,8 @@ def draw_skip_rates(axes: Axes, levels: Sequence[dict[str, Any]], switches: Sequ
     axes.invert_yaxis()
     few = [level["instances"] < FEW for level in levels]
     labels = [
-        f"{level['difficulty']}\n{flops_with_policy(level):.0%}" + (f"\nn={level['instances']}!" if is_few else "")
+        f"{level['difficulty']}\n{level['flops_ratio_with_policy']:.0%}"
+        + (f"\nn={level['instances']}!" if is_few else "")
         for level, is_few in zip(levels, few, strict=True)
     ]
     axes.set_xticks(np.arange(len(levels)) + 0.5, labels)
@@ -66,7 +66,7 @@ def _draw_history(quality: Axes, flops: Axes, result: dict[str, Any]) -> None:
     lost = [100 * (entry["quality"] - entry["quality_ref"]) for entry in history]
     if history:
         quality.plot(steps, lost, **validation, label="validation, most probable decisions")
-        flops.plot(steps, [100 * flops_with_policy(entry) for entry in history], **validation)
+        flops.plot(steps, [100 * entry["flops_ratio_with_policy"] for entry in history], **validation)
     end = max(steps, default=0)
     test: dict[str, Any] = {"marker": "*", "markersize": 12, "color": COLOURS[2], "linestyle": "none"}
     quality.plot(end, 100 * result["quality_difference"], **test, label="test, selected policy")

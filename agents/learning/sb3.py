@@ -285,7 +285,7 @@ class SB3Agent(Agent[SB3SettingsT]):
         algorithm.set_parameters(state["parameters"])
         algorithm.num_timesteps = state["steps"]
         algorithm._n_updates = state["updates"]
-        algorithm._current_progress_remaining = state.get("progress_left", 1.0)  # older checkpoints have none
+        algorithm._current_progress_remaining = state["progress_left"]
         assert algorithm.env is not None
         algorithm.env.reset()  # the loaded states undo its random draws
         observations = self.env.load_state(state["env"])

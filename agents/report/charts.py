@@ -10,7 +10,6 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from sd_gym.agents.drawing.style import ALLOWED, INK, LOST, PAPER, RAN, SKIP_RATE, AgentStyle, flops_limit
-from sd_gym.agents.runs.folder import flops_with_policy
 from sd_gym.agents.runs.statistics import curve_interval, pareto_front
 
 LEGEND_WIDTH = 60  # letters that fit in the width of a picture
@@ -77,7 +76,7 @@ def draw_curves(
     for name, runs in histories.items():
         steps = np.unique([entry["step"] for history in runs for entry in history])
         lost = _at_steps(runs, steps, lambda entry: 100 * (entry["quality"] - entry["quality_ref"]))
-        cost = _at_steps(runs, steps, lambda entry: 100 * flops_with_policy(entry))
+        cost = _at_steps(runs, steps, lambda entry: 100 * entry["flops_ratio_with_policy"])
         for axes, values in ((quality, lost), (flops, cost)):
             mean, low, high = curve_interval(values, samples=500)
             axes.fill_between(steps, low, high, color=styles[name].color, alpha=0.15, linewidth=0)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.report.charts import ExampleDecision
 from sd_gym.agents.runs.finished_runs import Run, finished_runs, group_by_agent, grouped
-from sd_gym.agents.runs.folder import flops_with_policy, instance_rows
+from sd_gym.agents.runs.folder import instance_rows
 from sd_gym.agents.runs.statistics import aggregate, hypervolume
 
 WORST = 5  # loss, in epsilons, at which the area of a run is 0
@@ -71,7 +71,6 @@ class AgentRuns:
         """``by_difficulty``, means over runs."""
         means = []
         for levels in zip(*(run.result["by_difficulty"] for run in self.runs), strict=True):
-            levels = [level | {"flops_ratio_with_policy": flops_with_policy(level)} for level in levels]
             keys = [key for key in ("flops_ratio_with_policy", "skip_rate") if key in levels[0]]
             means.append(levels[0] | {key: np.mean([level[key] for level in levels], axis=0) for key in keys})
         return means

@@ -6,7 +6,6 @@ from statistics import fmean
 from typing import Any
 
 from sd_gym.agents.runs.finished_runs import finished_runs, group_by_agent, grouped
-from sd_gym.agents.runs.folder import flops_with_policy
 from sd_gym.agents.runs.statistics import half_interval
 
 COLUMNS = ["env", "agent", "test rows", "dense quality", "against dense, points (worst, its 95% interval)"]
@@ -111,8 +110,8 @@ def _row(env: str, agent: str, results: list[dict[str, Any]]) -> dict[str, Any]:
         "goodput": [result["goodput"] for result in results] if "goodput" in worst else None,
         "goodput_at": [[result["goodput_at"][part] for result in results] for part in worst.get("goodput_at", ())],
         "worst_flops": max(result["flops_ratio_with_policy"] for result in results),
-        "flops_easy": fmean(flops_with_policy(result["by_difficulty"][0]) for result in results),
-        "flops_hard": fmean(flops_with_policy(result["by_difficulty"][-1]) for result in results),
+        "flops_easy": fmean(result["by_difficulty"][0]["flops_ratio_with_policy"] for result in results),
+        "flops_hard": fmean(result["by_difficulty"][-1]["flops_ratio_with_policy"] for result in results),
         "time_ratio": _mean(times, "time_ratio"),
         "dense_by_length": _mean(times, "dense_by_length"),
         "decisions_used": (min(decisions), max(decisions)),

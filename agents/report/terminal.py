@@ -9,7 +9,6 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 from sd_gym.agents.report.compare import COLUMNS
-from sd_gym.agents.runs.folder import flops_with_policy
 from sd_gym.agents.runs.guarantee import in_points
 
 IN_TITLE = "env", "dense quality", "test rows"  # columns of a comparison
@@ -131,7 +130,7 @@ def _quality_and_cost(title: str, result: dict[str, Any]) -> Table:
             table.add_row(f"  {name}", "", "", *blank, *shown, style="dim")
     levels = result["by_difficulty"]
     for level in levels if len(levels) > 1 else ():
-        cells = f"  level {level['difficulty']}", f"{level['quality']:.1%}", f"{flops_with_policy(level):.1%}"
+        cells = f"  level {level['difficulty']}", f"{level['quality']:.1%}", f"{level['flops_ratio_with_policy']:.1%}"
         table.add_row(*cells, style="dim")
     if last := result["last_policy"]:
         table.add_row("as learned", *figures(last), style="dim")

@@ -84,11 +84,11 @@ def _differing(runs: list[Run]) -> set[str]:
     identities = [run.identity for run in runs]
     keys = {key for identity in identities for key in identity}
     differ = {key for key in keys if len({json.dumps(identity.get(key)) for identity in identities}) > 1}
-    same = {
-        "backbone.name": "weights" in keys - differ,
-        "data.dataset": not any(key.endswith(" data") for key in differ),
-    }
-    return {key for key in differ if not same.get(key)}
+    if "weights" in keys - differ:
+        differ.discard("backbone.name")
+    if not any(key.endswith(" data") for key in differ):
+        differ.discard("data.dataset")
+    return differ
 
 
 def _by_settings(agent: str, runs: list[Run], judged: set[str]) -> list[tuple[str, list[Run]]]:
@@ -99,9 +99,7 @@ def _by_settings(agent: str, runs: list[Run], judged: set[str]) -> list[tuple[st
         shared = run.result["data"]["test"]["also_in"]
         notes += [f"{count} of its {run.result['instances']} test rows in {name}" for name, count in shared.items()]
         group = groups.setdefault(f"{agent} ({', '.join(notes)})" if notes else agent, {})
-        starts = {key: start for key in STARTS if (start := run.config["agent_settings"].get(key)) is not None}
-        origins = run.config.get("origin_seeds", starts)  # older runs have none
-        key = str(run.folder) if run.seed is None else json.dumps([run.seed, origins])
+        key = str(run.folder) if run.seed is None else json.dumps([run.seed, run.config.get("origin_seeds")])
         if key in group:  # a result of sd_gym.evaluate has no history
             kept, left_out = sorted((group[key], run), key=lambda run: not run.result["history"])
             warnings.warn(f"counted once: {left_out.folder} is a copy of the run {kept.folder}", stacklevel=4)

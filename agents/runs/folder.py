@@ -62,8 +62,7 @@ class _Description(BaseModel):
 class _Level(BaseModel):
     difficulty: int
     instances: int
-    flops_ratio: Finite
-    flops_ratio_with_policy: Finite = 0.0
+    flops_ratio_with_policy: Finite
     skip_rate: list[Finite] = []
 
 
@@ -71,8 +70,7 @@ class _Validation(BaseModel):
     step: int
     quality: Finite
     quality_ref: Finite
-    flops_ratio: Finite
-    flops_ratio_with_policy: Finite = 0.0
+    flops_ratio_with_policy: Finite
 
 
 class _Timed(BaseModel):
@@ -170,11 +168,6 @@ def read_description(folder: Path) -> dict[str, Any]:
         ValueError: If it is damaged, or not of a run.
     """
     return _read(folder, "config.json", _Description)
-
-
-def flops_with_policy(means: dict[str, Any]) -> float:
-    """The FLOPs ratio in an entry of ``by_difficulty`` or ``history``, with the policy's own FLOPs if known."""
-    return means.get("flops_ratio_with_policy", means["flops_ratio"])
 
 
 def read_result(folder: Path) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class _Run(Strict):
 class _Card(Strict):
     """The content of ``skip_policy.json``."""
 
-    format: Literal[1, 2]
+    format: Literal[2]
     files: dict[str, str]
     protection: TokenRule | None
     context: TokenRule | None

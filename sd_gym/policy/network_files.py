@@ -13,7 +13,7 @@ from sd_gym.files import read_tensors
 from sd_gym.going_on import ANSWER
 from sd_gym.policy.choices import Noise
 
-FORMAT = 2  # 1: with an answer stage, a margin counted at all stages alike
+FORMAT = 2
 
 
 class Strict(BaseModel):
@@ -37,7 +37,7 @@ def read_model(model: type[Model], file: Path, problem: str) -> Model:
 class NetworkDescription(Strict):
     """The content of ``policy.json``; see ``DecisionPolicy``."""
 
-    format: Literal[1, 2]
+    format: Literal[2]
     observation_size: int = Field(ge=1)
     nvec: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
     switches: list[str]
@@ -51,12 +51,6 @@ class NetworkDescription(Strict):
     channels: Annotated[int, Field(ge=1)] | None = None
     token_width: Annotated[int, Field(ge=1)] | None = None
     graded: bool = False
-
-    @model_validator(mode="after")
-    def _margins_mean_the_same(self) -> NetworkDescription:
-        if self.format == 1 and self.stages[-1] == ANSWER:
-            raise ValueError(f"expected format 2 for a policy with the stage {ANSWER}; train again with this version")
-        return self
 
     @model_validator(mode="after")
     def _one_choice_a_switch(self) -> NetworkDescription:

@@ -46,8 +46,7 @@ def edit_weights(folder, change):
         ({"hidden": "missing"}, r"hidden: Field required"),
         ({"hidden": "64"}, r"hidden: Input should be a valid integer, got '64'"),
         ({"blind": "yes"}, r"blind: Input should be a valid boolean"),
-        ({"format": 3}, r"format: Input should be 1 or 2, got 3"),
-        ({"format": 1, "stages": ["first", "answer"]}, "expected format 2 for a policy with the stage answer; train"),
+        ({"format": 1}, r"format: Input should be 2, got 1"),
         (
             {"nvec": [2, 2, 1]},
             r"a 2 for each of the 3 switches .* then the number of token levels, .* got \[2, 2, 1\]",

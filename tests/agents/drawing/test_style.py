@@ -12,7 +12,9 @@ from sd_gym.agents.report.charts import draw_curves, draw_results
 
 def test_more_flops_than_dense_are_within_every_picture():
     """Going on after the answer can cost more."""
-    histories = [[{"step": step, "quality": 0.9, "quality_ref": 0.9, "flops_ratio": 1.27} for step in (0, 100)]]
+    histories = [
+        [{"step": step, "quality": 0.9, "quality_ref": 0.9, "flops_ratio_with_policy": 1.27} for step in (0, 100)]
+    ]
     with style():
         quality, flops = figure(2).subplots(2, 1)
         draw_curves(quality, flops, {"ppo": histories}, agent_styles(["ppo"]), 0.01)
@@ -26,7 +28,7 @@ def test_more_flops_than_dense_are_within_every_picture():
 
 
 def test_a_run_without_validations_shows_its_test_at_one_tick(monkeypatch, tmp_path):
-    pictures, rates = [], {"difficulty": 1, "instances": 4, "flops_ratio": 1.0, "skip_rate": [0.0]}
+    pictures, rates = [], {"difficulty": 1, "instances": 4, "flops_ratio_with_policy": 1.0, "skip_rate": [0.0]}
     monkeypatch.setattr("sd_gym.agents.drawing.run_picture.write_png", lambda picture, file: pictures.append(picture))
     result = {"history": [], "epsilon": 0.01, "quality_difference": 0.0, "flops_ratio_with_policy": 1.0}
     plot_run({**result, "by_difficulty": [rates]}, ["encoder.0.attention"], tmp_path / "result.png")

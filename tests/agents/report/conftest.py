@@ -11,7 +11,7 @@ SWITCHES = ["encoder.0.attention", "encoder.0.feed_forward", "encoder.1.attentio
 
 
 def level(difficulty, instances, rate):
-    means = {"quality": 0.99, "quality_ref": 0.995, "flops_ratio": 1 - rate}
+    means = {"quality": 0.99, "quality_ref": 0.995, "flops_ratio_with_policy": 1 - rate}
     return {"difficulty": difficulty, "instances": instances, **means, "skip_rate": [rate] * len(SWITCHES)}
 
 
@@ -73,7 +73,7 @@ def run(tmp_path):
             "time": {},
             "decisions_used": 3,
             "history": [
-                {"step": step, "quality": 0.99, "quality_ref": 0.995, "flops_ratio": flops + 10 / step}
+                {"step": step, "quality": 0.99, "quality_ref": 0.995, "flops_ratio_with_policy": flops + 10 / step}
                 for step in (25, 50, 100)
             ],
             "data": {"test": {"hash": f"rows{instances}", "also_in": {}}},
