@@ -1,7 +1,5 @@
 """The sentences of a report never say more than the runs show."""
 
-import json
-
 import pytest
 from sd_gym.agents.report.collect import collect
 from sd_gym.agents.report.compare import COLUMNS, cells, compare, markdown
