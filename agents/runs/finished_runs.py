@@ -80,15 +80,10 @@ def group_by_agent(runs: Iterable[Run]) -> list[tuple[str, list[Run]]]:
 
 
 def _differing(runs: list[Run]) -> set[str]:
-    """The keys in which runs differ, but for their seed, and for the places of the same weights and the same data."""
+    """The keys in which runs differ, but for their seed."""
     identities = [run.identity for run in runs]
     keys = {key for identity in identities for key in identity}
-    differ = {key for key in keys if len({json.dumps(identity.get(key)) for identity in identities}) > 1}
-    if "weights" in keys - differ:
-        differ.discard("backbone.name")
-    if not any(key.endswith(" data") for key in differ):
-        differ.discard("data.dataset")
-    return differ
+    return {key for key in keys if len({json.dumps(identity.get(key)) for identity in identities}) > 1}
 
 
 def _by_settings(agent: str, runs: list[Run], judged: set[str]) -> list[tuple[str, list[Run]]]:
