@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from rich.console import Console
+from sd_gym.agents.report.collect import collect
 from sd_gym.agents.report.terminal import comparison_tables, fit
 from typer.testing import CliRunner
 
@@ -61,7 +62,7 @@ def test_names_of_all_agents_say_what_they_are_judged_by_if_that_differs(run, ke
     assert agents([first, run("same", algo="hash")]) == {"hash": 1, "random": 1}
     found = agents([first, run("other", algo="hash", **{key.replace("quality.kind", "quality"): value})])
     assert all(f"{key} " in name for name in found)
-    assert len(sd_gym.agents.report.collect.collect([first, first.with_name("other")])) == 2
+    assert len(collect([first, first.with_name("other")])) == 2
 
 
 def test_rows_of_a_file_that_has_changed_are_no_seeds_of_one_agent(run, reviews):
