@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from sd_gym.errors import one_line, short
 if TYPE_CHECKING:
     from torch import Tensor
 
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 _DTYPES = {"BOOL": "?", "U8": "u1", "U16": "<u2", "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
 
@@ -177,11 +179,11 @@ def write_file(file: Path, write: Callable[[Path], Any]) -> None:
 
 @contextmanager
 def naming(place: Path) -> Iterator[None]:
-    """Add a file or folder to an error of the system that names none: when a disk is full, writing raises such."""
+    """Add a file or folder to the error of a full disk, which names none."""
     try:
         yield
     except OSError as error:
-        if error.errno and error.filename is None:
+        if error.errno in FULL and error.filename is None:
             error.filename = str(place)
         raise
 

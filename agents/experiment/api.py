@@ -38,8 +38,6 @@ from sd_gym.registration import config_of, is_of_table
 from sd_gym.tasks.splits import check_unchanged
 
 Policy = DecisionPolicy | str | Path | Callable[[Observations], Any]
-# What a folder holds in which an evaluation was cut off, by how far it came; it starts anew.
-CUT_OFF = [], ["instances.csv"], ["config.json", "instances.csv"], ["config.json", "instances.csv", "result.png"]
 COPIED_KEYS = (
     "steps",
     "seed",
@@ -146,7 +144,7 @@ def evaluate(
 
     Raises:
         FileNotFoundError: If there is no such run.
-        FileExistsError: If ``output`` holds anything but an evaluation that was cut off.
+        FileExistsError: If ``output`` holds a result, or anything else.
         ValueError: If a name or setting is unknown, the policy's decisions are malformed, a list is given without
             ``select``, or the data of a run have changed (unless ``settings`` name other data).
 
@@ -161,7 +159,7 @@ def evaluate(
     with nullcontext() if folder is None else locked(folder):
         if folder is not None and (folder / "result.json").exists():
             raise FileExistsError(f"{output} holds a result; choose another output")
-        if folder is not None and contents(folder) not in CUT_OFF:
+        if folder is not None and contents(folder):
             raise other_content_error(folder, "place for a result")
         origin, same_data = None, False
         if is_exported(policy):

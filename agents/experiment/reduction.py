@@ -45,7 +45,8 @@ def reduce(run: str | Path, codebook: int, output: str | Path, **places: Any) ->
         description["agent_settings"] = {**description["agent_settings"], "codebook": codebook}
         description["command"] = shlex.join(sys.argv)
         # The same reduction starts anew, as it takes minutes at most.
-        if unfinished is not None and as_json(unfinished | {"command": description["command"]}) != as_json(description):
+        given_again = unfinished and as_json(unfinished | {"command": description["command"]}) == as_json(description)
+        if (unfinished and not given_again) or folder.resolve() == Path(run).resolve():
             raise FileExistsError(f"{folder} holds a run that was cut off; choose another --output, or delete it")
         if policy.noise != "none":
             raise ValueError(f"{run}: its policy decides at random; expected the run of an agent that learns")

@@ -150,7 +150,8 @@ def _naming(file: Path) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, StorageInternalError) as error:
-        cause = error.__cause__ or getattr(error, "orig", error)  # SQLAlchemy's own message has the whole statement
+        cause = error.__cause__ or error
+        cause = getattr(cause, "orig", cause)  # SQLAlchemy's own message has the whole statement
         problem = f"{file} cannot be read or written ({one_line(cause)})"
         raise ValueError(f"{problem}; free the disk if it is full, else choose another --output") from error
 

@@ -1,4 +1,4 @@
-"""Export a policy as ONNX graphs: one decides, one answers under any of its masks; they share a file of weights."""
+"""Export a policy as ONNX graphs, which share a file of weights: one answers under any of its masks, others decide."""
 
 import hashlib
 import json
@@ -58,8 +58,8 @@ def export(
     Args:
         policy: A policy, the folder of a run or of ``save_pretrained``, or an id of the Hugging Face hub. All its
             operating points are written.
-        folder: A new folder: a graph that decides, one that answers, their weights, the tokenizer, a manifest, a card.
-            If the policy judges the answer, also a graph for that.
+        folder: A new folder: a graph that answers, its weights, the tokenizer, a manifest, a card. If the policy reads
+            its input, also a graph that decides; if it judges the answer, also a graph for that.
         masks: Largest number of masks that the policy may decide among, since only rows of the same mask run together;
             ``sd-gym reduce`` reduces a policy of more.
         int8: Whether the masks' matrix products use 8-bit integers. Decisions stay in float32.

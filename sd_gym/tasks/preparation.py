@@ -44,6 +44,7 @@ from sd_gym.tasks.token_dropping import TokenDropping
 from sd_gym.tasks.validation import EncodedSplit, MeanQuality
 from sd_gym.version import __version__
 
+CHECKPOINT = "checkpoint.pt"
 INTERRUPTED = "preparing.json"  # the settings of a preparation that runs or was interrupted
 BACKBONE_ROWS = 0.6  # share of the training split
 HELD_OUT = 2000  # the most rows that it is validated on
@@ -117,7 +118,8 @@ def prepare_backbone(
         recipe = replace(recipe, dense_steps=recipe.steps)
     with locked(output) if first else nullcontext():
         interrupted = _interrupted_settings(output, resume) if first else None
-        before = None if interrupted is None else interrupted.get("before")
+        # Without a checkpoint, training starts with the backbone's weights, which may be others now.
+        before = interrupted.get("before") if interrupted and (output / CHECKPOINT).exists() else None
         splits = Splits(data, task)
         model, tokenizer, board = _switchable(backbone, task, splits, recipe.seed, skip_logits is not None, accelerator)
         reading = head_of(model).prompting(backbone)
@@ -146,7 +148,7 @@ def prepare_backbone(
                 _batches(encoded["backbone"], recipe.batch_size, recipe.seed, accelerator),
                 recipe,
                 validate=mean.under_decisions,
-                checkpoint=output / "checkpoint.pt",
+                checkpoint=output / CHECKPOINT,
                 checkpoint_minutes=checkpoint_minutes,
                 resume=resume,
                 on_step=log,
@@ -171,7 +173,7 @@ def prepare_backbone(
         if first:
             plot_preparation(report, output / "preparation.png")
             write_json(output / "preparation.json", report)
-            for name in ("checkpoint.pt", INTERRUPTED):
+            for name in (CHECKPOINT, INTERRUPTED):
                 (output / name).unlink(missing_ok=True)
         accelerator.wait_for_everyone()
         return report

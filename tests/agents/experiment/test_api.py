@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 
 import gymnasium as gym
 import numpy as np
@@ -86,18 +85,8 @@ def test_what_is_written_stands_beside_runs(custom, tmp_path):
         assert {row["decision"] for row in csv.DictReader(lines)} == {"1010100"}
     with pytest.raises(FileExistsError, match="holds a result"):
         sd_gym.evaluate(CUSTOM, half, "test", tmp_path / "half", **custom)
-    written = ["result.json", "result.png", "config.json"]  # last to first
-    for cut_off in (written[:1], written[:2], written):
-        for name in cut_off:
-            (tmp_path / "half" / name).unlink()
-        again = sd_gym.evaluate(CUSTOM, half, "test", tmp_path / "half", **custom)
-        assert {**again, "time": None} == {**result, "time": None}
     sd_gym.evaluate(CUSTOM, half, "validation", tmp_path / "validation", **custom)
     sd_gym.train(CUSTOM, "dense", tmp_path / "dense", steps=1, **custom)
-    (tmp_path / "cut").mkdir()
-    shutil.copy(tmp_path / "dense" / "config.json", tmp_path / "cut")
-    with pytest.raises(FileExistsError, match=r"it holds config.json\. Nothing was written"):  # of a run, maybe
-        sd_gym.evaluate(CUSTOM, half, "test", tmp_path / "cut", **custom)
     (tmp_path / "notes.txt").write_text("no run")
     with pytest.warns(UserWarning, match=r"ignored, as they hold no .*/notes.txt, .*/validation$"):
         rows = sd_gym.compare(sorted(tmp_path.glob("[dhnv]*")))

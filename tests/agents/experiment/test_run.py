@@ -191,6 +191,8 @@ def test_the_reduced_run_stands_beside_the_one_it_was_made_of(run, tmp_path):
     (tmp_path / "few" / "result.json").unlink()
     with pytest.raises(FileExistsError, match="was cut off; choose another --output, or delete it"):
         sd_gym.reduce(run, 2, tmp_path / "few")
+    with pytest.raises(FileExistsError, match="was cut off"):  # it would overwrite what it reads
+        sd_gym.reduce(tmp_path / "few", 3, tmp_path / "few")
     sd_gym.reduce(run, 3, tmp_path / "few")  # the same reduction, cut off, starts anew
     repeated = json.loads((tmp_path / "few" / "result.json").read_text())
     assert repeated | {"time": result["time"]} == result
