@@ -193,7 +193,9 @@ def _measured(config: ServingConfig, played: Played) -> dict[str, Any]:
         "return": float(goodput.mean() - 1 + config.penalty * difference * goodput.mean()),  # per request
         "decisions_used": int((shares > 0).sum()),
         "decisions_hash": "",
-        "by_difficulty": [{"difficulty": 0, "instances": len(quality), "flops_ratio": flops, "flops_ratio_with_policy": flops}],
+        "by_difficulty": [
+            {"difficulty": 0, "instances": len(quality), "flops_ratio": flops, "flops_ratio_with_policy": flops}
+        ],
         "time": {},
         "artefact": None,
         "last_policy": None,
