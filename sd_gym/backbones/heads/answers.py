@@ -108,8 +108,9 @@ def judged_choice(logits: Tensor) -> Tensor:
     margin = probability[:, :1] - (probability[:, 1:] if two.shape[1] > 1 else 0.0)
     # What is below the limit has the probability 0. There are few operations, as each takes time in an exported graph.
     entropy = -(log_prob.exp() * log_prob.clamp(min=LEAST_LOG)).sum(dim=-1, keepdim=True)
+    # The sum of the others is more exact than 1 - probability.
     others = log_prob.scatter(-1, place[:, :1], MOST_UNSURE).logsumexp(dim=-1, keepdim=True)
-    return torch.cat([two[:, :1] - others, margin, entropy], dim=1)  # this is more exact than 1 - probability
+    return torch.cat([two[:, :1] - others, margin, entropy], dim=1)
 
 
 def log_odds_of(log_prob: Tensor) -> Tensor:
