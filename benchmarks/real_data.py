@@ -111,8 +111,9 @@ SETS |= {
         backbone="smollm2",
         stages="[decoder.5, decoder.15, answer]",
         kept=5,  # they matter most, and the policy sees more after them
+        held_out=held_out,
     )
-    for name, steps in {"sst2": 1200, "agnews": 450, "snli": 900}.items()
+    for name, steps, held_out in (("sst2", 1200, None), ("agnews", 450, None), ("snli", 900, 300))
 }
 SETS["debian-smollm2"] = Set(
     "debian_desc",  # sorted by name
