@@ -10,7 +10,8 @@ parts: backbone rows, policy rows and, at its end, selection rows. The validatio
 QAMR it has the selection rows, too. A backbone is prepared, its outcomes are written to a table, and all agents learn
 there. In sets named ``-text`` policies learn on text of other sets without labels, and all labelled rows but the
 backbone's are selection rows; the set without ``-text`` goes first. Everything is selected with the same guarantee.
-Each command is printed with its time. Given again, the command goes on where it was.
+``time`` is that of imitation with the answer stage over dense's, as ``sd-gym run`` answers rows of the test split: the
+median of three rounds for each seed. Each command is printed with its time. Given again, the command goes on.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -32,9 +34,12 @@ import numpy as np
 from from_scratch import cell as figures
 from sd_gym.agents.report.compare import markdown
 from sd_gym.agents.runs.folder import read_result
+from sd_gym.agents.runs.statistics import half_interval
 
 from sd_gym.data.instance import Instance
 from sd_gym.envs.actions import write_masks
+from sd_gym.inference.bulk import run_file
+from sd_gym.inference.texts import load
 from sd_gym.tasks.backbone_rows import backbone_part
 
 LOOKS = {  # settings and agents of each env: decisions before the first layer alone, and those that see the answer too
@@ -43,6 +48,8 @@ LOOKS = {  # settings and agents of each env: decisions before the first layer a
 }
 CLASSIFICATION = "SD/Classification-Custom-v0"
 TEXTS = 4000  # at most, of a set without labels
+TIMED = {"minilm": 1000, "smollm2": 200}  # test rows whose answers are timed
+ROUNDS = 3  # of timing
 
 
 @dataclass(frozen=True)
@@ -213,11 +220,19 @@ class Experiment:
         return self.labelled.folder / "backbone"
 
     @property
+    def dataset(self) -> Path:
+        """Folder of the data files."""
+        return self.folder / "data" if self.data.writes else self.arguments.data / self.data.folder
+
+    @property
+    def clock(self) -> Path:
+        """File of the times over dense's, one for each seed."""
+        return self.folder / "clock.json"
+
+    @property
     def settings(self) -> list[str]:
         """Of the env, as options."""
-        data = self.data
-        dataset = self.folder / "data" if data.writes else self.arguments.data / data.folder
-        return self._settings(dataset, data.splits.format(data.selection))
+        return self._settings(self.dataset, self.data.splits.format(self.data.selection))
 
     def _settings(self, dataset: Path, splits: str) -> list[str]:
         data = self.data
@@ -249,12 +264,13 @@ class Experiment:
             how = ["--algos", ",".join(agents), "--no-controls", "--seeds", self.arguments.seeds]
             how += ["--steps", self.arguments.steps, "--output", self.folder / look.replace(" ", "-")]
             sd_gym("compare", "SD/Table-v0", *how, *keys)
+        self._time()
         if self.data.backbone == "minilm" and self.data.env == CLASSIFICATION:
             self._exit_early()
 
     def _write_data(self) -> None:
         """The set's own files, or rows drawn from them, and texts of other sets."""
-        folder, source = self.folder / "data", self.arguments.data
+        folder, source = self.dataset, self.arguments.data
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("train.jsonl", "validation.jsonl"):
             shutil.copy(source / self.data.folder / name, folder / name)
@@ -278,7 +294,7 @@ class Experiment:
         found = list(dict.fromkeys(text for of in self.data.text_of for text in texts(source / of / "train.jsonl")))
         np.random.default_rng(0).shuffle(found)
         rows = [json.dumps({"text": text}) + "\n" for text in found[:TEXTS]]
-        (self.folder / "data" / "text.jsonl").write_text("".join(rows), encoding="utf-8")
+        (self.dataset / "text.jsonl").write_text("".join(rows), encoding="utf-8")
 
     def _exit_early(self) -> None:
         """Early exit reads the head after each layer, which no table has. It runs an encoder."""
@@ -286,6 +302,24 @@ class Experiment:
         if not (folder / "result.json").exists():
             keys = options(f"backbone={self.backbone}", f"epsilon={self.arguments.epsilon}")
             sd_gym("train", self.data.env, "--algo", "early-exit", "--output", folder, *keys, *self.settings)
+
+    def _time(self) -> None:
+        """Time of imitation's policies with the answer stage, over dense's."""
+        if self.clock.exists():
+            return
+        source, answers = self.folder / "timed.jsonl", self.folder / "answers.jsonl"
+        rows = (self.dataset / "validation.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        source.write_text("".join(rows[-TIMED[self.data.backbone] :]), encoding="utf-8")
+        ratios = []
+        for run in sorted((self.folder / "answer-stage").glob("*/imitation-*")):
+            model = load(run, str(self.backbone))
+            rounds = []
+            for _ in range(ROUNDS):
+                answers.unlink(missing_ok=True)
+                done = run_file(model, source, answers, compare=True)
+                rounds.append(done.seconds / done.dense_seconds)
+            ratios.append(statistics.median(rounds))
+        self.clock.write_text(json.dumps(ratios), encoding="utf-8")
 
     def _prepare(self) -> None:
         data, folder = self.data, self.backbone
@@ -349,6 +383,13 @@ class Experiment:
         found = self._results(look, agent)
         return figures(found) if found else "-"
 
+    def timed(self) -> str:
+        """Time of imitation with the answer stage over dense's, with a 95% interval over seeds."""
+        if not self.clock.exists():
+            return "-"
+        times = 100 * np.array(json.loads(self.clock.read_text(encoding="utf-8")))
+        return f"{times.mean():.1f}%" + (f"±{half_interval(times):.1f}" if len(times) > 1 else "")
+
 
 def main() -> None:
     """Make what is not there yet, then print a Markdown table; see the module's docstring."""
@@ -375,6 +416,7 @@ def main() -> None:
     for look, (_, agents) in LOOKS.items():
         shown = ["early-exit", *agents] if look == "one stage" else agents
         rows += [[look.split()[0], agent, *(one.cell(look, agent) for one in experiments)] for agent in shown]
+    rows += [["answer", "imitation, time", *(one.timed() for one in experiments)]]
     print(markdown(["stages", "agent", *arguments.sets], rows))
 
 
