@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import parent_process
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from typing import Any
 from uuid import uuid4
 
@@ -98,18 +98,21 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...], imports: lis
     return function(*arguments)
 
 
-def prepare_worker(imports: list[str]) -> None:
-    """Prepare a process that was started by ``multiprocessing``: it ends with its parent."""
+def prepare_worker(imports: list[str], open_until: Connection | None = None) -> None:
+    """Prepare a process that was started by ``multiprocessing``: it ends with its parent.
+
+    It also ends as soon as the other end of the connection ``open_until`` is closed, whatever it is doing.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends this one
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(open_until,), daemon=True).start()
     prepare_process(os.getcwd(), imports)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(open_until: Connection | None) -> None:
     """End this process if the parent is killed; else it would go on, and keep its locks."""
     parent = parent_process()
     assert parent is not None
-    wait([parent.sentinel])
+    wait([parent.sentinel] if open_until is None else [parent.sentinel, open_until])
     os._exit(1)
 
 

@@ -308,12 +308,15 @@ def _write_chunks(
     elif min(jobs, len(chunks)) <= 1:
         yield from starmap(_write_chunk, calls)
     else:
-        with ProcessPoolExecutor(jobs, get_context("spawn"), cluster.prepare_worker, (list(imports),)) as pool:
+        context = get_context("spawn")
+        workers_end, own_end = context.Pipe(duplex=False)
+        with ProcessPoolExecutor(jobs, context, cluster.prepare_worker, (list(imports), workers_end)) as pool:
             try:
                 for future in as_completed([pool.submit(_write_chunk, *call) for call in calls]):
                     yield future.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+            except BaseException:  # Ctrl-C, too
+                own_end.close()  # the workers end at once: a chunk may take minutes, and is written whole or not at all
+                raise
 
 
 def _write_chunk(

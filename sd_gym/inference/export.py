@@ -18,7 +18,7 @@ from sd_gym.data.instance import Instance
 from sd_gym.errors import MissingExtraError
 from sd_gym.execution.bank import without_skipped
 from sd_gym.files import as_json, sha256, write_json, write_text
-from sd_gym.folders import check_empty, locked
+from sd_gym.folders import check_empty, contents, locked
 from sd_gym.going_on import resumed_from
 from sd_gym.inference.branches import branched
 from sd_gym.inference.choices import choices_of, decided_masks, masks_of
@@ -38,6 +38,7 @@ from sd_gym.inference.texts import SkippingModel
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.version import __version__
 
+TEMPORARY = "export.tmp"  # folder of the files until all are written
 INLINE = 1024  # smaller weights, in bytes, stay in their graphs
 ALIGNED = 4096  # weights begin at multiples of this in their file, so that it can be mapped into memory
 INSTEAD = "use it with sd_gym.load or sd_gym.attach"  # instead of an export
@@ -83,7 +84,7 @@ def export(
         if among is None or len(among) > masks:
             remedy = f"sd-gym reduce RUN --codebook {masks} --output REDUCED makes it decide among few; export that"
             raise _refused(f"it decides among more than {masks} masks, so few inputs would run together", remedy)
-        temporary = folder / "export.tmp"
+        temporary = folder / TEMPORARY
         shutil.rmtree(temporary, ignore_errors=True)  # left by an export that was killed
         temporary.mkdir()
         try:
@@ -99,6 +100,8 @@ def check_exportable(policy: SkipPolicy, folder: Path, backbone: str | None = No
     """The policy on its backbone; raises what ``export`` raises, whatever masks the policy decides among."""
     if lacking := [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]:
         raise MissingExtraError(f"an export needs {' and '.join(lacking)}: pip install 'sd-gym[onnx]'")
+    if (folder / TEMPORARY).exists() and contents(folder) and not (folder / MANIFEST).exists():
+        raise FileExistsError(f"{folder} holds an export that was cut off; delete it, or choose another --output")
     check_empty(folder)
     network = policy.learned
     if later := [name for name in policy.stages_of_pass if name != "first"]:
@@ -217,7 +220,7 @@ class _Writer:
         for name, value in given:  # a fixed size that equals LENGTH becomes a variable one, too, which does no harm
             axes[name] |= {at: "length" for at, size in enumerate(value.shape) if size == LENGTH}
         names = {"input_names": [name for name, _ in given], "output_names": list(module.outputs)}
-        with TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings():
+        with TemporaryDirectory(dir=self._folder) as folder, torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tracing warns about each shape that Python reads, and about itself
             file, options = Path(folder, "traced.onnx"), {"dynamic_axes": axes, "opset_version": 17, **names}
             # The newer exporter (dynamo) takes ten times as long, and its graphs run no faster.
@@ -225,7 +228,7 @@ class _Writer:
             graph = onnx.load(file)
         if isinstance(module, Switched):
             graph = branched(graph, module.sides, module.hidden)
-        return _in_int8(graph) if in_int8 else graph
+        return _in_int8(graph, self._folder) if in_int8 else graph
 
     def _described(self) -> dict[str, Any]:
         policy, model = self._policy, self._model
@@ -325,13 +328,13 @@ class _Weights:
         return self._offsets[key]
 
 
-def _in_int8(graph: Any) -> Any:
-    """A graph whose matrix products with weights use 8-bit integers."""
+def _in_int8(graph: Any, folder: Path) -> Any:
+    """A graph whose matrix products with weights use 8-bit integers; ``folder`` is for a temporary file."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with TemporaryDirectory() as folder:
-        file = Path(folder, "int8.onnx")
+    with TemporaryDirectory(dir=folder) as temporary:
+        file = Path(temporary, "int8.onnx")
         logging.disable(logging.WARNING)  # it recommends another tool
         try:
             quantize_dynamic(

@@ -20,19 +20,22 @@ class Resumption:
     Args:
         board: The model's switchboard.
         points: Indices of the switches before which a pass can be resumed (``Head.resume_points``).
-        first_decided: Index of the first switch that is decided on; all earlier switches run.
+        decided: Index of the first switch that each stage of the policy decides on; all before the first of them run.
 
     Attributes:
         stages: Names of the stages at which the pass has to call ``store``.
     """
 
-    def __init__(self, board: Switchboard, points: Sequence[int], first_decided: int) -> None:
+    def __init__(self, board: Switchboard, points: Sequence[int], decided: Sequence[int]) -> None:
         self._points = points
         self._point_of = {
             name: columns.start
             for name, columns in board.decided_at([EVERY_LAYER]).items()
-            if columns.start in points and columns.start >= max(first_decided, 1)  # at the start there is no state
+            if columns.start in points and columns.start >= max(decided[0], 1)  # at the start there is no state
         }
+        # The points where rows that have skipped nothing may still skip something before the next point.
+        following = dict(zip(points, [*points[1:], len(board)], strict=True))
+        self._early = {start for start in following if any(start < later < following[start] for later in decided)}
         self.stages = list(self._point_of)
         self._from = np.zeros(0, dtype=np.int64)  # the switch from which each row would go on
         # Rows and their state, what earlier layers hold of all rows, and the tokens that the pass keeps.
@@ -43,11 +46,12 @@ class Resumption:
         self._from = resumed_from(masks, self._points)
 
     def store(self, state: PassState, keep: NDArray | Tensor | None) -> None:
-        """Store the state at a stage of the rows whose first skipped sublayer is in the next layer.
+        """Store the state at a stage of the rows that go on from it, or may do so by a later decision.
 
         ``keep``: the tokens that the pass keeps, bool ``[n, length]``; ``None``: all.
         """
-        rows = np.flatnonzero(self._from == self._point_of.get(state.stage, -1))
+        point = self._point_of.get(state.stage, -1)
+        rows = np.flatnonzero(self._from >= point if point in self._early else self._from == point)
         if not len(rows):
             return
         keys, state = state.keys, replace(state, keys=None)  # which only refer to the cache, so they are taken later
@@ -64,7 +68,7 @@ class Resumption:
         if len(from_start):
             yield from_start, None
         for rows, state, keys, keep in self._states:
-            again = np.flatnonzero(goes_on[rows])
+            again = np.flatnonzero(goes_on[rows] & (self._from[rows] == self._point_of[state.stage]))
             if not len(again):
                 continue
             own, device = rows[again], state.hidden.device

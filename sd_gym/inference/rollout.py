@@ -62,8 +62,8 @@ class StagedRollout:
         self._passing = self._columns  # the switches of each stage at which the pass stops
         self._resumption: Resumption | None = None
         if policy.has_answer_stage:
-            first_decided = next(iter(self._columns.values())).start
-            self._resumption = Resumption(board, head.resume_points(board), first_decided)
+            decided = [columns.start for columns in self._columns.values()]
+            self._resumption = Resumption(board, head.resume_points(board), decided)
             self._passing = board.decided_at([*self._columns, *self._resumption.stages])
         self.decisions = np.zeros((len(length), len(board) + 1), dtype=np.int64)  # the masks so far
         self.keep: Keep = None  # which tokens stay

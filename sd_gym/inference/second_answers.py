@@ -40,6 +40,12 @@ def generate_arguments(model: PreTrainedModel, given: dict[str, Any]) -> dict[st
         if given.get(name):
             reason = "this policy generates some texts again, as a smaller batch, so the rows of a batch change"
             raise ValueError(f"{reason} for your {name}; leave it out")
+    if setting(model, given, "stop_strings"):
+        raise ValueError(
+            "this policy judges a text up to its end token, not up to stop_strings; give eos_token_id instead"
+        )
+    if given.get("custom_generate"):
+        raise ValueError("this policy judges the scores of generate(), which custom_generate replaces; leave it out")
     return {**given, "return_dict_in_generate": True, "output_scores": True}
 
 

@@ -40,8 +40,10 @@ def encode_cached(
     if len(instances) < SMALLEST or not tokenizer.is_fast:
         return encode(instances, tokenizer, head, backbone, unanswerable=unanswerable)
     settings = {key: getattr(backbone, key) for key in OF_BACKBONE} | {"unanswerable": unanswerable, **head.settings}
-    folder = Path(os.environ.get("SD_GYM_CACHE") or Path.home() / ".cache" / "sd_gym")
-    file = folder / f"{_key(instances, tokenizer, settings)}.safetensors"
+    folder = os.environ.get("SD_GYM_CACHE") or os.path.expanduser("~/.cache/sd_gym")
+    if folder.startswith("~"):  # there is no home
+        return encode(instances, tokenizer, head, backbone, unanswerable=unanswerable)
+    file = Path(folder, f"{_key(instances, tokenizer, settings)}.safetensors")
     with contextlib.suppress(OSError, ValueError):  # there is no such file, or it is damaged
         tensors = read_tensors(file)
         if torch.equal(tensors.pop("hash", torch.empty(0)), _hash(tensors, file)):

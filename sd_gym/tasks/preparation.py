@@ -173,7 +173,7 @@ def prepare_backbone(
         if first:
             plot_preparation(report, output / "preparation.png")
             write_json(output / "preparation.json", report)
-            for name in (CHECKPOINT, INTERRUPTED):
+            for name in (INTERRUPTED, CHECKPOINT):  # a kill in between leaves a finished preparation
                 (output / name).unlink(missing_ok=True)
         accelerator.wait_for_everyone()
         return report

@@ -236,6 +236,36 @@ if __name__ == "__main__":
     assert ended.stdout
 
 
+@pytest.mark.slow  # ten seconds: two processes import torch
+def test_an_interrupted_table_does_not_wait_for_what_its_processes_are_doing(tmp_path, reviews, tiny_backbone):
+    program = f"""
+import time
+import sd_gym
+import sd_gym.envs.tabulate
+
+write = sd_gym.envs.tabulate._write_chunk
+
+def slow(chunk, *others):
+    if chunk.split != "train":
+        time.sleep(1000)
+    return write(chunk, *others)
+
+def stop(done, total):
+    if done:
+        raise KeyboardInterrupt
+
+if __name__ == "__main__":
+    sd_gym.envs.tabulate._write_chunk = slow
+    settings = {{"dataset": {str(reviews)!r}, "backbone": {str(tiny_backbone)!r}, "decisions": "random:8"}}
+    sd_gym.tabulate("SD/Classification-Custom-v0", "table", jobs=2, on_progress=stop, **settings)
+"""
+    (tmp_path / "program.py").write_text(program)
+    ended = subprocess.run(
+        [sys.executable, tmp_path / "program.py"], cwd=tmp_path, capture_output=True, timeout=240, check=False
+    )
+    assert ended.stderr.rstrip().endswith(b"KeyboardInterrupt")
+
+
 def test_a_table_that_is_not_to_be_shared_does_not_become_one_that_is(tmp_path, table_source):
     env_id, keys = table_source
     sd_gym.tabulate(env_id, tmp_path / "table", decisions="random:3", **keys)

@@ -377,6 +377,10 @@ def test_a_folder_that_holds_anything_is_not_written_to(exported, tmp_path):
         sd_gym.export(policy, folder)
     (tmp_path / "export.tmp").mkdir()  # of an export that was killed
     assert sd_gym.export(policy, tmp_path)["masks"]
+    (tmp_path / "export.tmp").mkdir()
+    (tmp_path / "sd_gym_onnx.json").unlink()  # killed before the last file
+    with pytest.raises(FileExistsError, match="holds an export that was cut off; delete it"):
+        sd_gym.export(policy, tmp_path)
 
 
 def test_a_folder_stays_where_it_was_when_it_was_loaded(exported, tmp_path, monkeypatch):

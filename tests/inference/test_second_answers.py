@@ -230,6 +230,26 @@ def test_a_text_is_written_again_densely_on_what_of_its_prompt_is_dense(drawn, n
             assert set(came[length:].tolist()) | set(right[length:].tolist()) <= {1}
 
 
+@pytest.mark.parametrize("stages", [("first", "decoder"), ("first", "decoder.1"), ("every_layer",)])
+@pytest.mark.parametrize("name", ["bart", "marian"])
+def test_a_text_is_written_again_where_the_decoder_first_skips_at_a_later_stage(name, stages):
+    model, inputs = make_model(name), make_inputs(name)
+    prompts = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    dense = model.generate(**prompts, max_new_tokens=6)
+    board = Switchboard(model)
+    names = board.names
+    board.remove()
+    masks = np.zeros((5, len(names)), dtype=int)
+    masks[:4] = [switch.startswith("decoder.1.") for switch in names]
+    masks[0, names.index("encoder.0.attention")] = masks[1, names.index("decoder.0.attention")] = 1
+    goes_on = np.array([True, True, True, False, True])
+    policy = scripted(model, masks, np.zeros(5, dtype=int), goes_on, (*stages, "answer"), shares=(0.0,))
+    came = attach(model, policy).generate(**prompts, max_new_tokens=6)
+    assert torch.equal(came[goes_on], dense[goes_on])
+    assert not torch.equal(came[3], dense[3])
+    np.testing.assert_array_equal(model.decisions.went_on, goes_on & masks.any(axis=1))
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
 def test_a_prompt_is_read_again_from_its_first_skipped_layer_and_no_earlier(name):
     model, inputs = make_model(name), make_inputs(name, side="left")
@@ -344,6 +364,10 @@ def test_calls_that_ask_for_more_than_an_answer_are_refused(tiny_tokenizer):
     for name, value in (("logits_processor", [lambda ids, scores: scores]), ("stopping_criteria", [lambda *_: False])):
         with pytest.raises(ValueError, match=f"the rows of a batch change for your {name}; leave it out"):
             model.generate(**prompts, max_new_tokens=3, **{name: value})
+    with pytest.raises(ValueError, match=r"not up to stop_strings; give eos_token_id instead"):
+        model.generate(**prompts, max_new_tokens=3, stop_strings=["a"], tokenizer=tiny_tokenizer)
+    with pytest.raises(ValueError, match=r"which custom_generate replaces; leave it out"):
+        model.generate(**prompts, max_new_tokens=3, custom_generate=lambda model, input_ids, **_: input_ids)
     for name, value in (
         ("num_return_sequences", 2),
         ("return_dict_in_generate", True),

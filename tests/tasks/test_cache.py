@@ -135,6 +135,15 @@ def test_a_broken_or_unwritable_cache_does_no_harm(small, tiny_tokenizer, tmp_pa
     same(fresh, encode_cached(INSTANCES, tiny_tokenizer, *SETTINGS))
 
 
+def test_without_a_home_there_is_no_cache(small, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.delenv("SD_GYM_CACHE")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    monkeypatch.chdir(tmp_path)
+    before = {*tmp_path.iterdir()}
+    encode_cached(INSTANCES, tiny_tokenizer, *SETTINGS)
+    assert {*tmp_path.iterdir()} == before
+
+
 def test_another_language_of_the_targets_is_another_key(tiny_tokenizer):
     keys = set()
     for language in (None, "de_DE", "fr_XX"):
