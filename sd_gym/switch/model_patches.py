@@ -126,8 +126,8 @@ def run_decoder(decision: Decision | None, inner: Callable, *args: Any, **kwargs
         stage = decision.pending.stages[0]
         if not stage.follows_encoder:
             raise ValueError(
-                f"the stage {stage.name!r} is in the encoder, which this pass does not run; use "
-                "decide(), or stages from 'decoder' on"
+                f"the stage {stage.name!r} is in the encoder, which this pass does not run (encoder_outputs are given, "
+                "or LayerDrop left a layer out in training); use decide(), or stages from 'decoder' on"
             )
         decision.state.encoded = encoded = kwargs["encoder_hidden_states"]
         if stage.is_between:
