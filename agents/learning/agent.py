@@ -129,7 +129,8 @@ class BaseAgent(ABC, Generic[SettingsT]):
     staged: ClassVar[bool] = False  # whether it can decide at several stages, or only before the first layer
     draws: ClassVar[bool] = True  # whether its result depends on the seed, so that comparisons train it with several
     selects: ClassVar[bool] = True  # whether an operating point is selected; else its only one is evaluated
-    searches: ClassVar[bool] = False  # whether it trains no policy; "as learned" is then its best point on policy rows
+    # Whether it trains no policy. "As learned" is then its cheapest point that loses at most epsilon on policy rows.
+    searches: ClassVar[bool] = False
 
     def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, blind: bool = False, **settings: Any) -> None:
         self.settings = cast(SettingsT, self.make_settings(settings, blind))  # ``Settings`` is that class

@@ -21,6 +21,7 @@ from sd_gym.switch import PassState
 PolicyT = TypeVar("PolicyT", bound=DecisionPolicy | TablePolicy)
 BATCH = 256
 MAX_VERSIONS = 40  # versions of a policy, at most
+TIE = 1e-4  # log-odds between margins and preferences, so that no decision is left to rounding
 # Margins in log-odds, for policies whose preferences take a pass to compute.
 MARGINS = (
     *(-20.0, -12.0, -8.0, -6.0, -4.5, -3.0),
@@ -104,7 +105,9 @@ class Version(NamedTuple):
     policy: PolicyLike | SplitPolicy
     margin: float = 0.0  # in log-odds, from the policy that it is a version of; higher skips less
     origin: Any = None  # that policy; its versions are neighbours in a list, the most cautious one first
-    variant_of: Any = None  # the trained policy that several paths are variants of; None: the path has no variants
+    # The policy that several learned ones are variants of, such as imitation's, one per price of a lost instance:
+    # selection does not let them exclude each other. None: there are no variants.
+    variant_of: Any = None
 
 
 def versions(core: Core, policy: DecisionPolicy | TablePolicy) -> list[Version]:
@@ -120,6 +123,7 @@ def versions(core: Core, policy: DecisionPolicy | TablePolicy) -> list[Version]:
             preferences = _preferences(core, policy)
             finite = preferences[np.isfinite(preferences)]  # none if its codebook has one mask
             quantiles = np.quantile(finite, np.linspace(0, 1, MAX_VERSIONS - 1)) if len(finite) else finite
+            quantiles = quantiles - TIE if sees_answer else quantiles + TIE
             margins = np.unique([0.0, *quantiles]).tolist()
     return [Version(policy.with_margin(margin), margin, policy) for margin in margins[::-1]]
 

@@ -69,7 +69,7 @@ def grouped(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[Ru
 def group_by_agent(runs: Iterable[Run]) -> list[tuple[str, list[Run]]]:
     """Runs of one env, by agent and settings: within a group only seeds differ, and its name tells it from others.
 
-    Where runs of any agents are judged otherwise, as with another epsilon, all names say so.
+    If runs differ in how they are judged, as in epsilon, all names say so.
     """
     runs = list(runs)
     judged = {key for key in _differing(runs) if key in (*OF_SERVING, "weights") or key.startswith(JUDGING)}

@@ -94,7 +94,7 @@ def _undominated(
 ) -> tuple[list[Network], Array]:
     """The networks that no other beats in loss and goodput on policy rows and training arrivals, from dense to bold.
 
-    Also which of them are on the hull; selection uses the others as steps in between.
+    Also which of them are on the hull. Selection tests all in order; ``goodput_at`` mixes those on the hull.
     """
     played = play(config, networks, "train", SEARCH_EPISODES, on_progress)
     loss, goodput = played.shares @ expected_loss(config), played.goodput.mean(axis=1)

@@ -260,8 +260,13 @@ class TableMaker:
         core = self.core
         n = len(split)
         encoded = split.encoded
-        undecided = np.zeros((n, len(core.nvec)), dtype=np.int64)
-        observed = np.asarray(core.stage_observer.observe(split, np.arange(n), 0, undecided, None)[0])
+        undecided = np.zeros((CHUNK, len(core.nvec)), dtype=np.int64)
+        observed = np.concatenate(
+            [
+                np.asarray(core.stage_observer.observe(split, rows, 0, undecided[: len(rows)], None)[0])
+                for rows in np.split(np.arange(n), range(CHUNK, n, CHUNK))
+            ]
+        )
         split.dense_loss = _merged(parts, DENSE_LOSS, n)
         facts = split.facts()
         numbers = {name: values for name, values in facts.items() if values.dtype.kind in NUMBERS}

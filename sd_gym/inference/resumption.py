@@ -28,10 +28,11 @@ class Resumption:
 
     def __init__(self, board: Switchboard, points: Sequence[int], decided: Sequence[int]) -> None:
         self._points = points
+        earliest = max(point for point in points if point <= decided[0])
         self._point_of = {
             name: columns.start
             for name, columns in board.decided_at([EVERY_LAYER]).items()
-            if columns.start in points and columns.start >= max(decided[0], 1)  # at the start there is no state
+            if columns.start in points and columns.start >= max(earliest, 1)  # at the start there is no state
         }
         # The points where rows that have skipped nothing may still skip something before the next point.
         following = dict(zip(points, [*points[1:], len(board)], strict=True))
@@ -41,15 +42,13 @@ class Resumption:
         # Rows and their state, what earlier layers hold of all rows, and the tokens that the pass keeps.
         self._states: list[tuple[NDArray, PassState, tuple[LayerKeys, ...] | None, NDArray | Tensor | None]] = []
 
-    def update(self, masks: NDArray) -> None:
-        """Find where each row would be resumed, from the masks so far, int ``[n, switches + 1]``."""
-        self._from = resumed_from(masks, self._points)
-
-    def store(self, state: PassState, keep: NDArray | Tensor | None) -> None:
+    def store(self, state: PassState, masks: NDArray, keep: NDArray | Tensor | None) -> None:
         """Store the state at a stage of the rows that go on from it, or may do so by a later decision.
 
-        ``keep``: the tokens that the pass keeps, bool ``[n, length]``; ``None``: all.
+        ``masks``: those so far, int ``[n, switches + 1]``. ``keep``: the tokens that the pass keeps, bool
+        ``[n, length]``; ``None``: all.
         """
+        self._from = resumed_from(masks, self._points)
         point = self._point_of.get(state.stage, -1)
         rows = np.flatnonzero(self._from >= point if point in self._early else self._from == point)
         if not len(rows):

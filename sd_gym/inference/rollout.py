@@ -102,13 +102,10 @@ class StagedRollout:
 
     def _choose(self, state: PassState) -> tuple[NDArray, Keep]:
         """Decide if the stage is one of the policy's; ``Switchboard.decide_in_pass`` calls it."""
-        decides = state.stage in self._columns
-        if decides:
+        if state.stage in self._columns:
             self._decide(state)
         if self._resumption is not None:
-            if decides:
-                self._resumption.update(self.decisions)
-            self._resumption.store(state, self.keep)
+            self._resumption.store(state, self.decisions, self.keep)
         return self.decisions[:, self._passing[state.stage]], self.keep if state.stage == "first" else None
 
     def _decide(self, state: PassState) -> None:

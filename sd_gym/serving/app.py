@@ -7,7 +7,9 @@ import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,8 @@ from starlette.routing import Route
 
 from sd_gym.errors import DataError
 from sd_gym.serving.batcher import Batcher, ClosedError, LateError, QueueFullError
-from sd_gym.serving.dial import Fixed, ServerDial
-from sd_gym.serving.engine import Asked, BlockingEngine, InThread, OperatingPoints, Served
+from sd_gym.serving.dial import ServerDial
+from sd_gym.serving.engine import Asked, BlockingEngine, OperatingPoints, Served
 from sd_gym.serving.grouping import Limits
 from sd_gym.serving.metrics import Metrics
 from sd_gym.serving.requests import (
@@ -79,9 +81,9 @@ class Service:
         self.points = points
         self.settings = settings
         self._limits = limits
-        self._thread = InThread(engine)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")  # so that the event loop never blocks
         self._served = engine.served
-        self.dial = dial or Fixed(points.default)
+        self.dial = dial or ServerDial(points.default)
         self.metrics = Metrics(lambda: self.batcher.queued if self.batcher else 0)
         self.batcher: Batcher | None = None
         self.starts_warm = False
@@ -123,17 +125,21 @@ class Service:
             if self.batcher is not None and self._work is not None:
                 self.batcher.close()
                 await asyncio.wait([self._work])
-            self._thread.stop()
+            self._thread.shutdown()
 
     async def _start(self) -> None:
         try:
-            cost = await self._thread.call(self.engine.warm_up)
+            cost = await self._call(self.engine.warm_up)
         except Exception as error:
             self._fail(error)
             return
-        self.batcher = Batcher(self._thread, self._limits, cost, self.dial, self.metrics.group)
+        prepare, run = partial(self._call, self.engine.prepare), partial(self._call, self.engine.run)
+        self.batcher = Batcher(prepare, run, self._limits, cost, self.dial, self.metrics.group)
         self._work = asyncio.create_task(self.batcher.work())
         self._work.add_done_callback(self._watch)
+
+    async def _call(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
     def _watch(self, work: asyncio.Task[None]) -> None:
         if not work.cancelled() and (error := work.exception()) is not None:

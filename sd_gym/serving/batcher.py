@@ -6,11 +6,11 @@ The batcher does not depend on HTTP or torch. Its clock is the event loop's.
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from sd_gym.serving.dial import Fixed, ServerDial
+from sd_gym.serving.dial import ServerDial
 from sd_gym.serving.grouping import Limits, Paces, PassCost, Row, best_group
 
 
@@ -28,18 +28,6 @@ class ClosedError(Exception):
 
 class LateError(Exception):
     """The deadline has passed, or cannot be met any more."""
-
-
-class Engine(Protocol):
-    """Decides and answers. The batcher makes one call at a time."""
-
-    async def prepare(self, inputs: list[Any], /) -> list[Row]:
-        """Decide on inputs. If this fails, the batcher prepares each input alone."""
-        ...
-
-    async def run(self, rows: list[Row], point: int, /) -> list[Any]:
-        """Answer rows of one kind at an operating point. If this fails, the batcher runs each row alone."""
-        ...
 
 
 class Group(NamedTuple):
@@ -78,18 +66,21 @@ class _Entry:
 class Batcher:
     """Queues inputs and answers them in groups while ``work`` runs.
 
+    ``prepare`` decides on inputs, and ``run`` answers rows of one kind at an operating point: one call at a time. If
+    one fails, it is repeated for each input alone.
     The overhead of a pass, ``cost``, decides how rows are grouped. ``on_group`` is called with each group after it ran.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        prepare: Callable[[list[Any]], Awaitable[list[Row]]],
+        run: Callable[[list[Row], int], Awaitable[list[Any]]],
         limits: Limits,
         cost: PassCost,
-        dial: ServerDial = Fixed(),  # noqa: B008  (it never changes)
+        dial: ServerDial = ServerDial(),  # noqa: B008  (it never changes)
         on_group: Callable[[Group], None] = lambda group: None,
     ) -> None:
-        self._engine = engine
+        self._prepare, self._answer = prepare, run
         self._limits = limits
         self._cost = cost
         self._dial = dial
@@ -156,7 +147,7 @@ class Batcher:
         entries, self._new = [entry for entry in self._new if entry.waits], []
         while part := entries[: self._limits.rows]:
             del entries[: len(part)]
-            rows = await _alone_on_failure(self._engine.prepare, [entry.given for entry in part])
+            rows = await _alone_on_failure(self._prepare, [entry.given for entry in part])
             tokens = sum(entry.row.length for entry in self._queue if entry.waits)
             for entry, row in zip(part, rows, strict=True):
                 if isinstance(row, Exception):
@@ -210,7 +201,7 @@ class Batcher:
     async def _run(self, group: list[_Entry], point: int) -> None:
         loop = asyncio.get_running_loop()
         started, rows = loop.time(), [entry.row for entry in group]
-        answers = await _alone_on_failure(lambda some: self._engine.run(some, point), rows)
+        answers = await _alone_on_failure(lambda some: self._answer(some, point), rows)
         for entry, answer in zip(group, answers, strict=True):
             entry.finish(answer)
         now = loop.time()

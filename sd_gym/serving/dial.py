@@ -3,44 +3,34 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from sd_gym.envs.serving import dial
 
 
-class ServerDial(Protocol):
-    """Chooses the operating point of each group before the group is formed."""
-
-    window: float  # seconds over which arrivals are counted
-
-    def choose(self, queue_length: int, oldest_wait: float, arrival_rate: float) -> int:
-        """The index of an operating point, from the number of waiting rows, seconds, and rows per second."""
-        ...
-
-    def answered(self, point: int, rows: int) -> None:
-        """Called after a group: this many rows were answered at the point that it chose."""
-        ...
-
-
 @dataclass
-class Fixed:
-    """A dial that always chooses the same operating point."""
+class ServerDial:
+    """Chooses the operating point of each group before the group is formed: always ``point``, unless a subclass does.
+
+    ``window``: seconds over which arrivals are counted.
+    """
 
     point: int = 0
     window: float = 1.0
 
     def choose(self, queue_length: int, oldest_wait: float, arrival_rate: float) -> int:
-        """The fixed operating point."""
+        """The index of an operating point, from the number of waiting rows, seconds, and rows per second."""
         return self.point
 
     def answered(self, point: int, rows: int) -> None:
-        """It remembers nothing."""
+        """Called after a group: this many rows were answered at the point that it chose."""
 
 
-class Trained:
-    """The dial of a run on a serving env. Its point 0 is dense; the batcher's point 0 skips most.
+class Trained(ServerDial):
+    """The dial of a run on a serving env.
+
+    It counts its points from dense (0) to bold, as its env does. The server's point 0 is the boldest.
 
     Args:
         folder: Run folder.
@@ -86,9 +76,10 @@ class Trained:
 
 
 def _places(wanted: Sequence[float], margins: Sequence[float]) -> list[int] | None:
-    """Indices of the wanted ones in the server's margins, which are relative to its default point.
+    """The index of each of the dial's margins in the server's ``margins``; ``None`` if one is missing.
 
-    Both end with dense. ``None`` if one is missing.
+    Each are relative to their own default point. So they are compared after a shift that makes the last ones equal:
+    both end with dense.
     """
     shifted = np.array(wanted) + (margins[-1] - wanted[-1])
     places = np.abs(shifted[:, None] - np.array(margins)).argmin(axis=1)

@@ -1,13 +1,10 @@
 """Engines of a batcher: a model and its policy, which run in one thread."""
 
-import asyncio
 import math
 import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,8 +62,9 @@ class Described(NamedTuple):
 class OperatingPoints:
     """The operating points of a policy that requests and dials may choose (``points``); the first skips most.
 
-    ``default`` is the index of the point whose margin is ``usual``, which is always allowed. Others must be within
-    ``allow_loss``, by the upper bound of their loss (``None``: have passed their test), and ``allow_flops``.
+    ``default`` is the index of the point whose margin is ``usual``, which is always allowed. Others are allowed if the
+    upper bound of their loss is at most ``allow_loss`` (``None``: if they passed their test), and their FLOPs ratio at
+    most ``allow_flops``.
     """
 
     def __init__(
@@ -107,7 +105,7 @@ class OperatingPoints:
 
 
 class BlockingEngine(ABC):
-    """A ``sd_gym.serving.batcher.Engine`` whose calls block; ``dialled``: the points that the dial may choose."""
+    """Decides and answers, in calls that block; ``dialled``: the points that the dial may choose."""
 
     served: Described
     groups_masks = True  # whether rows are grouped by mask
@@ -137,20 +135,6 @@ class BlockingEngine(ABC):
         """The operating points at which decisions are needed, in ascending order."""
         dialled = self._dialled if any(asked.point is None for asked in inputs) else ()
         return sorted({*dialled, *(asked.point for asked in inputs if asked.point is not None)})
-
-
-class InThread:
-    """An engine whose calls run one by one in a thread, so that the event loop never blocks."""
-
-    def __init__(self, engine: BlockingEngine) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
-        self.prepare = partial(self.call, engine.prepare)
-        self.run = partial(self.call, engine.run)
-        self.stop = self._thread.shutdown
-
-    async def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a function in the thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
 
 class TextEngine(BlockingEngine):

@@ -101,7 +101,7 @@ class Splits:
 
     @property
     def _cuts_train_last(self) -> bool:
-        """Whether ``train_size`` counts the rows that policies learn on, not those of the backbone."""
+        """Whether ``train`` is cut to ``train_size`` after the backbone's rows have been left out."""
         of_data = self._data.dataset != "procedural" and self._data.policy_rows == "new"
         return of_data and len(self._of_backbone) > 0
 

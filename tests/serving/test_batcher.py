@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd_gym.serving.batcher import Batcher, ClosedError, Fixed, LateError, QueueFullError
+from sd_gym.serving.batcher import Batcher, ClosedError, LateError, QueueFullError, ServerDial
 from sd_gym.serving.grouping import Limits, PassCost
 from tests.serving.conftest import CountingEngine, simulate
 
 LIMITS = Limits(rows=4, tokens=60, queued_rows=12, queued_tokens=200, max_wait=2.0)
-ALWAYS, COST = Fixed(), PassCost(10)
+ALWAYS, COST = ServerDial(), PassCost(10)
 REQUESTS = st.lists(
     st.fixed_dictionaries(
         {
@@ -49,7 +49,7 @@ async def play(requests, engine, limits=LIMITS, dial=ALWAYS, close_at=None, cost
         assert 0 <= batcher.queued <= limits.queued_rows
         reported.append(group)
 
-    batcher = Batcher(engine, limits, cost, dial, report)
+    batcher = Batcher(engine.prepare, engine.run, limits, cost, dial, report)
     working = asyncio.create_task(batcher.work())
     if close_at is not None:
         asyncio.get_running_loop().call_later(close_at, batcher.close)
@@ -155,7 +155,8 @@ def test_a_full_queue_refuses_by_rows_and_by_tokens():
 
 def test_a_request_of_more_rows_than_the_queue_has_is_answered_when_nobody_waits():
     async def main():
-        batcher = Batcher(CountingEngine(), Limits(queued_rows=4), PassCost(8.0))
+        engine = CountingEngine()
+        batcher = Batcher(engine.prepare, engine.run, Limits(queued_rows=4), PassCost(8.0))
         work = asyncio.create_task(batcher.work())
         answers = await batcher.answer([(f"row {row}", 0, 5) for row in range(6)], 30)
         batcher.close()

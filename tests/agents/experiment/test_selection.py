@@ -3,6 +3,7 @@
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from sd_gym.agents import make_agent
 from sd_gym.agents.experiment.selection import PASSES, Selection
 from sd_gym.agents.learning.decisions import DENSE_MARGIN, Version, outcomes, versions
@@ -170,6 +171,17 @@ def test_versions_of_a_policy_go_from_dense_to_bold(env):
     assert len(set(shares)) > 10  # evenly from dense to its mask, whatever the scale of its logits
     assert (np.diff(shares) >= 0).all()
     assert [one.margin for one in versions(env.core, policy.reduced(1, seen))] == [0.0]
+
+
+def test_no_version_leaves_a_decision_to_rounding(env):
+    """Inputs may all have the same preference, as answers of a mask that skips everything."""
+    policy = make_agent("ppo", env).policy()
+    with torch.no_grad():
+        policy.head.weight.zero_()
+    seen = env.core.observe(env.core.split("train"), np.arange(len(env.core.split("train"))))
+    for version in versions(env.core, policy):
+        if version.margin != 0:
+            assert np.abs(version.policy.preference(seen)).min() > 5e-5
 
 
 def test_the_validation_reward_is_the_objectives(custom):
