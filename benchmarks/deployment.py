@@ -61,7 +61,7 @@ class Plain(OnnxModel):
 
     def __init__(self, folder: Path, number: int, options: onnxruntime.SessionOptions) -> None:
         super().__init__(folder, session_options=options)
-        self.masks, self._ran = self.masks[[number]], self._ran[[number]]
+        self.masks, self._ratio = self.masks[[number]], self._ratio[:, [number]]
         self._skips, self._outputs = self._skips[number : number + 1], [["logits"]]
 
     def _opened(self, name: str) -> tuple[Any, list[str]]:

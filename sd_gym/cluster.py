@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import parent_process
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from typing import Any
 from uuid import uuid4
 
@@ -98,7 +98,7 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...], imports: lis
     return function(*arguments)
 
 
-def prepare_worker(imports: list[str], open_until: Connection | None = None) -> None:
+def prepare_worker(imports: list[str], open_until: Any = None) -> None:  # the platform decides on its class
     """Prepare a process that was started by ``multiprocessing``: it ends with its parent.
 
     It also ends as soon as the other end of the connection ``open_until`` is closed, whatever it is doing.
@@ -108,8 +108,8 @@ def prepare_worker(imports: list[str], open_until: Connection | None = None) -> 
     prepare_process(os.getcwd(), imports)
 
 
-def _end_with_parent(open_until: Connection | None) -> None:
-    """End this process if the parent is killed; else it would go on, and keep its locks."""
+def _end_with_parent(open_until: Any) -> None:
+    """End this process with its parent or the connection; else it would go on, and keep its locks."""
     parent = parent_process()
     assert parent is not None
     wait([parent.sentinel] if open_until is None else [parent.sentinel, open_until])

@@ -27,6 +27,7 @@ from tests.envs.conftest import MODELS, trained
 from tests.inference.conftest import lines_of, write
 
 onnx = pytest.importorskip("sd_gym.inference.onnx")
+deployment = pytest.importorskip("benchmarks.deployment")
 
 
 def few_masks(task, folder, tokenizer, observation="pooled", masks=2):
@@ -157,6 +158,19 @@ def test_where_the_answer_is_not_accepted_rows_go_on(exported_judging):
     assert sum(first > 0 for first in onnx.load(folder).manifest["resumed_from"]) == 3  # dense, and of three masks two
     for limits in LIMITS[:2]:
         assert any(one.went_on for one in check_same(policy, folder, texts, **limits))
+
+
+def test_a_graph_of_one_mask_answers_as_the_export_does_under_it(exported_judging, tmp_path):
+    """The graphs that ``benchmarks/deployment.py`` compares a policy with."""
+    _, folder, texts = exported_judging
+    folder = shutil.copytree(folder, tmp_path / "copy")
+    model = onnx.load(folder)
+    batch = model.batch(model.encoded([[text] for text in texts[:7]]))
+    for number in range(len(model.masks)):
+        plain = deployment.Plain(folder, number, deployment.onnxruntime.SessionOptions())
+        np.testing.assert_array_equal(plain.run(0, batch)[0], model.run(number, batch)[0])
+        ran = {one.flops_ratio for one in plain.answers([[text] for text in texts], dense=True)}
+        assert ran == {1.0} if number == 0 else max(ran) < 1
 
 
 @pytest.mark.parametrize("name", ENCODER)
