@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -226,7 +227,7 @@ class Experiment:
 
     @property
     def clock(self) -> Path:
-        """File of the times over dense's, one for each seed."""
+        """File of the times over dense's, by run."""
         return self.folder / "clock.json"
 
     @property
@@ -305,20 +306,20 @@ class Experiment:
 
     def _time(self) -> None:
         """Time of imitation's policies with the answer stage, over dense's."""
-        if self.clock.exists():
-            return
-        source, answers = self.folder / "timed.jsonl", self.folder / "answers.jsonl"
+        runs = sorted((self.folder / "answer-stage").glob("*/imitation-*"))
+        ratios = json.loads(self.clock.read_text(encoding="utf-8")) if self.clock.exists() else {}
         rows = (self.dataset / "validation.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        source.write_text("".join(rows[-TIMED[self.data.backbone] :]), encoding="utf-8")
-        ratios = []
-        for run in sorted((self.folder / "answer-stage").glob("*/imitation-*")):
-            model = load(run, str(self.backbone))
-            rounds = []
-            for _ in range(ROUNDS):
-                answers.unlink(missing_ok=True)
-                done = run_file(model, source, answers, compare=True)
-                rounds.append(done.seconds / done.dense_seconds)
-            ratios.append(statistics.median(rounds))
+        for run in runs:
+            if run.name in ratios:
+                continue
+            model, rounds = load(run, str(self.backbone)), []
+            with TemporaryDirectory() as folder:
+                source = Path(folder, "texts.jsonl")
+                source.write_text("".join(rows[-TIMED[self.data.backbone] :]), encoding="utf-8")
+                for number in range(ROUNDS):
+                    done = run_file(model, source, Path(folder, f"answers-{number}.jsonl"), compare=True)
+                    rounds.append(done.seconds / done.dense_seconds)
+            ratios[run.name] = statistics.median(rounds)
         self.clock.write_text(json.dumps(ratios), encoding="utf-8")
 
     def _prepare(self) -> None:
@@ -385,9 +386,10 @@ class Experiment:
 
     def timed(self) -> str:
         """Time of imitation with the answer stage over dense's, with a 95% interval over seeds."""
-        if not self.clock.exists():
+        ratios = json.loads(self.clock.read_text(encoding="utf-8")) if self.clock.exists() else {}
+        if not ratios:
             return "-"
-        times = 100 * np.array(json.loads(self.clock.read_text(encoding="utf-8")))
+        times = 100 * np.array([*ratios.values()])
         return f"{times.mean():.1f}%" + (f"±{half_interval(times):.1f}" if len(times) > 1 else "")
 
 

@@ -21,7 +21,7 @@ from sd_gym.switch import PassState
 PolicyT = TypeVar("PolicyT", bound=DecisionPolicy | TablePolicy)
 BATCH = 256
 MAX_VERSIONS = 40  # versions of a policy, at most
-TIE = 1e-4  # log-odds between margins and preferences, so that no decision is left to rounding
+TIE = 1e-4  # log-odds between a margin and the preference that it is a quantile of, which many inputs may share
 # Margins in log-odds, for policies whose preferences take a pass to compute.
 MARGINS = (
     *(-20.0, -12.0, -8.0, -6.0, -4.5, -3.0),

@@ -38,6 +38,7 @@ from sd_gym.inference.texts import SkippingModel
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.version import __version__
 
+CARD = "README.md"
 TEMPORARY = "export.tmp"  # folder of the files until all are written
 INLINE = 1024  # smaller weights, in bytes, stay in their graphs
 ALIGNED = 4096  # weights begin at multiples of this in their file, so that it can be mapped into memory
@@ -100,7 +101,8 @@ def check_exportable(policy: SkipPolicy, folder: Path, backbone: str | None = No
     """The policy on its backbone; raises what ``export`` raises, whatever masks the policy decides among."""
     if lacking := [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]:
         raise MissingExtraError(f"an export needs {' and '.join(lacking)}: pip install 'sd-gym[onnx]'")
-    if (folder / TEMPORARY).exists() and contents(folder) and not (folder / MANIFEST).exists():
+    files = set(contents(folder)) if (folder / TEMPORARY).exists() else set()
+    if files and files <= {MODEL, DECIDE, ANSWER, WEIGHTS, TOKENIZER, CARD}:  # the manifest would be last
         raise FileExistsError(f"{folder} holds an export that was cut off; delete it, or choose another --output")
     check_empty(folder)
     network = policy.learned
@@ -185,8 +187,8 @@ class _Writer:
         write_text(self._folder / TOKENIZER, tokenizer.to_str())
         manifest = {**self._described(), "branches": [number for number, *_ in branches]}
         manifest["choices"]["scores"] = None if first.constant is None else first.constant.tolist()
-        write_text(self._folder / "README.md", _card(manifest))
-        hashed = (*graphs, WEIGHTS, TOKENIZER, "README.md")
+        write_text(self._folder / CARD, _card(manifest))
+        hashed = (*graphs, WEIGHTS, TOKENIZER, CARD)
         manifest["files"] = {name: sha256(self._folder / name) for name in hashed}
         manifest["files"][MANIFEST] = own_hash(manifest)
         write_json(self._folder / MANIFEST, manifest)

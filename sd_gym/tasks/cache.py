@@ -40,7 +40,7 @@ def encode_cached(
     if len(instances) < SMALLEST or not tokenizer.is_fast:
         return encode(instances, tokenizer, head, backbone, unanswerable=unanswerable)
     settings = {key: getattr(backbone, key) for key in OF_BACKBONE} | {"unanswerable": unanswerable, **head.settings}
-    folder = os.environ.get("SD_GYM_CACHE") or os.path.expanduser("~/.cache/sd_gym")
+    folder = os.path.expanduser(os.environ.get("SD_GYM_CACHE") or "~/.cache/sd_gym")
     if folder.startswith("~"):  # there is no home
         return encode(instances, tokenizer, head, backbone, unanswerable=unanswerable)
     file = Path(folder, f"{_key(instances, tokenizer, settings)}.safetensors")

@@ -27,7 +27,6 @@ from tests.envs.conftest import MODELS, trained
 from tests.inference.conftest import lines_of, write
 
 onnx = pytest.importorskip("sd_gym.inference.onnx")
-deployment = pytest.importorskip("benchmarks.deployment")
 
 
 def few_masks(task, folder, tokenizer, observation="pooled", masks=2):
@@ -162,6 +161,8 @@ def test_where_the_answer_is_not_accepted_rows_go_on(exported_judging):
 
 def test_a_graph_of_one_mask_answers_as_the_export_does_under_it(exported_judging, tmp_path):
     """The graphs that ``benchmarks/deployment.py`` compares a policy with."""
+    from benchmarks import deployment  # it needs ONNX Runtime
+
     _, folder, texts = exported_judging
     folder = shutil.copytree(folder, tmp_path / "copy")
     model = onnx.load(folder)
@@ -394,6 +395,9 @@ def test_a_folder_that_holds_anything_is_not_written_to(exported, tmp_path):
     (tmp_path / "export.tmp").mkdir()
     (tmp_path / "sd_gym_onnx.json").unlink()  # killed before the last file
     with pytest.raises(FileExistsError, match="holds an export that was cut off; delete it"):
+        sd_gym.export(policy, tmp_path)
+    (tmp_path / "thesis.docx").touch()
+    with pytest.raises(FileExistsError, match="is not empty"):
         sd_gym.export(policy, tmp_path)
 
 

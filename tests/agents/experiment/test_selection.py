@@ -6,7 +6,7 @@ import pytest
 import torch
 from sd_gym.agents import make_agent
 from sd_gym.agents.experiment.selection import PASSES, Selection
-from sd_gym.agents.learning.decisions import DENSE_MARGIN, Version, outcomes, versions
+from sd_gym.agents.learning.decisions import DENSE_MARGIN, Version, observed, outcomes, versions
 from sd_gym.agents.runs.verdict import Verdict
 
 from sd_gym.config import RewardConfig
@@ -173,15 +173,20 @@ def test_versions_of_a_policy_go_from_dense_to_bold(env):
     assert [one.margin for one in versions(env.core, policy.reduced(1, seen))] == [0.0]
 
 
-def test_no_version_leaves_a_decision_to_rounding(env):
-    """Inputs may all have the same preference, as answers of a mask that skips everything."""
-    policy = make_agent("ppo", env).policy()
+@pytest.mark.parametrize("judges", [False, True])
+def test_inputs_with_the_same_preference_are_not_decided_by_rounding(env, judges):
+    """As answers of a mask that skips everything: they are accepted, but a sublayer runs."""
+    env = gym.make_vec("SD/Classification-TREC-Staged-Table-v0", num_envs=4).unwrapped if judges else env
+    policy, split = make_agent("ppo", env).policy(), env.core.split("train")
     with torch.no_grad():
         policy.head.weight.zero_()
-    seen = env.core.observe(env.core.split("train"), np.arange(len(env.core.split("train"))))
-    for version in versions(env.core, policy):
-        if version.margin != 0:
-            assert np.abs(version.policy.preference(seen)).min() > 5e-5
+        policy.head.bias.copy_(torch.linspace(-2, 2, len(policy.head.bias)))
+    others = [version.policy for version in versions(env.core, policy) if version.margin != 0]
+    assert others
+    for other in others:
+        preferred = other.preference(observed(env.core, other, split, np.arange(20))[-1])
+        nearest = preferred.ravel()[np.abs(preferred).argmin()]
+        assert nearest > 5e-5 if judges else nearest < -5e-5
 
 
 def test_the_validation_reward_is_the_objectives(custom):
