@@ -5,6 +5,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from typing import Any
@@ -98,12 +99,24 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...], imports: lis
     return function(*arguments)
 
 
+@contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Processes that are started in here ignore Ctrl-C, which reaches all processes: their parent ends them."""
+    if threading.current_thread() is not threading.main_thread():  # where no signal can be set
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which processes inherit
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def prepare_worker(imports: list[str], open_until: Any = None) -> None:  # the platform decides on its class
     """Prepare a process that was started by ``multiprocessing``: it ends with its parent.
 
     It also ends as soon as the other end of the connection ``open_until`` is closed, whatever it is doing.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends this one
     threading.Thread(target=_end_with_parent, args=(open_until,), daemon=True).start()
     prepare_process(os.getcwd(), imports)
 

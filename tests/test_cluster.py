@@ -1,5 +1,7 @@
 """Work on a Ray cluster; with a real one see tests/ecosystem/test_ray.py."""
 
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -24,3 +26,12 @@ def test_without_ray_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match="pip install 'sd-gym\\[ray\\]'"):
         cluster.connect("auto")
+
+
+def test_processes_that_start_ignore_interrupts_from_the_beginning():
+    """A worker imports for seconds before its own code runs; Ctrl-C would print a traceback there."""
+    before, asks = signal.getsignal(signal.SIGINT), "import signal; print(signal.getsignal(signal.SIGINT).name)"
+    with cluster.without_interrupts():
+        asked = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True, check=True)
+    assert asked.stdout.strip() == "SIG_IGN"
+    assert signal.getsignal(signal.SIGINT) is before

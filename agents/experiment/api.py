@@ -47,6 +47,7 @@ COPIED_KEYS = (
     "origin_seeds",
     "data",
 )  # copied from the run
+WRITTEN_FIRST = {"instances.csv", "config.json", "result.png"}  # by an evaluation, before its result
 
 
 def train_all(
@@ -159,7 +160,8 @@ def evaluate(
     with nullcontext() if folder is None else locked(folder):
         if folder is not None and (folder / "result.json").exists():
             raise FileExistsError(f"{output} holds a result; choose another output")
-        if folder is not None and contents(folder):
+        held = [] if folder is None else contents(folder)
+        if folder is not None and held and not {"instances.csv"} <= set(held) <= WRITTEN_FIRST:
             raise other_content_error(folder, "place for a result")
         origin, same_data = None, False
         if is_exported(policy):

@@ -159,7 +159,8 @@ class _Worker:
         context = get_context("spawn")
         self.connection, worker_end = context.Pipe()
         self.process = context.Process(target=_work, args=(worker_end, list(imports)), daemon=True)
-        self.process.start()
+        with cluster.without_interrupts():
+            self.process.start()
         worker_end.close()
         self.run: PlannedRun | None = None
         self.alive = True

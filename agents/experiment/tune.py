@@ -180,8 +180,10 @@ def _enqueue(study: Study, defaults: dict[str, Any]) -> None:
     for number, trial in {_number(trial): trial for trial in study.trials}.items():  # the last one of each folder
         if trial.state == TrialState.RUNNING:
             study.tell(trial.number, state=TrialState.FAIL)
-        if trial.state in (TrialState.RUNNING, TrialState.FAIL) and trial.params:
-            study.enqueue_trial(trial.params, {FOLDER: number})
+        # If it was killed as it was asked for, what was enqueued is not yet all in its parameters.
+        parameters = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+        if trial.state in (TrialState.RUNNING, TrialState.FAIL) and parameters:
+            study.enqueue_trial(parameters, {FOLDER: number})
 
 
 def _number(trial: Trial | FrozenTrial) -> int:

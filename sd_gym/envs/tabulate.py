@@ -317,7 +317,9 @@ def _write_chunks(
         workers_end, own_end = context.Pipe(duplex=False)
         with ProcessPoolExecutor(jobs, context, cluster.prepare_worker, (list(imports), workers_end)) as pool:
             try:
-                for future in as_completed([pool.submit(_write_chunk, *call) for call in calls]):
+                with cluster.without_interrupts():
+                    futures = [pool.submit(_write_chunk, *call) for call in calls]
+                for future in as_completed(futures):
                     yield future.result()
             except BaseException:  # Ctrl-C, too
                 own_end.close()  # the workers end at once: a chunk may take minutes, and is written whole or not at all

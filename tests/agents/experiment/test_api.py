@@ -85,6 +85,12 @@ def test_what_is_written_stands_beside_runs(custom, tmp_path):
         assert {row["decision"] for row in csv.DictReader(lines)} == {"1010100"}
     with pytest.raises(FileExistsError, match="holds a result"):
         sd_gym.evaluate(CUSTOM, half, "test", tmp_path / "half", **custom)
+    (tmp_path / "half" / "result.json").unlink()  # as if it had been killed; again, it writes all files
+    assert sd_gym.evaluate(CUSTOM, half, "test", tmp_path / "half", **custom)["quality"] == result["quality"]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"not a place for a result: it holds config\.json"):
+        sd_gym.evaluate(CUSTOM, half, "test", tmp_path / "own", **custom)
     sd_gym.evaluate(CUSTOM, half, "validation", tmp_path / "validation", **custom)
     sd_gym.train(CUSTOM, "dense", tmp_path / "dense", steps=1, **custom)
     (tmp_path / "notes.txt").write_text("no run")

@@ -89,15 +89,17 @@ def test_with_a_start_the_defaults_are_those_of_refining(algo, agent, tmp_path):
     assert yaml.safe_load(file.read_text()) == {}
 
 
-def test_a_trial_that_was_cut_off_goes_on_in_its_folder(reviews, tiny_backbone, tmp_path, monkeypatch):
-    pytest.importorskip("optuna")
+@pytest.mark.parametrize("cut_off", ["asked for", "trained"])
+def test_a_trial_that_was_cut_off_goes_on_in_its_folder(cut_off, reviews, tiny_backbone, tmp_path, monkeypatch):
+    optuna = pytest.importorskip("optuna")
     settings = {"dataset": str(reviews), "backbone": str(tiny_backbone)}
     from sd_gym.agents.experiment import tune as tuning
 
-    def killed(runs, **more):
+    def killed(*arguments, **more):
         raise Killed
 
-    monkeypatch.setattr(tuning, "train_many", killed)
+    place = (optuna.storages._CachedStorage, "set_trial_param") if cut_off == "asked for" else (tuning, "train_many")
+    monkeypatch.setattr(*place, killed)
     with pytest.raises(Killed):
         tune(CUSTOM, "a2c", tmp_path / "study", steps=32, trials=1, **settings)
     monkeypatch.undo()
