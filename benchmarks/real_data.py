@@ -1,6 +1,7 @@
 r"""Prepares backbones on real data and compares agents there, with and without the answer stage; prints one table.
 
-    python benchmarks/real_data.py --data D --minilm M --sets trec sst2 subj agnews snli qamr trec-text sst2-text
+    python benchmarks/real_data.py --data D --minilm M \
+        --sets trec sst2 subj agnews snli qamr trec-text sst2-text subj-text
     python benchmarks/real_data.py --data D --smollm2 SmolLM2-135M-Instruct.Q4_1.gguf --jobs 2 \
         --sets sst2-smollm2 agnews-smollm2 snli-smollm2 debian-smollm2 rnnlg-smollm2
 
@@ -150,7 +151,7 @@ SETS["rnnlg-smollm2"] = replace(
 WITHOUT_LABELS = "-text"  # ends the names of sets whose policies learn on text; the backbone is that of the set before
 SETS |= {
     name + WITHOUT_LABELS: replace(SETS[name], splits="train: text, validation: train, test: validation", text_of=of)
-    for name, of in {"sst2": ("subj",), "trec": ("squad_answerable", "qamr")}.items()
+    for name, of in {"sst2": ("subj",), "subj": ("sst2_sentences",), "trec": ("squad_answerable", "qamr")}.items()
 }
 
 
