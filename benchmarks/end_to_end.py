@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -79,11 +79,14 @@ class Dense:
     """A model on which everything runs, for ``run_file``."""
 
     def __init__(self, model: SkippingModel) -> None:
-        self.checked, self.fingerprints, self._model = model.checked, model.fingerprints, model
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
     def answers(self, inputs: list[list[str]], *, dense: bool, batch_size: int | None) -> list[Answer]:
         """Dense answers, whether asked for or not."""
-        return self._model(inputs, dense=True, batch_size=batch_size)
+        return self._model.answers(inputs, dense=True, batch_size=batch_size)
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import sd_gym
+from benchmarks.end_to_end import Dense
 from sd_gym.cli import app
 from sd_gym.errors import DataError
 from sd_gym.inference.answer import TextModel
@@ -45,6 +46,15 @@ def test_each_row_is_answered_in_order_as_in_one_call(model, tmp_path):
     np.testing.assert_array_equal([one["skip"] for one in came], [one.skip for one in wanted])
     assert bulk.rows == ROWS
     assert bulk.figures()["FLOPs"] == f"{np.mean([one.flops_ratio for one in wanted]):.1%} of dense"
+
+
+def test_what_the_benchmark_calls_dense_runs_everything(model, tmp_path):
+    model, texts = model
+    source = write(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    run_file(Dense(model), source, tmp_path / "o.jsonl")
+    came, wanted = lines_of(tmp_path / "o.jsonl"), model.answers(texts, dense=True)
+    assert not np.any([one["skip"] for one in came])
+    assert [one["answer"] for one in came] == [one.answer for one in wanted]
 
 
 def test_a_malformed_line_stops_no_other(model, tmp_path):
