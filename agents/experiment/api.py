@@ -1,5 +1,6 @@
 """Evaluation of any policy, and training of all agents, as ``sd_gym.evaluate`` and ``sd_gym.train_all``."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -238,7 +239,7 @@ def _policy_like(policy: Any, flops: int | None, core: Core) -> Any:
             return policy
         return SimpleNamespace(decide=policy.decide, flops=policy.flops if flops is None else flops)
     predict: Callable[..., Any] | None = getattr(policy, "predict", None)
-    act: Any = (lambda observations: predict(observations, deterministic=True)[0]) if callable(predict) else policy
+    act: Any = _predicting(predict, core) if callable(predict) else policy
     if not callable(act):
         raise ValueError(
             "expected a policy: a callable from observations to decisions, a model with predict(), a DecisionPolicy or "
@@ -253,6 +254,27 @@ def _policy_like(policy: Any, flops: int | None, core: Core) -> Any:
         return core.stage_actions.observed_to_decisions(observations, choices)
 
     return SimpleNamespace(decide=decide, flops=getattr(policy, "flops", None) if flops is None else flops)
+
+
+def _predicting(predict: Callable[..., Any], core: Core) -> Callable[[Any], Any]:
+    """From observations to choices by a model's ``predict``, as Stable-Baselines3 calls it in an episode.
+
+    It is passed what the stage allows, if it takes that (``MaskablePPO``), and after the first stage its own state
+    (``RecurrentPPO``).
+    """
+    takes_masks, state = "action_masks" in inspect.signature(predict).parameters, None
+
+    def act(observations: Any) -> Any:
+        nonlocal state
+        n = len(unbatched(observations))
+        stages = core.stage_actions.observed_stages(observations) if core.is_staged else np.zeros(n, dtype=np.int64)
+        more: dict[str, Any] = {"action_masks": core.action_masks[stages]} if takes_masks else {}
+        if state is not None and stages.any():
+            more |= {"state": state, "episode_start": np.zeros(n, dtype=np.bool_)}
+        choices, state = predict(observations, deterministic=True, **more)
+        return choices
+
+    return act
 
 
 def _other_spaces(model: Any, core: Core) -> str:

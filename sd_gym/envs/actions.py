@@ -197,11 +197,13 @@ class StageActions:
         return spread
 
     def observed_to_decisions(self, observations: Any, choices: Array) -> Array:
-        """``to_decisions`` with the stages read from observations, which begin with the stage, one-hot."""
-        if self.is_whole:
-            return choices
+        """``to_decisions`` with the stages read from observations."""
+        return choices if self.is_whole else self.to_decisions(self.observed_stages(observations), choices)
+
+    def observed_stages(self, observations: Any) -> Array:
+        """The stages ``[n]`` of observations of several stages, which begin with the stage, one-hot."""
         flat = observations["stage"] if isinstance(observations, dict) else observations
-        return self.to_decisions(flat[:, : len(self.components)].argmax(axis=1), choices)
+        return flat[:, : len(self.components)].argmax(axis=1)
 
     def logit_indices(self) -> tuple[Array | None, int]:
         """Where an action's choices are among a decision's N logits, int64 ``[stages, sum(choices)]``; and N.

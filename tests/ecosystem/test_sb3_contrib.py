@@ -3,8 +3,9 @@
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
-import sd_gym  # noqa: F401  (registers the ids)
+import sd_gym
 from tests.ecosystem import ID, SMALL
 
 PINS = ["sb3-contrib==2.9.2"]
@@ -42,3 +43,29 @@ def test_its_other_algorithms_learn():
     env = SwitchableVecEnv(gym.make_vec(ID, num_envs=4, **SMALL))
     sb3_contrib.TRPO("MlpPolicy", env, n_steps=8, batch_size=16, seed=0).learn(32)
     sb3_contrib.RecurrentPPO("MlpLstmPolicy", env, **QUICK).learn(32)
+
+
+@pytest.mark.parametrize("name", ["MaskablePPO", "RecurrentPPO"])
+def test_evaluating_in_stages_gives_the_model_what_its_own_evaluation_does(name):
+    """What a stage allows, and the state of the stage before."""
+    from sd_gym.envs.sb3 import SwitchableVecEnv
+
+    staged = "SD/Classification-TREC-Staged-Table-v0"  # its stages have 7, 7 and 2 choices
+    env = SwitchableVecEnv(gym.make_vec(staged, num_envs=4))
+    policy = {"MaskablePPO": "MlpPolicy", "RecurrentPPO": "MlpLstmPolicy"}[name]
+    model = getattr(sb3_contrib, name)(policy, env, **{**QUICK, "seed": 1})
+    with torch.no_grad():
+        model.policy.action_net.weight.normal_(std=3)  # decisions that differ, and would take what is forbidden
+    result = sd_gym.evaluate(staged, model)
+    single, flops = gym.make(staged, split="test").unwrapped, []
+    for instance in single.core.split("test").ids.tolist():
+        observation, _ = single.reset(options={"instance": instance})
+        state, done = None, False
+        while not done:
+            start = np.array([state is None])
+            own = {"action_masks": single.action_masks()} if name == "MaskablePPO" else {}
+            own |= {} if name == "MaskablePPO" else {"state": state, "episode_start": start}
+            action, state = model.predict(observation, deterministic=True, **own)
+            observation, _, done, _, info = single.step(action)
+        flops.append(info["flops_ratio"])
+    assert result["flops_ratio"] == pytest.approx(np.mean(flops))

@@ -73,6 +73,24 @@ def test_a_model_of_stable_baselines3_is_evaluated_as_its_agent(custom, tmp_path
         sd_gym.evaluate(CUSTOM, model, action="multi_binary", **custom)
 
 
+def test_a_model_is_given_what_a_stage_allows_and_its_own_state():
+    """``predict`` of MaskablePPO and of RecurrentPPO; with the models themselves see tests/ecosystem."""
+    seen = []
+
+    class Model:
+        def predict(self, observation, state=None, episode_start=None, deterministic=False, action_masks=None):
+            seen.append((len(observation), state, episode_start, action_masks))
+            return np.zeros(len(observation), int), (0 if state is None else state + 1)
+
+    sd_gym.evaluate("SD/Classification-TREC-Staged-Table-v0", Model())
+    sizes = {None: 7, 0: 7, 1: 2}  # choices of a stage, by the state from the one before
+    assert [state for _, state, *_ in seen[:3]] == [None, 0, 1]
+    for n, state, start, masks in seen:
+        assert masks.shape == (n, 7)
+        assert (masks.sum(axis=1) == sizes[state]).all()
+        assert start is None if state is None else not start.any()
+
+
 def test_what_is_written_stands_beside_runs(custom, tmp_path):
     def half(observations):
         return np.tile([1, 0, 1, 0, 1, 0, 0], (len(observations), 1))
