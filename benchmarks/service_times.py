@@ -76,6 +76,8 @@ def print_policy(args: argparse.Namespace) -> None:
     if described["env_config"]["table"] is None:
         raise SystemExit(f"{args.run} was not trained on a table, whose outcomes the queue needs: sd-gym tabulate")
     table = table_folder(described["env_config"]["table"]).resolve()
+    if not (table / "table.json").exists():
+        raise SystemExit(f"the table of {args.run} is not at {table}; call this from the folder where it was trained")
     print(
         f"# {args.id}: a queue in front of a server of the policy in {args.run.resolve().name}, simulated on a table."
     )
