@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray as Array
 
 from sd_gym.backbones import Backbone
-from sd_gym.backbones.heads.seq2seq import judged_text, until_end
+from sd_gym.backbones.heads.seq2seq import judged_text, padded_targets, until_end
 from sd_gym.config import BackboneConfig
-from sd_gym.data.encoded import Encoded
+from sd_gym.data.encoded import Encoded, Targets
 from sd_gym.data.instance import Instance
 from sd_gym.execution.bank import MaskModels
 from sd_gym.execution.mask_tree import MaskTree
@@ -57,6 +57,7 @@ class Passes:
         self.generated = np.ones(len(encoded), dtype=np.int64)  # tokens of each row's last text, with its end
         self.first_generated = self.generated  # of the texts before rows went on
         self.finished = np.ones(len(encoded), dtype=np.bool_)  # whether that text ended by itself
+        self.written = np.empty(len(encoded), dtype=object)  # that text's tokens, with its end
 
     def answers(self, rows: Array, decisions: Array, resume_from: PassState | None = None) -> list[str]:
         """The backbone's answers to rows under decisions: a text, a class's name, or a score.
@@ -190,19 +191,35 @@ class Passes:
         texts = [(text if self._stop is None else text.partition(self._stop)[0]).strip() for text in whole]
         stopped = [self._stop is not None and self._stop in text for text in whole]
         self.generated[rows], self.finished[rows] = counted.sum(dim=1).cpu().numpy(), ended.cpu().numpy() | stopped
+        for row, tokens, length in zip(rows, answers.tolist(), self.generated[rows], strict=True):
+            self.written[row] = tokens[:length]
         if not judges:
             return texts, np.zeros((len(texts), len(self.head.judgement)))
         return texts, judged_text(backbone.model, output, self._stop_arguments.get("eos_token_id")).numpy()
 
+    def written_targets(self, rows: Array) -> Targets:
+        """The last texts of rows as targets: their own tokens, as a text encoded again may have others."""
+        return padded_targets([self._until_stop(self.written[row]) for row in rows], ~self.finished[rows])
+
+    def _until_stop(self, tokens: list[int]) -> list[int]:
+        """Tokens up to the one that completes a stop."""
+        decode, stop = self.backbone.tokenizer.decode, self._stop
+        if stop is None or stop not in decode(tokens, skip_special_tokens=True):
+            return tokens
+        lengths = range(1, len(tokens) + 1)
+        return tokens[: next(n for n in lengths if stop in decode(tokens[:n], skip_special_tokens=True))]
+
     @cached_property
     def _stop_arguments(self) -> dict[str, Any]:
-        """The arguments that end ``generate()`` at a stop of one token; a longer stop is removed from the text."""
+        """The arguments that end ``generate()`` at a stop of one token, too; a longer stop is removed from the text."""
         if self._stop is None:
             return {}
         tokenizer = self.backbone.tokenizer
         with TOKENIZING:
             stop, end = tokenizer(self._stop, add_special_tokens=False).input_ids, tokenizer.eos_token_id
-        return {"eos_token_id": [*([] if end is None else [end]), *stop]} if len(stop) == 1 else {}
+        own = self.backbone.model.generation_config.eos_token_id  # which the argument replaces
+        ends = [*(own if isinstance(own, list) else [own]), end, *stop]
+        return {"eos_token_id": list(dict.fromkeys(one for one in ends if one is not None))} if len(stop) == 1 else {}
 
     @torch.inference_mode()
     def in_passes(self, rows: Array, decisions: Array, value: Value, resume_from: PassState | None = None) -> Array:

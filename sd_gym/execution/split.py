@@ -77,7 +77,10 @@ class BackboneSplit:
         self._set_rows(instances, encoding(instances, *arguments, unanswerable=unanswerable))
         if without_labels:
             answered = self._answered_densely()
-            self._set_rows(answered, encode(answered, *arguments, unanswerable=unanswerable))
+            encoded = encode(answered, *arguments, unanswerable=unanswerable)
+            if self.head.gives == "text":
+                encoded = replace(encoded, **vars(self.passes.written_targets(np.arange(len(self)))))
+            self._set_rows(answered, encoded)
 
     def _answered_densely(self) -> Instances:
         rows, answered = np.arange(len(self)), copy(self.instances)

@@ -59,7 +59,10 @@ class PromptedHead(Seq2SeqHead):
     def targets(
         self, instances: Sequence[Instance], source: BatchEncoding, tokenizer: Tokenizer, backbone: BackboneConfig
     ) -> Targets:
-        """The answer after the prompt: a space, the target, and its end if known: the stop, or the tokenizer's."""
+        """The answer after the prompt: a space, the target, and its end if known: the stop, or the tokenizer's.
+
+        After a prompt that ends in a space or a new line, as those of a chat do, there is no other space.
+        """
         end = [tokenizer.eos_token_id]
         if backbone.stop is None and tokenizer.eos_token_id is None:
             raise DataError("the backbone's tokenizer has no token that ends a text; set 'stop', such as a new line")
@@ -70,7 +73,9 @@ class PromptedHead(Seq2SeqHead):
             raise DataError(
                 f"expected max_target_length above {len(end)}, the tokens of the stop, got {backbone.max_target_length}"
             )
-        tokens = tokenizer([f" {instance.target}" for instance in instances], add_special_tokens=False).input_ids
+        space = "" if (backbone.prompt or "")[-1:].isspace() else " "
+        texts = [f"{space}{instance.target}" for instance in instances]
+        tokens = tokenizer(texts, add_special_tokens=False).input_ids
         # An empty text keeps its end: an answer is compared in one token at least.
         endless = [instance.is_cut and len(ids) > 0 for instance, ids in zip(instances, tokens, strict=True)]
         answers = [

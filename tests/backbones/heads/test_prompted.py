@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -14,7 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
 from sd_gym.backbones import Recipe
+from sd_gym.backbones.heads.prompted import PromptedHead
 from sd_gym.config import BackboneConfig, DataConfig, TokensConfig
+from sd_gym.data.instance import Instance
 from sd_gym.envs import ConfigError
 from sd_gym.errors import DataError
 from sd_gym.tasks.encoding import encode
@@ -262,3 +265,49 @@ def test_the_tokens_of_a_text_are_counted_up_to_its_end(data, backbone):
     assert False in ended
     assert passes.finished.tolist() == ended
     assert passes.generated.tolist() == [text.index(end) + 1 if end in text else 8 for text in plain]
+
+
+def test_dense_agrees_with_itself_whatever_it_writes(data, backbone, monkeypatch):
+    """Its text may begin or end with special tokens, and encoded again it would be another one."""
+    settings = {"quality": "agreement", "max_target_length": 8, "prompt": "{source_pair} {source}\n"}
+    rows, texts = np.arange(12), {}
+
+    def check(stop):
+        core = make(data, backbone, stop=stop, **settings).unwrapped.core
+        split, decisions = core.split("test"), random_decisions(core, 12, 0.4)
+        texts[stop] = split.passes.answers(rows, 0 * decisions)
+        agreed = [one == dense for one, dense in zip(split.passes.answers(rows, decisions), texts[stop], strict=True)]
+        assert split.scoring.run(rows, 0 * decisions).all()
+        assert (split.scoring.run(rows, decisions) <= agreed).all()  # by tokens, of which some are not in a text
+        return core
+
+    ends = check(None).backbone.model.generation_config
+    words = max(texts[None], key=len).split()
+    for stop in (words[1], " ".join(words[1:3]), "Question"):
+        check(stop)
+        assert [text.partition(stop)[0].strip() for text in texts[None]] == texts[stop]
+    vocabulary = PreTrainedTokenizerFast.from_pretrained(backbone).get_vocab()
+    monkeypatch.setattr(ends, "eos_token_id", [vocabulary["</s>"], vocabulary[words[1]]])  # as chat models have several
+    core = check("Answer")  # a token that no text holds
+    model, tokenizer, inputs = core.backbone.model, core.backbone.tokenizer, core.split("test").passes.inputs(rows)
+    prompts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    plain = model.generate(**prompts, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    written = tokenizer.batch_decode(plain[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert [text.strip() for text in written] == texts["Answer"]
+
+
+@pytest.mark.parametrize(("prompt", "wanted"), [("{source}\nLabel:", " good"), ("{source}<assistant>\n", "good")])
+def test_a_target_has_a_space_where_the_prompt_has_none(prompt, wanted):
+    read = []
+
+    class Reads:
+        eos_token_id = 3
+
+        def __call__(self, texts, add_special_tokens):
+            read.extend(texts)
+            return SimpleNamespace(input_ids=[[5]] * len(texts))
+
+    config = BackboneConfig(name="x", prompt=prompt)
+    targets = PromptedHead().targets([Instance("", "a film", "good")], None, Reads(), config)
+    assert read == [wanted]
+    assert targets.labels.tolist() == [[5, 3]]
