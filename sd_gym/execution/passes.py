@@ -57,7 +57,7 @@ class Passes:
         self.generated = np.ones(len(encoded), dtype=np.int64)  # tokens of each row's last text, with its end
         self.first_generated = self.generated  # of the texts before rows went on
         self.finished = np.ones(len(encoded), dtype=np.bool_)  # whether that text ended by itself
-        self.written = np.empty(len(encoded), dtype=object)  # that text's tokens, with its end
+        self.written: list[list[int]] = [[]] * len(encoded)  # that text's tokens, with its end
 
     def answers(self, rows: Array, decisions: Array, resume_from: PassState | None = None) -> list[str]:
         """The backbone's answers to rows under decisions: a text, a class's name, or a score.
