@@ -117,6 +117,7 @@ def prepare_worker(imports: list[str], open_until: Any = None) -> None:  # the p
 
     It also ends as soon as the other end of the connection ``open_until`` is closed, whatever it is doing.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it may have been started by another thread than the main one
     threading.Thread(target=_end_with_parent, args=(open_until,), daemon=True).start()
     prepare_process(os.getcwd(), imports)
 

@@ -3,6 +3,8 @@
 import signal
 import subprocess
 import sys
+from multiprocessing import get_context
+from threading import Thread
 
 import pytest
 
@@ -35,3 +37,18 @@ def test_processes_that_start_ignore_interrupts_from_the_beginning():
         asked = subprocess.run([sys.executable, "-c", asks], capture_output=True, text=True, check=True)
     assert asked.stdout.strip() == "SIG_IGN"
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_workers_that_another_thread_starts_ignore_interrupts_too():
+    end, workers_end = get_context("spawn").Pipe()
+    process = get_context("spawn").Process(target=_tells, args=(workers_end,))
+    thread = Thread(target=process.start)
+    thread.start()
+    thread.join()
+    assert end.recv() == signal.SIG_IGN
+    process.join()
+
+
+def _tells(connection):
+    cluster.prepare_worker([])
+    connection.send(signal.getsignal(signal.SIGINT))

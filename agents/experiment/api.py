@@ -146,7 +146,7 @@ def evaluate(
 
     Raises:
         FileNotFoundError: If there is no such run.
-        FileExistsError: If ``output`` holds a result, or anything else.
+        FileExistsError: If ``output`` holds a result, or anything but the files of an evaluation that was cut off.
         ValueError: If a name or setting is unknown, the policy's decisions are malformed, a list is given without
             ``select``, or the data of a run have changed (unless ``settings`` name other data).
 
@@ -161,8 +161,7 @@ def evaluate(
     with nullcontext() if folder is None else locked(folder):
         if folder is not None and (folder / "result.json").exists():
             raise FileExistsError(f"{output} holds a result; choose another output")
-        held = [] if folder is None else contents(folder)
-        if folder is not None and held and not {"instances.csv"} <= set(held) <= WRITTEN_FIRST:
+        if folder is not None and contents(folder) and not _was_cut_off(folder):
             raise other_content_error(folder, "place for a result")
         origin, same_data = None, False
         if is_exported(policy):
@@ -202,6 +201,15 @@ def evaluate(
             write_json(folder / "config.json", description)
             run.write_result(result, core, folder)
         return result
+
+
+def _was_cut_off(folder: Path) -> bool:
+    """Whether a folder holds what an evaluation wrote before it was killed, and nothing else."""
+    instances = folder / "instances.csv"
+    if not {instances.name} <= set(contents(folder)) <= WRITTEN_FIRST:
+        return False
+    with instances.open(encoding="utf-8", errors="replace") as lines:
+        return lines.readline().startswith("id,level,")
 
 
 def _selected(
@@ -259,19 +267,23 @@ def _policy_like(policy: Any, flops: int | None, core: Core) -> Any:
 def _predicting(predict: Callable[..., Any], core: Core) -> Callable[[Any], Any]:
     """From observations to choices by a model's ``predict``, as Stable-Baselines3 calls it in an episode.
 
-    It is passed what the stage allows, if it takes that (``MaskablePPO``), and after the first stage its own state
-    (``RecurrentPPO``).
+    It is passed what the stage allows and, after the first stage, its own state, if it has parameters of these names
+    (``MaskablePPO``, ``RecurrentPPO``).
     """
-    takes_masks, state = "action_masks" in inspect.signature(predict).parameters, None
+    try:
+        takes = set(inspect.signature(predict).parameters)
+    except (TypeError, ValueError):  # it tells nothing
+        takes = set[str]()
+    state = None
 
     def act(observations: Any) -> Any:
         nonlocal state
         n = len(unbatched(observations))
         stages = core.stage_actions.observed_stages(observations) if core.is_staged else np.zeros(n, dtype=np.int64)
-        more: dict[str, Any] = {"action_masks": core.action_masks[stages]} if takes_masks else {}
-        if state is not None and stages.any():
+        more: dict[str, Any] = {"action_masks": core.action_masks[stages]} if "action_masks" in takes else {}
+        if state is not None and {"state", "episode_start"} <= takes and stages.any():
             more |= {"state": state, "episode_start": np.zeros(n, dtype=np.bool_)}
-        choices, state = predict(observations, deterministic=True, **more)
+        choices, state, *_ = predict(observations, deterministic=True, **more)
         return choices
 
     return act

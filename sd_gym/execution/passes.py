@@ -198,8 +198,15 @@ class Passes:
         return texts, judged_text(backbone.model, output, self._stop_arguments.get("eos_token_id")).numpy()
 
     def written_targets(self, rows: Array) -> Targets:
-        """The last texts of rows as targets: their own tokens, as a text encoded again may have others."""
-        return padded_targets([self._until_stop(self.written[row]) for row in rows], ~self.finished[rows])
+        """The last texts of rows as targets: their own tokens, as a text encoded again may have others.
+
+        They lack an end that ``generate()`` is forced to write where the text becomes too long.
+        """
+        tokens, cut = [self._until_stop(self.written[row]) for row in rows], ~self.finished[rows]
+        if self.backbone.model.generation_config.forced_eos_token_id is not None:
+            cut |= self.generated[rows] == self.max_target_length
+            tokens = [own[: max(1, self.max_target_length - 1)] for own in tokens]
+        return padded_targets(tokens, cut)
 
     def _until_stop(self, tokens: list[int]) -> list[int]:
         """Tokens up to the one that completes a stop."""

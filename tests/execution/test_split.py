@@ -50,6 +50,14 @@ def test_agreement_is_with_the_dense_answer(task, settings):
     assert split.scoring.metrics(rows, decisions) == {}
 
 
+def test_an_end_that_is_forced_is_not_compared(monkeypatch):
+    settings = load_backbone("mini", "cpu").model.generation_config
+    monkeypatch.setattr(settings, "forced_eos_token_id", settings.eos_token_id)  # as BART's is
+    options = {**SMALL, "test_size": 23, "max_target_length": 5}
+    core = gym.make("SD/Summarization-Mini-v0", **options, quality="agreement").unwrapped.core
+    assert core.split("test").scoring.run(np.arange(23), np.zeros((23, len(core.nvec)), dtype=np.int64)).all()
+
+
 def test_what_cannot_be_measured_is_refused_at_once():
     with pytest.raises(ConfigError, match=r"agreement compares greedy texts; expected num_beams=1, got 2"):
         gym.make("SD/Summarization-Mini-v0", **SMALL, quality="agreement", num_beams=2)

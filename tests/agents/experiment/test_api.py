@@ -90,6 +90,12 @@ def test_a_model_is_given_what_a_stage_allows_and_its_own_state():
         assert (masks.sum(axis=1) == sizes[state]).all()
         assert start is None if state is None else not start.any()
 
+    class Plain:
+        def predict(self, observations, deterministic):
+            return np.zeros(len(observations), int), "an extra", "and another"
+
+    assert sd_gym.evaluate("SD/Classification-TREC-Staged-Table-v0", Plain())["flops_ratio"] == 1
+
 
 def test_what_is_written_stands_beside_runs(custom, tmp_path):
     def half(observations):
@@ -106,8 +112,8 @@ def test_what_is_written_stands_beside_runs(custom, tmp_path):
     (tmp_path / "half" / "result.json").unlink()  # as if it had been killed; again, it writes all files
     assert sd_gym.evaluate(CUSTOM, half, "test", tmp_path / "half", **custom)["quality"] == result["quality"]
     (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "config.json").write_text("{}")
-    with pytest.raises(FileExistsError, match=r"not a place for a result: it holds config\.json"):
+    (tmp_path / "own" / "instances.csv").write_text("my,own\n")
+    with pytest.raises(FileExistsError, match=r"not a place for a result: it holds instances\.csv"):
         sd_gym.evaluate(CUSTOM, half, "test", tmp_path / "own", **custom)
     sd_gym.evaluate(CUSTOM, half, "validation", tmp_path / "validation", **custom)
     sd_gym.train(CUSTOM, "dense", tmp_path / "dense", steps=1, **custom)
