@@ -272,7 +272,7 @@ def _predicting(predict: Callable[..., Any], core: Core) -> Callable[[Any], Any]
     """
     try:
         takes = set(inspect.signature(predict).parameters)
-    except (TypeError, ValueError):  # it tells nothing
+    except (TypeError, ValueError):  # of a built-in function, for example
         takes = set[str]()
     state = None
 

@@ -64,7 +64,7 @@ class SwitchableVecEnv(VecEnv):
             listed = [_step_info(info) for info in reset]
         else:
             finals, listed = unbatched(observations), self._listed(infos)
-            reset = [info.copy() for info in listed]  # which the keys of Stable-Baselines3 are not added to
+            reset = [info.copy() for info in listed]  # without the keys that are added below
             if dones.any():
                 if not dones.all():  # resetting some would step the others
                     raise ValueError("episodes end at different steps; make the env with autoreset_mode=SAME_STEP")

@@ -218,7 +218,7 @@ class Passes:
 
     @cached_property
     def _stop_arguments(self) -> dict[str, Any]:
-        """The arguments that end ``generate()`` at a stop of one token, too; a longer stop is removed from the text."""
+        """The arguments that also end ``generate()`` at a stop of one token; a longer stop is removed from the text."""
         if self._stop is None:
             return {}
         tokenizer = self.backbone.tokenizer
