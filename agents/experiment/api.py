@@ -159,48 +159,34 @@ def evaluate(
     checked_split(split)
     folder = None if output is None else Path(output)
     with nullcontext() if folder is None else locked(folder):
-        if folder is not None and (folder / "result.json").exists():
-            raise FileExistsError(f"{output} holds a result; choose another output")
-        if folder is not None and contents(folder) and not _was_cut_off(folder):
-            raise other_content_error(folder, "place for a result")
-        origin, same_data = None, False
-        if is_exported(policy):
-            if select:
-                raise ValueError("an exported policy was selected already; select from the run that it was made of")
-            model = OnnxModel(Path(str(policy)))
-            core: Core = ExportedCore(_config(env_id, model.manifest["env"], settings), model)
-            evaluated: Any = ExportedPolicy(model)
-        else:
-            origin, evaluated = _origin(env_id, policy), policy
-            core = shared_core(_config_of_origin(env_id, origin, settings))
-        if origin is not None:
-            same_data = _check_origin(origin, env_id, core, dotted(settings))
-            evaluated = origin.exported.network if origin.exported else DecisionPolicy.load(origin.folder)
-            if select:
-                check_not_learned(origin.folder, core.data, str(policy))
+        if folder is not None:
+            _check_free(folder)
+        given = _given(env_id, policy, settings, select)
+        core = given.core
         selection, last = Selection(core, confidence), None
         if select:
-            evaluated, last = _selected(selection, evaluated, policy_flops, split)
-        elif isinstance(evaluated, list | tuple):
+            evaluated, last = _selected(selection, given.policy, policy_flops, split)
+        elif isinstance(policy, list | tuple):
             raise ValueError("expected one policy, got a list; to select from it, pass select=True")
         else:
-            evaluated = _policy_like(evaluated, policy_flops, core)
+            evaluated = _policy_like(given.policy, policy_flops, core)
         splits = list(dict.fromkeys(("train", split)))  # observations are standardised by the training split
         result = run.measure(selection, evaluated, split, splits, folder, last)
         if folder is not None:
-            names = {"env": env_id, "algo": name or (origin.description["algo"] if origin else folder.resolve().name)}
-            names |= {"named": name is not None or origin is not None, "agent_settings": {}}
-            names["control"] = bool(origin and origin.description["control"])
-            description = run_description(names, core.config, core.backbone, core.data, splits)
-            if origin is not None and same_data:  # compare then counts it as the same seed as the run
-                description |= {key: origin.description[key] for key in COPIED_KEYS if key in origin.description}
-                was = stored_config(origin.description["env_config"], str(policy))
-                description["env_config"]["reward"]["objective"] = was.reward.objective
+            description = _description(env_id, given, name, folder, splits)
             if select:
                 description["confidence"] = confidence
             write_json(folder / "config.json", description)
             run.write_result(result, core, folder)
         return result
+
+
+def _check_free(folder: Path) -> None:
+    """Raise ``FileExistsError`` unless a folder is free for a result, or has what was cut off."""
+    if (folder / "result.json").exists():
+        raise FileExistsError(f"{folder} holds a result; choose another output")
+    if contents(folder) and not _was_cut_off(folder):
+        raise other_content_error(folder, "place for a result")
 
 
 def _was_cut_off(folder: Path) -> bool:
@@ -309,6 +295,47 @@ class _Origin(NamedTuple):
     description: dict[str, Any]
     exported: SkipPolicy | None
     exported_env: str | None
+
+
+class _Given(NamedTuple):
+    """What to evaluate: a policy, or several, on an env; the run that it is of, and whether the env has its data."""
+
+    core: Core
+    policy: Any
+    origin: _Origin | None = None
+    same_data: bool = False
+
+
+def _given(env_id: str, policy: Any, settings: dict[str, Any], select: bool) -> _Given:
+    """The policy and its env; raises as ``evaluate`` does."""
+    if is_exported(policy):
+        if select:
+            raise ValueError("an exported policy was selected already; select from the run that it was made of")
+        model = OnnxModel(Path(str(policy)))
+        return _Given(ExportedCore(_config(env_id, model.manifest["env"], settings), model), ExportedPolicy(model))
+    origin = _origin(env_id, policy)
+    core = shared_core(_config_of_origin(env_id, origin, settings))
+    if origin is None:
+        return _Given(core, policy)
+    same_data = _check_origin(origin, env_id, core, dotted(settings))
+    if select:
+        check_not_learned(origin.folder, core.data, str(policy))
+    network = origin.exported.network if origin.exported else DecisionPolicy.load(origin.folder)
+    return _Given(core, network, origin, same_data)
+
+
+def _description(env_id: str, given: _Given, name: str | None, folder: Path, splits: list[str]) -> dict[str, Any]:
+    """``config.json`` of the result."""
+    core, origin = given.core, given.origin
+    names = {"env": env_id, "algo": name or (origin.description["algo"] if origin else folder.resolve().name)}
+    names |= {"named": name is not None or origin is not None, "agent_settings": {}}
+    names["control"] = bool(origin and origin.description["control"])
+    description = run_description(names, core.config, core.backbone, core.data, splits)
+    if origin is not None and given.same_data:  # compare then counts it as the same seed as the run
+        description |= {key: origin.description[key] for key in COPIED_KEYS if key in origin.description}
+        was = stored_config(origin.description["env_config"], str(origin.folder))
+        description["env_config"]["reward"]["objective"] = was.reward.objective
+    return description
 
 
 def _origin(env_id: str, policy: object) -> _Origin | None:
