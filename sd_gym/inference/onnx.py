@@ -176,43 +176,47 @@ class OnnxModel(TextModel):
             raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
         rows = self.encoded(texts)
         length = np.array([len(row) for row in rows])
-        number = np.zeros(len(rows), dtype=np.int64)  # dense
-        own = np.zeros(len(rows))
-        went_on = np.zeros(len(rows), dtype=bool)
-        seen: NDArray | None = None
-        if not dense:
-            for part in _parts(np.arange(len(rows)), length, DECIDED):
-                number[part], shown = self.decide(self.batch([rows[row] for row in part]))
-                seen = np.zeros((len(rows), shown.shape[1]), np.float32) if seen is None else seen
-                seen[part] = shown
-            own = self.own_flops(length)
-        answers, size = np.empty(len(rows), dtype=object), batch_size or BATCH
-
-        def keep(part: NDArray, values: NDArray) -> None:
-            if len(part):
+        number, seen = (np.zeros(len(rows), dtype=np.int64), None) if dense else self._decided(rows, length)
+        answers, went_on = np.empty(len(rows), dtype=object), np.zeros(len(rows), dtype=bool)
+        for mask in sorted({*number.tolist()}):
+            own_rows = (number == mask).nonzero()[0]
+            for part, values, resumed in self._passes(mask, rows, own_rows, seen, batch_size or BATCH):
                 answers[part] = self.in_words([rows[row] for row in part], [texts[row] for row in part], values)
+                went_on[part] = resumed
+        own = np.zeros(len(rows)) if dense else self.own_flops(length)
+        return self.answers_of(rows, answers.tolist(), number, went_on, own)
 
-        def finish(mask: int, waiting: dict[int, NDArray]) -> None:
+    def _decided(self, rows: list[Encoding], length: NDArray) -> tuple[NDArray, NDArray | None]:
+        """As ``decide``, for any number of rows."""
+        number, seen = np.zeros(len(rows), dtype=np.int64), None
+        for part in _parts(np.arange(len(rows)), length, DECIDED):
+            number[part], shown = self.decide(self.batch([rows[row] for row in part]))
+            seen = np.zeros((len(rows), shown.shape[1]), np.float32) if seen is None else seen
+            seen[part] = shown
+        return number, seen
+
+    def _passes(
+        self, mask: int, rows: list[Encoding], own_rows: NDArray, seen: NDArray | None, size: int
+    ) -> Iterator[tuple[NDArray, NDArray, bool]]:
+        """Which of a mask's ``own_rows`` a pass answered, their logits, and whether they went on after their answer."""
+        length = np.array([len(row) for row in rows])
+        waiting = dict[int, NDArray]()  # the states of rows that go on: few of a pass, so they wait for others
+
+        def finish() -> Iterator[tuple[NDArray, NDArray, bool]]:
             for part in _parts(np.array([*waiting], dtype=np.int64), length, size):
                 batch = self.batch([rows[row] for row in part])
-                keep(part, self.run_rest(mask, batch, _padded([waiting[row] for row in part.tolist()], batch)))
+                yield part, self.run_rest(mask, batch, _padded([waiting[row] for row in part.tolist()], batch)), True
+            waiting.clear()
 
-        for mask in sorted({*number.tolist()}):
-            waiting = dict[int, NDArray]()  # few rows of a pass go on, so they wait for those of other passes
-            for part in _parts((number == mask).nonzero()[0], length, size):
-                batch = self.batch([rows[row] for row in part])
-                values, goes_on, states = self.run_judged(mask, batch, None if seen is None else seen[part])
-                if goes_on.any():
-                    went_on[part] = goes_on
-                    waiting |= zip(part[goes_on].tolist(), states, strict=True)
-                    part, values = part[~goes_on], values[~goes_on]
-                keep(part, values)
-                if sum(map(len, waiting.values())) > WAITING:
-                    finish(mask, waiting)
-                    waiting = {}
-            if waiting:
-                finish(mask, waiting)
-        return self.answers_of(rows, answers.tolist(), number, went_on, own)
+        for part in _parts(own_rows, length, size):
+            batch = self.batch([rows[row] for row in part])
+            values, goes_on, states = self.run_judged(mask, batch, None if seen is None else seen[part])
+            if not goes_on.all():
+                yield part[~goes_on], values[~goes_on], False
+            waiting |= zip(part[goes_on].tolist(), states, strict=True)
+            if sum(map(len, waiting.values())) > WAITING:
+                yield from finish()
+        yield from finish()
 
     def answers_of(
         self, rows: list[Encoding], words: list[str], number: NDArray, went_on: NDArray, own: NDArray
