@@ -76,7 +76,7 @@ def _kept(n: int, lost: int, gained: int) -> bool:
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--simulations", type=int, default=1000)
+    parser.add_argument("--simulations", type=int, default=10_000)
     simulations = parser.parse_args().simulations
     error = np.sqrt((1 - CONFIDENCE) * CONFIDENCE / simulations)
     print(f"False selections, at most {1 - CONFIDENCE:.0%} (standard error {error:.1%}); mean FLOPs; best FLOPs")
