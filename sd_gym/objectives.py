@@ -111,7 +111,8 @@ class Objective:
 
     def rewards(self, quality: Floats, quality_ref: Floats, flops_ratio: Floats) -> Floats:
         """Rewards ``[n]`` of ``n`` decisions made together; raises ``ValueError`` if they are not ``n`` finite ones."""
-        output = self.function(quality, quality_ref, flops_ratio, **self.constants)
+        own = quality.copy(), quality_ref.copy(), flops_ratio.copy()  # a user's function may change them in place
+        output = self.function(*own, **self.constants)
         rewards = np.asarray(output, dtype=np.float64)
         if rewards.shape != quality.shape or not np.isfinite(rewards).all():
             raise ValueError(

@@ -28,9 +28,11 @@ class Registry(Generic[Thing]):
         self._own: dict[str, Thing] = {}
 
     def register(self, name: str, thing: Thing) -> None:
-        """Register or replace a user's thing; raises ``ValueError`` if the name is empty or built in."""
-        if not name or name in self._built_in:
-            raise ValueError(f"the {self.kind} needs a name of its own; {name!r} is {'taken' if name else 'empty'}")
+        """Register or replace a user's thing; raises ``ValueError`` if the name is empty, built in or no string."""
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"the {self.kind} needs a name of its own, a text that is not empty; got {name!r}")
+        if name in self._built_in:
+            raise ValueError(f"the {self.kind} needs a name of its own; {name!r} is taken")
         self._own[name] = thing
 
     def built_in(self) -> list[str]:
@@ -55,6 +57,12 @@ class Registry(Generic[Thing]):
             module, _, attribute = thing.partition(":")
             return getattr(import_module(module), attribute)
         return thing
+
+
+def check_function(what: str, thing: object) -> None:
+    """Raise ``TypeError`` if a thing to be registered cannot be called."""
+    if not callable(thing):
+        raise TypeError(f"{what} must be a function, got {thing!r}")
 
 
 def unknown(kind: str, name: str, known: list[str]) -> str:

@@ -79,6 +79,19 @@ def test_an_own_objective_gives_the_rewards(objective, settings):
     hash(single.unwrapped.config)
 
 
+def test_an_objective_that_changes_its_arguments_changes_nothing_else(settings):
+    def careless(quality, quality_ref, flops_ratio, **_):
+        quality -= quality_ref
+        flops_ratio *= 0
+        return quality
+
+    env = gym.make_vec(CUSTOM, num_envs=4, objective=careless, **settings)
+    env.reset(seed=0)
+    *_, infos = env.step(np.zeros(env.action_space.shape, dtype=int))
+    assert (infos["final_info"]["flops_ratio"] == 1).all()
+    np.testing.assert_array_equal(infos["final_info"]["quality"], infos["final_info"]["quality_ref"])
+
+
 def test_objectives_are_checked_when_an_env_is_made(settings):
     with pytest.raises(
         ConfigError,

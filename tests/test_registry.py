@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from sd_gym.agents import agent_names
 from typer.testing import CliRunner
 
+import sd_gym
 from sd_gym.cli import app
 from sd_gym.registration import import_own
 from sd_gym.registry import Registry, UnknownNameError
@@ -31,6 +33,20 @@ sd_gym.register_env(beside.FILE)
 """
 
 
+@pytest.mark.parametrize(
+    ("register", "thing"),
+    [
+        (sd_gym.register_network, 5),
+        (sd_gym.register_network, torch.nn.Linear(2, 2)),
+        (sd_gym.register_ranking, 5),
+        (lambda name, thing: sd_gym.register_metric(name, of_text=thing), 5),
+    ],
+)
+def test_what_is_no_function_is_refused_at_once(register, thing):
+    with pytest.raises(TypeError, match=r"'mine' must be (a function|made anew for each agent)"):
+        register("mine", thing)
+
+
 def test_a_registry_knows_what_is_registered_and_guards_what_is_built_in():
     registry = Registry("thing", {"lazy": "json:dumps", "given": 3})
     assert registry.find("lazy") is json.dumps
@@ -39,7 +55,7 @@ def test_a_registry_knows_what_is_registered_and_guards_what_is_built_in():
     registry.register("mine", 2)
     assert registry.find("mine") == 2
     assert registry.names() == ["lazy", "given", "mine"]
-    for name in ("given", ""):
+    for name in ("given", "", 5, ["given"]):
         with pytest.raises(ValueError, match="needs a name of its own"):
             registry.register(name, 1)
     with pytest.raises(

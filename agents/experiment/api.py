@@ -232,8 +232,7 @@ def _policy_like(policy: Any, flops: int | None, core: Core) -> Any:
         if flops is None and isinstance(policy, DecisionPolicy):
             return policy
         return SimpleNamespace(decide=policy.decide, flops=policy.flops if flops is None else flops)
-    predict: Callable[..., Any] | None = getattr(policy, "predict", None)
-    act: Any = _predicting(predict, core) if callable(predict) else policy
+    act: Any = _predicting(policy, core) if callable(getattr(policy, "predict", None)) else policy
     if not callable(act):
         raise ValueError(
             "expected a policy: a callable from observations to decisions, a model with predict(), a DecisionPolicy or "
@@ -250,12 +249,14 @@ def _policy_like(policy: Any, flops: int | None, core: Core) -> Any:
     return SimpleNamespace(decide=decide, flops=getattr(policy, "flops", None) if flops is None else flops)
 
 
-def _predicting(predict: Callable[..., Any], core: Core) -> Callable[[Any], Any]:
+def _predicting(model: Any, core: Core) -> Callable[[Any], Any]:
     """From observations to choices by a model's ``predict``, as Stable-Baselines3 calls it in an episode.
 
     It is passed what the stage allows and, after the first stage, its own state, if it has parameters of these names
-    (``MaskablePPO``, ``RecurrentPPO``).
+    (``MaskablePPO``, ``RecurrentPPO``). If its env is a ``VecNormalize``, observations are normalised as there.
     """
+    predict: Callable[..., Any] = model.predict
+    normalizing = getattr(model, "get_vec_normalize_env", lambda: None)()
     try:
         takes = set(inspect.signature(predict).parameters)
     except (TypeError, ValueError):  # of a built-in function, for example
@@ -269,7 +270,8 @@ def _predicting(predict: Callable[..., Any], core: Core) -> Callable[[Any], Any]
         more: dict[str, Any] = {"action_masks": core.action_masks[stages]} if "action_masks" in takes else {}
         if state is not None and {"state", "episode_start"} <= takes and stages.any():
             more |= {"state": state, "episode_start": np.zeros(n, dtype=np.bool_)}
-        choices, state, *_ = predict(observations, deterministic=True, **more)
+        shown = observations if normalizing is None else normalizing.normalize_obs(observations)
+        choices, state, *_ = predict(shown, deterministic=True, **more)
         return choices
 
     return act

@@ -98,6 +98,7 @@ def final_infos(ended: NDArray, observations: Sequence[Any], infos: dict[str, ND
     """The final observations and infos of a step that also resets, for the envs that ``ended``, bool ``[num_envs]``."""
     last = np.full(len(ended), None, dtype=object)
     last[:] = observations
+    last[~ended] = None  # as in Gymnasium's own vector envs
     infos = infos_of_all(len(ended), (np.flatnonzero(ended), infos))
     return {"final_obs": last, "final_info": infos} | {f"_final_{name}": ended.copy() for name in ("obs", "info")}
 

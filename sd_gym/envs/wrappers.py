@@ -8,6 +8,7 @@ from gymnasium.utils import RecordConstructorArgs
 from gymnasium.vector import VectorEnv, VectorWrapper
 from numpy.typing import NDArray
 
+from sd_gym.config import RewardConfig
 from sd_gym.envs.protocols import SCORES
 from sd_gym.objectives import MULTIPLIER_RATE, Lagrangian
 
@@ -17,11 +18,15 @@ class SafetyWrapper(gym.Wrapper, RecordConstructorArgs):
 
     The reward is the savings, ``1 - flops_ratio``; the cost is ``quality_ref - quality``, with its sign. The limit on
     the mean cost is the config's ``epsilon``. Where an episode has several stages both come with the last one.
+
+    Raises:
+        ValueError: If the env has no such reward: it is a queue, or not of this package.
     """
 
     def __init__(self, env: gym.Env) -> None:
         RecordConstructorArgs.__init__(self)
         gym.Wrapper.__init__(self, env)
+        _reward_config(env)
 
     def step(self, action: Any) -> Any:
         """(observation, reward, cost, terminated, truncated, info) of the step; raises as the env's."""
@@ -44,7 +49,7 @@ class LagrangianWrapper(gym.Wrapper, RecordConstructorArgs):
         lagrangian: Holds the current ``multiplier``, which a checkpoint has to keep.
 
     Raises:
-        ValueError: If the env has a ``reward.dense`` or a ``reward.vector``.
+        ValueError: If the env has a ``reward.dense`` or a ``reward.vector``, is a queue, or not of this package.
 
     Example:
         >>> import gymnasium as gym, sd_gym
@@ -90,8 +95,7 @@ class LagrangianVectorWrapper(VectorWrapper):
 
 
 def _lagrangian(env: gym.Env | VectorEnv, multiplier: float | None, rate: float) -> Lagrangian:
-    unwrapped: Any = env.unwrapped  # an env of this package, which has a config
-    reward = unwrapped.config.reward
+    reward = _reward_config(env)
     for key in ("dense", "vector"):
         if getattr(reward, key):
             raise ValueError(
@@ -99,3 +103,11 @@ def _lagrangian(env: gym.Env | VectorEnv, multiplier: float | None, rate: float)
             )
     start = reward.penalty if multiplier is None else multiplier
     return Lagrangian(multiplier=start, rate=rate, epsilon=reward.epsilon, cost_scale=reward.cost_scale)
+
+
+def _reward_config(env: gym.Env | VectorEnv) -> RewardConfig:
+    """The part ``reward`` of an env's config; raises ``ValueError`` if it has none."""
+    reward = getattr(getattr(env.unwrapped, "config", None), "reward", None)
+    if not isinstance(reward, RewardConfig):
+        raise ValueError(f"expected an env whose steps skip parts of a backbone, got {env}; queues have other rewards")
+    return reward

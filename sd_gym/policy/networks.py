@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sd_gym.registry import Registry
+from sd_gym.registry import Registry, check_function
 
 NetworkFactory = Callable[[int, int], nn.Module]
 NETWORKS: Registry[NetworkFactory] = Registry("network", {})
@@ -25,7 +25,11 @@ def register_network(name: str, factory: NetworkFactory) -> None:
 
     Raises:
         ValueError: If the name is empty.
+        TypeError: If the factory is no function and no class.
     """
+    check_function(f"the network {name!r}", factory)
+    if isinstance(factory, nn.Module):
+        raise TypeError(f"the network {name!r} must be made anew for each agent; pass its class, or a function")
     NETWORKS.register(name, factory)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd_gym.errors import short
-from sd_gym.registry import Registry
+from sd_gym.registry import Registry, check_function
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 ACCURACY = "accuracy"
@@ -171,7 +171,9 @@ def register_metric(name: str, *, of_text: TextMetric | None = None, of_all: Cor
 
     Raises:
         ValueError: If not exactly one of the two is given, or the name is one of the project's.
+        TypeError: If it is no function.
     """
     if (of_text is None) == (of_all is None):
         raise ValueError(f"the metric {name!r} needs either of_text or of_all")
+    check_function(f"the metric {name!r}", of_text or of_all)
     METRICS.register(name, Metric(of_text, of_all, own=True))

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sd_gym.data.encoded import Encoded
 from sd_gym.data.instance import Instance
-from sd_gym.registry import Registry
+from sd_gym.registry import Registry, check_function
 from sd_gym.switch import (
     FlopsModel,
     Switchboard,
@@ -105,7 +105,10 @@ def register_ranking(name: str, ranking: TokenRanking | ScoreTokens) -> None:
 
     Raises:
         ValueError: If the name is one of the project's.
+        TypeError: If it is neither.
     """
+    if not isinstance(ranking, TokenRanking):
+        check_function(f"the token ranking {name!r}", ranking)
     RANKINGS.register(name, ranking if isinstance(ranking, TokenRanking) else FunctionRanking(ranking))
 
 

@@ -96,6 +96,13 @@ def test_other_rewards_are_refused(key):
         LagrangianVectorWrapper(env)
 
 
+@pytest.mark.parametrize("wrapper", [LagrangianWrapper, SafetyWrapper])
+def test_queues_are_refused(wrapper):
+    env = gym.make("SD/Serving-TREC-Table-v0")
+    with pytest.raises(ValueError, match=r"whose steps skip parts of a backbone, got .*; queues have other rewards"):
+        wrapper(env)
+
+
 def test_the_safety_wrapper_has_a_cost_beside_the_reward(tiny):
     env = SafetyWrapper(gym.make(**tiny))
     env.action_space.seed(0)

@@ -10,6 +10,7 @@ import torch
 from sd_gym.agents import make_agent
 from sd_gym.agents.report import compare as comparing
 from stable_baselines3 import PPO
+from stable_baselines3.common.vec_env import VecNormalize
 
 import sd_gym
 from sd_gym.envs.sb3 import SwitchableVecEnv
@@ -17,6 +18,7 @@ from tests.conftest import dense_policy, write_env
 from tests.envs.conftest import SMALL
 
 CUSTOM = "SD/Classification-Custom-v0"
+TREC = "SD/Classification-TREC-Table-v1"
 
 
 def without_time(result):
@@ -71,6 +73,20 @@ def test_a_model_of_stable_baselines3_is_evaluated_as_its_agent(custom, tmp_path
     assert result["flops_ratio"] == pytest.approx(ratio.mean())
     with pytest.raises(ValueError, match=r"trained on MultiDiscrete.* \(the env has MultiBinary\(6\)\)"):
         sd_gym.evaluate(CUSTOM, model, action="multi_binary", **custom)
+
+
+def test_a_model_that_learned_on_normalised_observations_is_shown_such():
+    env = VecNormalize(SwitchableVecEnv(gym.make_vec(TREC, num_envs=64)))
+    model = PPO("MlpPolicy", env, n_steps=8, batch_size=128, learning_rate=0.01, device="cpu", seed=0).learn(2048)
+    env.training = False
+
+    def as_it_learned(observations):
+        return model.predict(env.normalize_obs(observations), deterministic=True)[0]
+
+    def decided(policy):
+        return sd_gym.evaluate(TREC, policy)["decisions_hash"]
+
+    assert decided(model) == decided(as_it_learned) != decided(lambda raw: model.predict(raw, deterministic=True)[0])
 
 
 def test_a_model_is_given_what_a_stage_allows_and_its_own_state():

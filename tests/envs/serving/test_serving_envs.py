@@ -129,6 +129,8 @@ def test_vector_env_is_the_single_env_many_times():
         assert (rewards[2], ended[2]) == (reward, over)
         if over:
             assert np.array_equal(infos["final_obs"][2], alone)
+            assert [one is not None for one in infos["final_obs"]] == ended.tolist()
+            assert not ended.all()
             assert infos["final_info"]["answers"][2] == info["answers"]
             break
         assert infos["answers"][2] == info["answers"]
