@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ def bank(model: PreTrainedModel, masks: Sequence[ArrayLike] | NDArray) -> list[P
 
     Outputs equal those of the switched model under the mask, bit for bit. Nothing is copied: a change of a weight
     changes all. Forward passes and ``generate()`` are Hugging Face's own, so static caches, streamers and
-    ``torch.compile`` work. ``sd_gym.bake`` makes a model that can be saved.
+    ``torch.compile`` work. ``sd_gym.bake`` makes a model that can be saved; these refuse it, as they lack weights.
 
     Args:
         model: A model of a supported architecture, attached or not; it is not changed.
@@ -111,9 +111,18 @@ def checked_mask(mask: ArrayLike, board: Switchboard) -> NDArray:
 def without_skipped(board: Switchboard, mask: NDArray) -> PreTrainedModel:
     """A twin of a board's model without what a mask, bool ``[switches]``, skips."""
     twin = twin_of(board.model)
-    for stack in board.architecture.stacks if mask.any() else ():
-        _remove(board, stack, mask, twin)
+    if mask.any():
+        vars(twin)["save_pretrained"] = _refuse_saving
+        for stack in board.architecture.stacks:
+            _remove(board, stack, mask, twin)
     return twin
+
+
+def _refuse_saving(*_: Any, **__: Any) -> NoReturn:
+    raise NotImplementedError(
+        "a model of a bank lacks the weights of what it skips; sd_gym.bake(model, mask) makes one without whole layers "
+        "that can be saved"
+    )
 
 
 def _remove(board: Switchboard, stack: Stack, mask: NDArray, twin: PreTrainedModel) -> None:

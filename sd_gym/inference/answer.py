@@ -74,6 +74,10 @@ class TextModel(ABC):
         """Answer like a call, without its warning."""
         if isinstance(inputs, str | Mapping):
             raise ValueError(f"expected a list of inputs, got one {type(inputs).__name__}; put it in a list")
+        if hasattr(inputs, "columns"):  # it would iterate over their names
+            raise ValueError(f"expected a list of inputs, got a {type(inputs).__name__}; pass one of its columns")
+        if batch_size is not None and (batch_size < 1 or batch_size % 1):
+            raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
         texts = []
         for number, given in enumerate(inputs):
             try:

@@ -27,7 +27,7 @@ from sd_gym.inference.second_answers import (
     setting,
 )
 from sd_gym.policy.artefact import SkipPolicy
-from sd_gym.switch import FlopsModel, PassState, Switchboard, first_layer_input
+from sd_gym.switch import FlopsModel, PassState, Switchboard, board_on, first_layer_input
 from sd_gym.switch.decision import refuse_compiled
 from sd_gym.switch.model_patches import CONTINUOUS, ending
 
@@ -116,7 +116,7 @@ class Attached:
         self.model = model
         self.policy = policy
         self._head = head_of(model)
-        existing: Switchboard | None = vars(model).get("_switchboard")
+        existing = board_on(model)
         if existing is not None and existing.is_in_use:
             raise RuntimeError("a call or decide() block is still running on this model; end that, then attach")
         self._owns_board = existing is None

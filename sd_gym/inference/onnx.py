@@ -172,8 +172,6 @@ class OnnxModel(TextModel):
         self._session = lru_cache(None)(self._opened)  # graphs are read when they are first run
 
     def _answers(self, texts: list[list[str]], dense: bool, batch_size: int | None) -> list[Answer]:
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
         rows = self.encoded(texts)
         length = np.array([len(row) for row in rows])
         number, seen = (np.zeros(len(rows), dtype=np.int64), None) if dense else self._decided(rows, length)

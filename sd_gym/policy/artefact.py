@@ -33,6 +33,7 @@ from sd_gym.switch import (
     FlopsModel,
     Switchboard,
     attention_received,
+    board_on,
     first_layer_input,
     keep_tokens,
     position_scores,
@@ -212,6 +213,11 @@ class SkipPolicy:
                 f"this policy decides on {len(self.network.switches)} switches by {self.network.observation_size} "
                 f"features of {backbone['name']}; the model has {len(names)} switches and {width} features"
             )
+        if weights and any(value.is_meta for value in model.state_dict().values()):
+            raise ValueError(
+                "the weights are offloaded, so they cannot be compared with those that this policy was trained on; "
+                "attach first, then offload, or pass check_weights=False"
+            )
         if weights and weights_hash(model) != backbone["weights"]:
             raise ValueError(
                 f"the weights are not those of {backbone['name']} that this policy was trained on, so its quality is "
@@ -353,7 +359,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 @contextmanager
 def switchboard_of(model: PreTrainedModel) -> Iterator[Switchboard]:
     """The switchboard of a model; a new one is removed on exit."""
-    existing = vars(model).get("_switchboard")
+    existing = board_on(model)
     board = existing or Switchboard(model)
     try:
         yield board

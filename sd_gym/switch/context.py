@@ -47,6 +47,10 @@ class MethodPatch:
         self.is_installed = False
         self.is_lost = False  # whether another tool has replaced it
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what it replaced before: that may be of a policy, which cannot be pickled, and is not needed."""
+        return vars(self) | {"replaced": self.replaced if self.is_installed else None}
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Called instead of the method."""
         return self.run(self.scope.current(), self.method, *args, **kwargs)

@@ -64,8 +64,7 @@ class Switchboard:
     """
 
     def __init__(self, model: PreTrainedModel | nn.Module) -> None:
-        model = _unwrapped(model)
-        carried = vars(model).get("_switchboard")
+        model, carried = _unwrapped(model), board_on(model)
         if carried is not None:
             if not carried._scope.is_copy:
                 raise RuntimeError("this model already carries a Switchboard; call its remove() first")
@@ -387,6 +386,11 @@ class Switchboard:
         if not ((array == 0) | (array == 1)).all():
             raise ValueError(f"{name} must hold only 0 and 1")
         return array.astype(bool)
+
+
+def board_on(model: nn.Module) -> Switchboard | None:
+    """The switchboard that a model, or the one inside of a wrapper, carries; raises as ``Switchboard``."""
+    return vars(_unwrapped(model)).get("_switchboard")
 
 
 def _unwrapped(model: nn.Module) -> PreTrainedModel:

@@ -1,5 +1,7 @@
 """A bank of masks: plain models without what their masks skip, on the weights of one."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -145,6 +147,17 @@ def test_of_an_attached_model_it_follows_its_own_mask():
 def test_a_mask_that_is_no_model_is_refused(mask, message):
     with pytest.raises(ValueError, match=message):
         sd_gym.bank(make_model("bert"), [mask])
+
+
+def test_only_the_dense_model_of_a_bank_is_saved(tmp_path):
+    model = make_model("bert")
+    dense, half = sd_gym.bank(model, [[0] * 6, [0, 1, 0, 0, 0, 0]])
+    dense.save_pretrained(tmp_path / "dense")
+    for other in (half, copy.deepcopy(half)):
+        with pytest.raises(NotImplementedError, match=r"lacks the weights of what it skips; sd_gym\.bake\(model"):
+            other.save_pretrained(tmp_path / "half")
+    assert not (tmp_path / "half").exists()
+    model.save_pretrained(tmp_path / "half")
 
 
 def test_what_another_tool_has_wrapped_is_refused():

@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, TextIteratorStreamer
 
+import sd_gym
 from sd_gym.backbones.heads import head_of
 from sd_gym.inference.attach import attach, detach
 from sd_gym.policy.artefact import SkipPolicy
@@ -460,6 +461,44 @@ def test_what_cannot_work_is_refused():
     attach(model, SkipPolicy(**{**vars(protected), "protection": None}))
     with pytest.raises(ValueError, match="call it on texts"):
         model(**inputs)
+
+
+def test_a_model_that_peft_wraps_is_attached_again_and_banked():
+    peft = pytest.importorskip("peft")
+    inputs, policies = make_inputs("llama"), [make_policy(make_model("llama"), seed=seed) for seed in (1, 2)]
+    model = peft.get_peft_model(make_model("llama"), peft.LoraConfig(target_modules=["q_proj"], r=2)).eval()
+    plain = copy.deepcopy(model)
+    for policy in policies:
+        attach(model, policy, check_weights=False)
+        np.testing.assert_array_equal(logits(model, inputs), expected(plain, policy, inputs)[1])
+    mask = model.decisions.skip[0]
+    (own,), (theirs,) = sd_gym.bank(model, [mask]), sd_gym.bank(plain, [mask])
+    assert torch.equal(logits(own, inputs), logits(theirs, inputs))
+    board = Switchboard(plain)
+    attach(plain, policies[1], check_weights=False)
+    assert torch.equal(logits(plain, inputs), logits(model, inputs))
+    board.remove()
+
+
+def test_weights_that_are_offloaded_are_no_weights_to_compare():
+    policy = make_policy(make_model("bert"))
+    model = make_model("bert").to("meta")
+    with pytest.raises(ValueError, match=r"the weights are offloaded, .* attach first, then offload, or"):
+        attach(model, policy)
+
+
+def test_after_a_call_a_model_is_pickled_only_without_a_policy():
+    model, inputs = make_model("llama"), make_inputs("llama")
+    board = Switchboard(model)
+    attach(model, make_policy(model))
+    model.generate(**inputs, max_new_tokens=2)
+    logits(model, inputs)
+    with pytest.raises(TypeError, match="detach"):
+        pickle.dumps(model)
+    detach(model)
+    loaded = pickle.loads(pickle.dumps(model))
+    board.remove()
+    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODER)

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -427,6 +428,8 @@ def test_malformed_inputs_are_named(exported):
         model(["good", 3])
     with pytest.raises(ValueError, match="expected a list of inputs"):
         model("good")
+    with pytest.raises(ValueError, match="got a DataFrame; pass one of its columns"):
+        model(pd.DataFrame({"text": ["good"]}))
     with pytest.raises(ValueError, match="batch size of at least 1"):
         model(["good"], batch_size=0)
 
