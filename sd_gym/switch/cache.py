@@ -113,7 +113,10 @@ class RowSubsetLayer(CacheLayerMixin):
 
     def crop(self, *_: Any) -> None:
         """Raise ``NotImplementedError``: assisted decoding, which crops, works only without decisions."""
-        raise NotImplementedError("a cache that was filled under skip decisions cannot be cropped")
+        raise NotImplementedError(
+            "a cache that was filled under skip decisions cannot be cropped, as assisted decoding does; leave it out, "
+            "or use a model of a bank of masks"
+        )
 
     def batch_select_indices(self, *_: Any) -> None:
         """Raise ``NotImplementedError``: row i of the decision would no longer be row i of the cache."""
