@@ -27,9 +27,10 @@ from sd_gym.inference.second_answers import (
     setting,
 )
 from sd_gym.policy.artefact import SkipPolicy
-from sd_gym.switch import FlopsModel, PassState, Switchboard, board_on, first_layer_input
+from sd_gym.switch import FlopsModel, PassState, Switchboard, first_layer_input
 from sd_gym.switch.decision import refuse_compiled
 from sd_gym.switch.model_patches import CONTINUOUS, ending
+from sd_gym.switch.switchboard import board_on
 
 PASS_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # inputs of a pass that a head judges
 COMPUTED = ("encoder_outputs", "inputs_embeds")  # arguments that replace what the policy has to see

@@ -33,12 +33,12 @@ from sd_gym.switch import (
     FlopsModel,
     Switchboard,
     attention_received,
-    board_on,
     first_layer_input,
     keep_tokens,
     position_scores,
     rarity_scores,
 )
+from sd_gym.switch.switchboard import board_on
 
 TOKEN_STATISTICS = ("token_mean", "token_deviation")  # names of tensors
 

@@ -14,7 +14,7 @@ from sd_gym.switch.context import StaleBoardError
 from sd_gym.switch.first_layer import attention_received, first_layer_input, pooled
 from sd_gym.switch.flops import FlopsModel
 from sd_gym.switch.stages import PassState
-from sd_gym.switch.switchboard import Switchboard, board_on
+from sd_gym.switch.switchboard import Switchboard
 from sd_gym.switch.tokens import (
     dropped_tokens,
     inverse_document_frequency,
@@ -34,7 +34,6 @@ __all__ = [
     "Switchboard",
     "UnsupportedArchitectureError",
     "attention_received",
-    "board_on",
     "dropped_tokens",
     "first_layer_input",
     "inverse_document_frequency",
