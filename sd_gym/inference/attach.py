@@ -69,7 +69,8 @@ def attach(
     Raises:
         TypeError: If the model is wrapped or compiled; by PEFT it may be.
         ValueError: If model, weights or tokenizer are not the policy's, or there is no such operating point.
-        RuntimeError: If a decision is in force on the model, as in another thread.
+        RuntimeError: If a decision is in force on the model, as in another thread, or a policy is attached to its
+            wrapper or to the model inside.
 
     Example:
         >>> model = attach(model, "runs/ppo")  # doctest: +SKIP
@@ -120,6 +121,10 @@ class Attached:
         existing = board_on(model)
         if existing is not None and existing.is_in_use:
             raise RuntimeError("a call or decide() block is still running on this model; end that, then attach")
+        if existing is not None and existing.has_policy:
+            raise RuntimeError(
+                "a policy is attached to a wrapper of this model or to the model inside; detach it first"
+            )
         self._owns_board = existing is None
         self.board = existing or Switchboard(model)
         self._flops = FlopsModel(self.board)
@@ -136,6 +141,7 @@ class Attached:
         self._of_cache: WeakKeyDictionary[Cache, InForce] = WeakKeyDictionary()
         # ``_attached`` comes first: it refuses to be pickled, with a message that helps.
         vars(model).update(_attached=self, **self._wrappers, decisions=self._decisions)
+        self.board.has_policy = True
 
     def detach(self) -> None:
         """Restore the methods."""
@@ -148,6 +154,7 @@ class Attached:
         for name in (*self._wrappers, "_attached", "decisions"):
             del places[name]
         places.update({name: method for name, method in self._replaced.items() if method is not None})
+        self.board.has_policy = False
         if self._owns_board:
             self.board.remove()
 

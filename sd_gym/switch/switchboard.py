@@ -115,6 +115,7 @@ class Switchboard:
         self._dense = np.zeros((1, len(self)), dtype=bool)
         self._undecided = Plan.of(self._dense, frozenset(), (), torch.device("cpu"))
         self._plans: dict[tuple[bytes, int, bool, int | None, torch.device], Plan] = {}
+        self.has_policy = False  # whether a policy is attached, to the model or to a wrapper
         vars(model)["_switchboard"] = self
 
     def __len__(self) -> int:

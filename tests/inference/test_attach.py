@@ -471,12 +471,19 @@ def test_a_model_that_peft_wraps_is_attached_again_and_banked():
     for policy in policies:
         attach(model, policy, check_weights=False)
         np.testing.assert_array_equal(logits(model, inputs), expected(plain, policy, inputs)[1])
+    with pytest.raises(RuntimeError, match="to a wrapper of this model or to the model inside; detach it first"):
+        attach(model.base_model.model, policies[0], check_weights=False)
     mask = model.decisions.skip[0]
     (own,), (theirs,) = sd_gym.bank(model, [mask]), sd_gym.bank(plain, [mask])
     assert torch.equal(logits(own, inputs), logits(theirs, inputs))
     board = Switchboard(plain)
     attach(plain, policies[1], check_weights=False)
     assert torch.equal(logits(plain, inputs), logits(model, inputs))
+    detach(plain)
+    attach(plain.base_model.model, policies[0], check_weights=False)
+    with pytest.raises(RuntimeError, match="to a wrapper of this model or to the model inside; detach it first"):
+        attach(plain, policies[0], check_weights=False)
+    detach(plain.base_model.model)
     board.remove()
 
 
