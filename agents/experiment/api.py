@@ -1,19 +1,18 @@
 """Evaluation of any policy, and training of all agents, as ``sd_gym.evaluate`` and ``sd_gym.train_all``."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.experiment import run
 from sd_gym.agents.experiment.comparison_plan import plan_comparison
 from sd_gym.agents.experiment.evaluation import summary
 from sd_gym.agents.experiment.exported import ExportedCore, ExportedPolicy, is_exported
+from sd_gym.agents.experiment.models import other_spaces, predicting
 from sd_gym.agents.experiment.parallel import OnStatus, RunStatus, train_many
 from sd_gym.agents.experiment.selection import Selection
 from sd_gym.agents.experiment.trained import run_config
@@ -232,7 +231,7 @@ def _policy_like(policy: Any, flops: int | None, core: Core) -> Any:
         if flops is None and isinstance(policy, DecisionPolicy):
             return policy
         return SimpleNamespace(decide=policy.decide, flops=policy.flops if flops is None else flops)
-    act: Any = _predicting(policy, core) if callable(getattr(policy, "predict", None)) else policy
+    act: Any = predicting(policy, core) if callable(getattr(policy, "predict", None)) else policy
     if not callable(act):
         raise ValueError(
             "expected a policy: a callable from observations to decisions, a model with predict(), a DecisionPolicy or "
@@ -243,51 +242,10 @@ def _policy_like(policy: Any, flops: int | None, core: Core) -> Any:
         try:
             choices = core.actions.decisions(act(observations), len(unbatched(observations)))
         except ValueError as error:
-            raise ValueError(f"{error}".rstrip(".") + _other_spaces(policy, core)) from error
+            raise ValueError(f"{error}".rstrip(".") + other_spaces(policy, core)) from error
         return core.stage_actions.observed_to_decisions(observations, choices)
 
     return SimpleNamespace(decide=decide, flops=getattr(policy, "flops", None) if flops is None else flops)
-
-
-def _predicting(model: Any, core: Core) -> Callable[[Any], Any]:
-    """From observations to choices by a model's ``predict``, as Stable-Baselines3 calls it in an episode.
-
-    It is passed what the stage allows and, after the first stage, its own state, if it has parameters of these names
-    (``MaskablePPO``, ``RecurrentPPO``). If its env is a ``VecNormalize``, observations are normalised as there.
-    """
-    predict: Callable[..., Any] = model.predict
-    normalizing = getattr(model, "get_vec_normalize_env", lambda: None)()
-    try:
-        takes = set(inspect.signature(predict).parameters)
-    except (TypeError, ValueError):  # of a built-in function, for example
-        takes = set[str]()
-    state = None
-
-    def act(observations: Any) -> Any:
-        nonlocal state
-        n = len(unbatched(observations))
-        stages = core.stage_actions.observed_stages(observations) if core.is_staged else np.zeros(n, dtype=np.int64)
-        more: dict[str, Any] = {"action_masks": core.action_masks[stages]} if "action_masks" in takes else {}
-        if state is not None and {"state", "episode_start"} <= takes and stages.any():
-            more |= {"state": state, "episode_start": np.zeros(n, dtype=np.bool_)}
-        shown = observations if normalizing is None else normalizing.normalize_obs(observations)
-        choices, state, *_ = predict(shown, deterministic=True, **more)
-        return choices
-
-    return act
-
-
-def _other_spaces(model: Any, core: Core) -> str:
-    """In words, which spaces of a model of Stable-Baselines3 are not the env's; empty if none."""
-    own = getattr(model, "observation_space", None), getattr(model, "action_space", None)
-    of_env = core.observation_space, core.actions.space
-    differ = [
-        f"{space} (the env has {expected})"
-        for space, expected in zip(own, of_env, strict=True)
-        if isinstance(space, gym.Space) and space != expected
-    ]
-    remedy = "pass the settings of its env, such as action, observation or stages"
-    return f". The model was trained on {' and '.join(differ)}; {remedy}" if differ else ""
 
 
 class _Origin(NamedTuple):

@@ -179,8 +179,8 @@ def _train(
         """Validate and write a checkpoint if they are due, and show the progress."""
         nonlocal reached
         reached = rollout.steps
-        next_due = (len(selection.history) + 1) * max(1, steps // VALIDATIONS)
-        if learner is not None and learner.validates and rollout.steps >= min(next_due, steps):
+        due = rollout.steps * VALIDATIONS >= (len(selection.history) + 1) * steps
+        if learner is not None and learner.validates and due:
             selection.history.append(selection.validate(rollout.steps, learner.policy(), agent.env.objective))
             log_validation(logger, selection.history[-1])
             if state := learner.state():

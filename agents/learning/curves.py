@@ -4,7 +4,7 @@ from typing import Any
 
 from stable_baselines3.common.logger import Logger
 
-MAX_POINTS = 100  # most points of a curve
+MAX_POINTS = 96  # most points of a curve; a multiple of VALIDATIONS, so that no point is half made at a checkpoint
 
 
 class CurveLogger(Logger):

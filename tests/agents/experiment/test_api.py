@@ -10,7 +10,7 @@ import torch
 from sd_gym.agents import make_agent
 from sd_gym.agents.report import compare as comparing
 from stable_baselines3 import PPO
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 import sd_gym
 from sd_gym.envs.sb3 import SwitchableVecEnv
@@ -87,6 +87,19 @@ def test_a_model_that_learned_on_normalised_observations_is_shown_such():
         return sd_gym.evaluate(TREC, policy)["decisions_hash"]
 
     assert decided(model) == decided(as_it_learned) != decided(lambda raw: model.predict(raw, deterministic=True)[0])
+
+
+@pytest.mark.parametrize("vector", [True, False])
+def test_a_model_whose_wrapper_changes_observations_is_refused(vector):
+    if vector:
+        env = SwitchableVecEnv(
+            gym.wrappers.vector.NormalizeObservation(gym.make_vec(TREC, num_envs=2, autoreset_mode="NextStep"))
+        )
+    else:
+        env = DummyVecEnv([lambda: gym.wrappers.NormalizeObservation(gym.make(TREC))])
+    model = PPO("MlpPolicy", env, n_steps=8, batch_size=8, device="cpu")
+    with pytest.raises(ValueError, match=r"wrapper changed .*ObservationWrapper.* normalise by VecNormalize"):
+        sd_gym.evaluate(TREC, model)
 
 
 def test_a_model_is_given_what_a_stage_allows_and_its_own_state():

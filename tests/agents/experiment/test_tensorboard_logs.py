@@ -81,16 +81,19 @@ def test_skip_rates_are_a_picture_beside_the_result_and_charts_lay_agents_over_e
 
 @pytest.mark.parametrize("name", ["ppo", "a2c", "reinforce"])
 def test_no_point_is_there_twice_after_a_run_was_cut_off_and_went_on(name, custom, tmp_path):
-    arguments = {"steps": 800, **{**custom, "num_envs": 16}}
+    arguments = {"steps": 800, **{**custom, "num_envs": 4}}  # several rollouts per point
     whole = train(CUSTOM, name, tmp_path / "whole", **arguments)
     cut_off(CUSTOM, name, tmp_path / "cut", **arguments, after=520)
     train(CUSTOM, name, tmp_path / "cut", **arguments, resume=True)
+    curves = []
     for folder in ("whole", "cut"):
         events = events_of(tmp_path / folder)
         for tag in events.Tags()["scalars"]:
             steps = [step for step, _ in points(events, tag)]
             assert steps == sorted(set(steps)), tag
         assert points(events, "rollout/ep_rew_mean")[-1][0] == whole["history"][-1]["step"]
+        curves.append(points(events, "rollout/flops_ratio"))
+    assert curves[0] == curves[1]  # also the point at which it was cut off
     logged = points(events, "validation/reward")
     assert logged == [(entry["step"], pytest.approx(entry["reward"], abs=1e-5)) for entry in whole["history"]]
     assert len(events.Tensors("config/text_summary")) == 1
