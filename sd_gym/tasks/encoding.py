@@ -18,6 +18,7 @@ from sd_gym.errors import DataError
 
 # A fast tokenizer keeps its truncation and padding from call to call, so threads must take turns.
 TOKENIZING = RLock()
+JOINED = 4  # tokens by which a filled prompt is shorter than prompt and document alone, at most
 PADDED = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
 
 
@@ -144,6 +145,7 @@ def _tokenize_prompts(
             raise DataError(f"{instance.place}: the prompt alone has {alone[text]} of max_source_length {limit} tokens")
     places = tokenizer(documents, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
     length, room = np.array([len(own) for own in places]), limit - np.array([alone[text] for text in without])
+    room = np.where(length <= room + JOINED, length, room)  # whatever may fit is tried whole
     while True:
         texts = [
             _filled(prompt, instance, _beginning(document, own, tokens))

@@ -41,6 +41,7 @@ def test_prompts_have_no_more_tokens_than_the_limit(documents):
         document = prompt[2:-2]
         assert instance.source.startswith(document)
         assert (document == instance.source) == (not cut)
+        assert cut == (len(tokenizer(f"Q[{instance.source}]A").input_ids) > LIMIT)  # what just fits is whole
 
 
 def test_threads_get_the_tokens_of_a_single_one(tiny_tokenizer):
