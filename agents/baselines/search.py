@@ -83,9 +83,10 @@ def greedy_path(
                 known[key(decision, on)] = float(value), float(flops)
         start, start_flops = known[key(path[-1], on)]
 
-        def price(decision: Array) -> float:
+        def price(decision: Array) -> tuple[float, float]:
             value, flops = known[key(decision, on)]
-            return (start - value + SMALL_LOSS) / (abs(flops - start_flops) + 1e-9)
+            lost, saved = max(start - value + SMALL_LOSS, 0.0), max(start_flops - flops, 0.0)
+            return lost / (saved + 1e-9), flops  # of moves that cost nothing, the one that saves most
 
         return sorted(candidates, key=price)
 

@@ -77,6 +77,7 @@ class ImitationAgent(Agent[ImitationSettings]):
     Settings = ImitationSettings
     path: NDArray  # masks from dense to all skipped, int64 [masks, components]; after learning
     staged = per_stage = True
+    uses_reward = False
     validates = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

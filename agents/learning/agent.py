@@ -1,5 +1,6 @@
 """The one interface of all agents."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from sd_gym.agents.runs.folder import read_result
 from stable_baselines3.common.logger import Logger
 from torch import nn
 
-from sd_gym.config import StrictModel
+from sd_gym.config import RewardConfig, StrictModel
 from sd_gym.envs.protocols import SCORES, Core
 from sd_gym.envs.spaces import flat_size, token_width
 from sd_gym.envs.vector import SwitchableVectorEnv
@@ -131,10 +132,12 @@ class BaseAgent(ABC, Generic[SettingsT]):
     selects: ClassVar[bool] = True  # whether an operating point is selected; else its only one is evaluated
     # Whether it trains no policy. "As learned" is then its cheapest point that loses at most epsilon on policy rows.
     searches: ClassVar[bool] = False
+    uses_reward: ClassVar[bool] = True  # a learner that does not pursues savings and quality in its own way
 
     def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, blind: bool = False, **settings: Any) -> None:
         self.settings = cast(SettingsT, self.make_settings(settings, blind))  # ``Settings`` is that class
         check_learnable(env, type(self).staged)
+        self._warn_of_reward(env.config.reward)
         self.env = env
         self.seed = seed
         self.blind = blind
@@ -147,6 +150,15 @@ class BaseAgent(ABC, Generic[SettingsT]):
             hint = nearest(key, known)
             raise ValueError(f"unknown setting {key!r} of {cls.__name__}{hint} Known: {', '.join(known)}.")
         return checked_settings(cls.Settings, settings, cls.__name__)
+
+    def _warn_of_reward(self, reward: RewardConfig) -> None:
+        """Warn if the env's reward was changed in a way that this agent does not see."""
+        if not self.uses_reward and (reward.objective != RewardConfig().objective or reward.gains != "counted"):
+            warnings.warn(
+                f"{type(self).__name__} does not learn from the env's reward, so objective={reward.objective} and "
+                f"gains={reward.gains} change its curves only; ppo and a2c learn from it",
+                stacklevel=3,
+            )
 
     @abstractmethod
     def learn(self, total_steps: int, logger: Logger, on_rollout: OnRollout) -> None:

@@ -93,6 +93,7 @@ class PPOLexAgent(PPOAgent[PPOLexSettings]):
     """PPO that learns to save while the quality is kept, and to restore it while it is not: see ``RectifiedPPO``."""
 
     Settings = PPOLexSettings
+    uses_reward = False
     Algorithm = RectifiedPPO
     algorithm: RectifiedPPO
 

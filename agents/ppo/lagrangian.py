@@ -32,6 +32,7 @@ class PPOLagrangianAgent(PPOAgent[PPOLagrangianSettings]):
     """
 
     Settings = PPOLagrangianSettings
+    uses_reward = False
 
     def _reward_env(self) -> VectorEnv:
         self._wrapper = LagrangianVectorWrapper(self.env, rate=self.settings.multiplier_rate)

@@ -89,12 +89,13 @@ class SampledDecisions(NamedTuple):
     decisions: Tensor  # int64 [n, components]; of a single stage, 0 for components of others
     flops: Tensor  # FLOPs ratios, float32 [tries, instances]
     loss: Tensor  # quality lost, scored or predicted, float32 [tries, instances]
+    stages: int = 1  # stages that each decision stands for
 
 
 class ReinforceAgent(Agent[ReinforceSettings]):
     """REINFORCE: descends ``E[(flops + lambda * quality loss - baseline) * grad log pi(a|x)]``."""
 
-    staged = True
+    staged, uses_reward = True, False
     Settings = ReinforceSettings
     refining_rate = 5e-5
 
@@ -210,7 +211,7 @@ class ReinforceAgent(Agent[ReinforceSettings]):
             probabilities, flops = foresight.predict(states, foresight.with_choices(states, choices))
             loss = (probabilities[:, 0] - probabilities[:, 1]) * self._split.scoring.highest
             own = foresight.without_other_stages(states, logits, choices)
-            return SampledDecisions(*own, stages * flops.view(shape), stages * loss.view(shape))
+            return SampledDecisions(*own, stages * flops.view(shape), stages * loss.view(shape), stages)
         rows = self.random.integers(len(self._split), size=settings.imagined)
         observations = self._observe(rows)
         logits, decisions = self._sample(observations, tries)
@@ -223,7 +224,7 @@ class ReinforceAgent(Agent[ReinforceSettings]):
         log_prob, entropy = self.network.evaluate_decisions(
             sampled.logits, sampled.decisions, self.settings.exploration
         )
-        log_prob, entropy = log_prob.sum(dim=1).view_as(sampled.loss), entropy.mean()
+        log_prob, entropy = log_prob.sum(dim=1).view_as(sampled.loss), sampled.stages * entropy.mean()
         f_halves = self._halves(log_prob * leave_one_out(sampled.flops))
         q_halves = self._halves(log_prob * leave_one_out(sampled.loss))
         weight = self.barrier.weigh(mean_loss, f_halves, q_halves)

@@ -87,7 +87,7 @@ def foresight(config: ServingConfig, split: str, episodes: int, losses: Array) -
     arrivals = np.concatenate(times)
     ends = np.arange(1, int(origin / width) + 2) * width
     arrived = np.searchsorted(arrivals, ends).astype(float)
-    due = np.searchsorted(arrivals, ends - width - config.deadline).astype(float)
+    due = np.searchsorted(arrivals, ends - config.deadline).astype(float)
     # The variables of each bin: requests served by each point, refused requests, and their sum up to its end.
     bins, points = len(ends), len(config.points)
     seconds = np.array([point.per_request + point.per_group / batch for point in config.points])

@@ -91,6 +91,19 @@ class Known:
         return 1 - decisions @ self.shares
 
 
+def test_of_moves_that_gain_quality_the_one_that_saves_most_is_first():
+    class Gains(Known):
+        shares = np.array([0.01, 0.3, 0.2, 0.1])
+
+        def quality_and_likelihood(self, rows, decisions):
+            quality = 0.5 + decisions @ np.array([0.006, 0.02, -0.05, -0.05])
+            return quality, quality
+
+    path = greedy_path(Gains(), Gains(), np.arange(40), nobody)
+    assert path[1].tolist() == [0, 1, 0, 0]
+    assert path[2].tolist() == [1, 1, 0, 0]
+
+
 def test_a_learned_path_finds_the_mask_that_a_greedy_one_misses():
     known, rows, best, seen = Known(), np.arange(40), (1, 1, 0, 1), []
     assert best not in {tuple(mask) for mask in greedy_path(known, known, rows, nobody)}

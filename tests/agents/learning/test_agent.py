@@ -1,5 +1,6 @@
 """Agents: they learn what is easy to learn, and are deterministic."""
 
+import warnings
 from itertools import pairwise
 
 import gymnasium as gym
@@ -125,3 +126,13 @@ def test_a_loss_of_epsilon_is_a_success_and_any_more_is_none(name, make_env, tmp
     infos = learn(make_agent(name, env, seed=0), 64, tmp_path)[0].infos
     assert 0 < infos["is_success"].mean() < 1
     np.testing.assert_array_equal(infos["is_success"], infos["quality_ref"] - infos["quality"] == 0.25)
+
+
+@pytest.mark.parametrize("name", ["ppo", "a2c", "ppo_lagrangian", "ppo_lex", "reinforce", "imitation"])
+def test_a_learner_that_does_not_see_the_reward_says_so(name):
+    env = gym.make_vec("SD/Classification-TREC-Table-v1", num_envs=4, gains="ignored").unwrapped
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_agent(name, env)
+    told = [str(one.message) for one in caught if "does not learn from the env's reward" in str(one.message)]
+    assert len(told) == (name not in ("ppo", "a2c"))

@@ -1,12 +1,13 @@
 """REINFORCE: when it begins to learn, and what its barrier judges by."""
 
 import numpy as np
+import pytest
 import torch
 from sd_gym.agents.registry import make_agent
-from stable_baselines3.common.logger import configure
+from stable_baselines3.common.logger import Logger, configure
 
 from sd_gym.envs.protocols import Outcome
-from tests.agents.conftest import learn
+from tests.agents.conftest import Points, learn
 
 
 def test_reinforce_waits_for_its_foresight_but_learns_in_short_runs_too(staged_env, tmp_path):
@@ -32,6 +33,16 @@ def test_the_foresight_learns_shares_of_what_an_instance_can_lose(env, monkeypat
     assert agent.foresight.lost.unique().tolist() == [0.75]
     monkeypatch.setattr(agent.foresight, "loss", lambda seen, decisions: torch.full((len(decisions),), 0.75))
     assert agent._imagine(agent.foresight).loss.unique().tolist() == [3.0]
+
+
+@pytest.mark.parametrize("foresight", [True, False])
+def test_an_entropy_is_that_of_all_stages(staged_env, tmp_path, foresight):
+    points = Points()
+    agent = make_agent("reinforce", staged_env, seed=0, foresight=foresight, num_envs=256, initial_skip_rate=0.5)
+    agent.learn(512, Logger(None, [points]), lambda rollout: None)
+    (_, first), *_ = [point for point in points.points if "train/entropy_loss" in point[1]]
+    core = staged_env.core
+    assert first["train/entropy_loss"] == pytest.approx(-core.n_switches * np.log(2), rel=0.1)
 
 
 def weighings(agent, score, steps, folder, monkeypatch):

@@ -48,6 +48,17 @@ def test_no_dial_exceeds_the_bound(config):
     assert bounds[0] < bounds[1] <= 1
 
 
+def test_a_burst_may_be_answered_to_the_end_of_the_bin_of_its_deadline(config, monkeypatch):
+    """All requests arrive at once, in the first bin; the cheapest point answers as many as it can."""
+    config = config.model_copy(update={"requests": 10_000})
+    monkeypatch.setattr(controls, "arrival_times", lambda *_: np.zeros(config.requests))
+    fastest = min(point.per_request + point.per_group / config.max_batch for point in config.points)
+    (bound,) = controls.foresight(config, "train", 1, np.array([1.0]))
+    seconds = config.deadline * (1 + 1 / controls.BINS)
+    assert bound == pytest.approx(seconds / fastest / config.requests)
+    assert bound < 1
+
+
 def test_a_threshold_takes_the_bolder_point_where_the_queue_is_long(config):
     network = controls.threshold(config)[-1]  # the last two points, at twice what dense answers
     seen = np.zeros((2, 4))
