@@ -313,10 +313,11 @@ def measure(
     """
     core = selection.core
     result = evaluate(core, policy, split, table=folder and folder / "instances.csv")
-    if result["quality_ref"] <= result["epsilon"] < 1:
+    if result["quality_ref"] <= result["epsilon"]:
         warnings.warn(
-            f"dense quality is {result['quality_ref']:.1%}, no more than epsilon, so nothing can be lost, whatever "
-            "is skipped; choose another quality=, a smaller epsilon=, or a backbone that has learned the task",
+            f"dense quality is {result['quality_ref']:.1%}, no more than epsilon, so nothing can be lost, whatever is "
+            "skipped; choose another quality=, a smaller epsilon= (0.01 is one point), or a backbone that has learned "
+            "the task",
             stacklevel=2,
         )
     result |= {"time": {}, "history": selection.history, "last_policy": last, **selection.report()}

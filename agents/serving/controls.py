@@ -69,8 +69,28 @@ def _linear(slopes: Array, bias: Array, draws: bool = False) -> Network:
     return Network([(weight, bias)], draws)
 
 
-def foresight(config: ServingConfig, split: str, episodes: int, losses: Array) -> Array:
-    """Upper bounds of any dial's goodput at mean losses, ``[len(losses)]``, even if it knows all arrivals.
+class Played(NamedTuple):
+    """Counts of answers and of refused requests."""
+
+    answers: Array  # [dials, episodes, points]
+    refused: Array  # [dials, episodes]
+
+    @property
+    def goodput(self) -> Array:
+        """Share of the requests that were answered in time, ``[dials, episodes]``."""
+        answered = self.answers.sum(axis=2)
+        return answered / (answered + self.refused)
+
+    @property
+    def shares(self) -> Array:
+        """Share of each operating point in the answers of all episodes, ``[dials, points]``; without answers, dense."""
+        answers = self.answers.sum(axis=1)
+        answers[~answers.any(axis=1), 0] = 1
+        return answers / answers.sum(axis=1, keepdims=True)
+
+
+def foresight(config: ServingConfig, split: str, episodes: int, losses: Array) -> Played:
+    """Upper bounds of any dial's goodput at mean losses ``[dials]``, even if it knows all arrivals, as one episode.
 
     This is a linear programme over bins of a quarter of the deadline. Requests are a fluid, and groups are always full.
     A request may be served from the start of its bin to the end of the bin of its deadline. All of this favours the
@@ -98,33 +118,14 @@ def foresight(config: ServingConfig, split: str, episodes: int, losses: Array) -
     free = np.full(bins * (points + 1), np.inf)
     bounds = np.stack([np.concatenate([np.zeros_like(free), due]), np.concatenate([free, arrived])], axis=1)
     served = np.concatenate([np.ones(bins * points), np.zeros(2 * bins)])
-    goodput = []
+    answers = []
     for most in losses:
         lost = csr_array(np.concatenate([np.tile(loss - most, bins), np.zeros(2 * bins)])[None])
         limits = {"A_ub": vstack([busy, lost]).tocsr(), "b_ub": np.append(np.full(bins, width), 0.0)}
         solved = linprog(-served, **limits, A_eq=sums, b_eq=np.zeros(bins), bounds=bounds, method="highs")
-        goodput.append(-solved.fun / len(arrivals))
-    return np.array(goodput)
-
-
-class Played(NamedTuple):
-    """Counts of answers and of refused requests."""
-
-    answers: Array  # [dials, episodes, points]
-    refused: Array  # [dials, episodes]
-
-    @property
-    def goodput(self) -> Array:
-        """Share of the requests that were answered in time, ``[dials, episodes]``."""
-        answered = self.answers.sum(axis=2)
-        return answered / (answered + self.refused)
-
-    @property
-    def shares(self) -> Array:
-        """Share of each operating point in the answers of all episodes, ``[dials, points]``; without answers, dense."""
-        answers = self.answers.sum(axis=1)
-        answers[~answers.any(axis=1), 0] = 1
-        return answers / answers.sum(axis=1, keepdims=True)
+        answers.append(solved.x[: bins * points].reshape(bins, points).sum(axis=0))
+    answered = np.stack(answers)[:, None]
+    return Played(answered, (len(arrivals) - answered.sum(axis=2)).clip(min=0))
 
 
 def play(

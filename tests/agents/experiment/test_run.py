@@ -121,6 +121,8 @@ def test_where_nothing_can_be_lost_a_warning_says_so(settings, tmp_path, monkeyp
     monkeypatch.setattr(Scoring, "run", lambda *of: 0 * run(*of))
     with pytest.warns(UserWarning, match=r"dense quality is 0\.0%, no more than epsilon, so nothing can be lost"):
         train(CUSTOM, "every-other", tmp_path / "run", steps=1, **{**settings, "epsilon": 0.01})
+    with pytest.warns(UserWarning, match=r"no more than epsilon.* a smaller epsilon= \(0\.01 is one point\)"):
+        train(TREC, "dense", tmp_path / "points", steps=1, epsilon=1)
 
 
 def test_an_id_may_name_the_module_as_for_gymnasium(tmp_path):

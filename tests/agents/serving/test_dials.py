@@ -42,7 +42,7 @@ def test_no_dial_exceeds_the_bound(config):
     played = play(config, networks, "train", 3)
     loss, goodput = played.shares @ expected_loss(config), played.goodput.mean(axis=1)
     losses = np.array([0.01, 0.05, 0.2])
-    bounds = controls.foresight(config, "train", 3, losses)
+    bounds = controls.foresight(config, "train", 3, losses).goodput[:, 0]
     for most, bound in zip(losses, bounds, strict=True):
         assert goodput[loss <= most].max() <= bound + 1e-9
     assert bounds[0] < bounds[1] <= 1
@@ -53,7 +53,7 @@ def test_a_burst_may_be_answered_to_the_end_of_the_bin_of_its_deadline(config, m
     config = config.model_copy(update={"requests": 10_000})
     monkeypatch.setattr(controls, "arrival_times", lambda *_: np.zeros(config.requests))
     fastest = min(point.per_request + point.per_group / config.max_batch for point in config.points)
-    (bound,) = controls.foresight(config, "train", 1, np.array([1.0]))
+    ((bound,),) = controls.foresight(config, "train", 1, np.array([1.0])).goodput
     seconds = config.deadline * (1 + 1 / controls.BINS)
     assert bound == pytest.approx(seconds / fastest / config.requests)
     assert bound < 1
@@ -114,6 +114,8 @@ def test_a_run_is_selected_compared_and_its_dial_loaded(tmp_path, monkeypatch):
     rows = {
         row["agent"]: row for row in sd_gym.compare([tmp_path / algo for algo in ("threshold", "fixed", "foresight")])
     }
+    assert rows["foresight"]["return"] is None  # it answers most, whatever that costs
+    assert rows["foresight"]["flops_ratio"] < 1
     for row in (rows["threshold"], rows["fixed"]):
         assert [one[0] for one in row["goodput_at"]] == sorted(one[0] for one in row["goodput_at"])
     dial = Dial.load(tmp_path / "threshold")
