@@ -47,7 +47,8 @@ def predicting(model: Any, core: Core) -> Callable[[Any], Any]:
 def _check_unchanged(model: Any) -> None:
     """Raise ``ValueError`` if the model's env shows it other observations than an evaluation."""
     env = getattr(model, "get_env", lambda: None)()
-    for kind in (gym.ObservationWrapper, gym.vector.VectorObservationWrapper):
+    kinds: list[Any] = [gym.ObservationWrapper, gym.vector.VectorObservationWrapper]
+    for kind in kinds:
         if isinstance(env, VecEnv) and any(env.env_is_wrapped(kind)):
             raise ValueError(
                 f"the model learned on observations that a wrapper changed (a {kind.__name__}), and would be shown "
