@@ -132,7 +132,7 @@ class BaseAgent(ABC, Generic[SettingsT]):
     selects: ClassVar[bool] = True  # whether an operating point is selected; else its only one is evaluated
     # Whether it trains no policy. "As learned" is then its cheapest point that loses at most epsilon on policy rows.
     searches: ClassVar[bool] = False
-    uses_reward: ClassVar[bool] = True  # a learner that does not pursues savings and quality in its own way
+    uses_reward: ClassVar[bool] = True  # whether it learns from the env's reward, by whatever objective
 
     def __init__(self, env: SwitchableVectorEnv, *, seed: int = 0, blind: bool = False, **settings: Any) -> None:
         self.settings = cast(SettingsT, self.make_settings(settings, blind))  # ``Settings`` is that class

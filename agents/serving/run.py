@@ -116,7 +116,7 @@ def _selected(
         passed += 1
     chosen = tried[passed - 1] if passed else controls.fixed(config)[0]
     Dial(config, expected_loss(config), chosen).save(folder)
-    tested, dense = play(config, tried, "test", EPISODES), _play_dense(config, EPISODES)
+    tested, dense = play(config, tried, "test", EPISODES), play(config, controls.fixed(config)[:1], "test", EPISODES)
     result = _measured(config, Played(*(values[[passed - 1]] for values in tested)) if passed else dense)
     result["guarantee"] = f"{guarantee(len(quality), config.epsilon, confidence, passed == 0)}; {measured_loss(result)}"
     loss = np.append(tested.shares[on_hull] @ outcomes(config, "test").cost.mean(axis=0), 0.0)  # dense loses nothing
@@ -150,10 +150,6 @@ def goodput_at(loss: Array, goodput: Array, limits: Array) -> Array:
         ends = slice(last, last + 2)
         best.append(-np.interp(0.0, over[ends], negative[ends]))
     return np.array(best)
-
-
-def _play_dense(config: ServingConfig, episodes: int) -> Played:
-    return play(config, controls.fixed(config)[:1], "test", episodes)
 
 
 def _at_front(goodput: Array) -> dict[str, float]:
@@ -207,7 +203,7 @@ def _measured(config: ServingConfig, played: Played) -> dict[str, Any]:
 def _bound(config: ServingConfig) -> dict[str, Any]:
     """The bound of all dials, as a result that loses epsilon on policy rows; its return bounds nothing."""
     bounds = controls.foresight(config, "test", EPISODES, np.array(FRONT) * config.epsilon)
-    at_epsilon = Played(bounds.answers[[FRONT.index(1.0)]], bounds.refused[[FRONT.index(1.0)]])
+    at_epsilon = Played(*(counts[[FRONT.index(1.0)]] for counts in bounds))
     return _measured(config, at_epsilon) | {
         "episodes": EPISODES,
         "goodput_at": _at_front(bounds.goodput[:, 0]),

@@ -18,7 +18,7 @@ from sd_gym.errors import DataError
 
 # A fast tokenizer keeps its truncation and padding from call to call, so threads must take turns.
 TOKENIZING = RLock()
-JOINED = 4  # tokens by which a filled prompt is shorter than prompt and document alone, at most
+JOINED = 4  # a filled prompt may have fewer tokens than prompt and document alone; more than these are rare
 PADDED = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
 
 
