@@ -101,7 +101,7 @@ def train_all(
 
 def evaluate(
     env_id: str,
-    policy: Policy | Sequence[Policy | Sequence[int] | NDArray],
+    policy: Policy | Sequence[Policy | Sequence[int] | NDArray] | NDArray,
     split: str = "test",
     output: str | Path | None = None,
     *,
@@ -125,7 +125,8 @@ def evaluate(
             * the folder of a run, whose env settings hold where ``settings`` has no others; a run on a table can also
               be evaluated on the env that the table was made from;
             * the folder of an export (``sd_gym.export``), whose graphs then decide and answer;
-            * with ``select``, a list of policies (no folders) and of masks, each one decision for all inputs.
+            * with ``select``, a list of policies (no folders) and of masks, each one decision for all inputs; an array
+              of masks ``[n, switches + 1]`` is such a list.
         split: ``train``, ``validation`` or ``test``.
         output: Folder to write ``result.json``, ``instances.csv``, ``result.png`` and ``config.json`` to;
             ``compare`` takes it like a run. ``None``: nothing is written.
@@ -156,6 +157,7 @@ def evaluate(
         >>> result = sd_gym.evaluate("SD/Classification-Mini-v0", dense, test_size=20)  # doctest: +SKIP
     """
     checked_split(split)
+    policy = list(np.atleast_2d(policy)) if isinstance(policy, np.ndarray) else policy
     folder = None if output is None else Path(output)
     with nullcontext() if folder is None else locked(folder):
         if folder is not None:

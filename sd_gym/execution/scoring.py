@@ -3,12 +3,14 @@
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray as Array
 
 from sd_gym.backbones.heads.answers import LEAST_LIKELIHOOD
+from sd_gym.backbones.heads.losses import IGNORED
 from sd_gym.config import QualityConfig
 from sd_gym.execution.passes import Passes, columns
 from sd_gym.going_on import answer_masks
@@ -198,7 +200,17 @@ class Scoring:
     def _score(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         score = self._measure.score
         assert score is not None  # without a score texts are compared
+        if self._forced_first is not None and not self._measure.is_relative:
+            labels = labels.clone()
+            labels[:, 0].masked_fill_(labels[:, 0] == self._forced_first, IGNORED)
         return score(logits, labels, self._settings.label_range)
+
+    @property
+    def _forced_first(self) -> int | None:
+        """The token that ``generate()`` begins each text with, whatever the decoder says; ``None``: it is free."""
+        model: Any = self._passes.backbone.model
+        written = self._head.gives == "text" and model.config.is_encoder_decoder
+        return model.generation_config.forced_bos_token_id if written else None
 
     def _of_score(self, rows: Array, decisions: Array, values: Array) -> Array:
         """The quality that a score gives: a likelihood relative to dense, a balanced one weighted by class."""

@@ -58,6 +58,22 @@ def test_an_end_that_is_forced_is_not_compared(monkeypatch):
     assert core.split("test").scoring.run(np.arange(23), np.zeros((23, len(core.nvec)), dtype=np.int64)).all()
 
 
+def test_a_first_token_that_is_forced_is_not_compared(monkeypatch):
+    backbone = load_backbone("mini", "cpu")
+    (forced,) = backbone.tokenizer("good", add_special_tokens=False).input_ids
+    monkeypatch.setattr(backbone.model.generation_config, "forced_bos_token_id", forced)  # as BART's and mBART's are
+    options = {**SMALL, "test_size": 21, "max_target_length": 5}
+    split = gym.make("SD/Summarization-Mini-v0", **options, quality="agreement").unwrapped.core.split("test")
+    rows = np.arange(21)
+    for name in ("encoder", "decoder"):  # skipped, so that texts differ
+        decisions = np.zeros((21, len(split.backbone.board) + 1), dtype=np.int64)
+        decisions[:, [n for n, switch in enumerate(split.backbone.board.names) if switch.startswith(name)]] = 1
+        nothing = np.zeros_like(decisions)
+        texts = zip(split.passes.answers(rows, decisions), split.passes.answers(rows, nothing), strict=True)
+        np.testing.assert_array_equal(split.scoring.run(rows, decisions), [one == dense for one, dense in texts])
+    assert split.scoring.run(rows, nothing).all()
+
+
 def test_what_cannot_be_measured_is_refused_at_once():
     with pytest.raises(ConfigError, match=r"agreement compares greedy texts; expected num_beams=1, got 2"):
         gym.make("SD/Summarization-Mini-v0", **SMALL, quality="agreement", num_beams=2)

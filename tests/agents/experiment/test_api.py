@@ -174,6 +174,10 @@ def test_a_users_policies_are_selected_as_agents_are(custom, tmp_path):
     assert several["flops_ratio"] < 0.8
     assert several["guarantee"].startswith("selected on 4 rows: loses less than 99 points with 50% confidence; on ")
     assert several["last_policy"]["flops_ratio"] < several["flops_ratio"]  # policy rows alone would choose the boldest
+    masks = [nothing, np.array(half)]
+    from_array = sd_gym.evaluate(CUSTOM, np.array(masks), **tests)
+    assert from_array["selection"] == sd_gym.evaluate(CUSTOM, masks, **tests)["selection"]
+    assert len(sd_gym.evaluate(CUSTOM, masks[1], **tests)["selection"]["points"]) == 1
     one = sd_gym.evaluate(CUSTOM, first, **{**tests, "epsilon": 0.01})
     assert one["guarantee"].startswith("dense: on 4 rows")
     assert one["flops_ratio"] == 1
