@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,9 @@ from sd_gym.data.encoded import Encoded, Targets
 from sd_gym.data.instance import Instance
 from sd_gym.execution.bank import MaskModels
 from sd_gym.execution.mask_tree import MaskTree
+from sd_gym.execution.stops import cut_at_stop, stopping
 from sd_gym.switch import PassState, passes
 from sd_gym.switch.stages import BETWEEN
-from sd_gym.tasks.encoding import TOKENIZING
 from sd_gym.tasks.token_dropping import TokenDropping
 
 Value = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # a function of each row's logits and labels
@@ -173,6 +172,7 @@ class Passes:
         """The texts of one ``generate()`` under a decision, by default of the backbone's model, and their judgement."""
         backbone = self.backbone
         inputs = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+        start = self.head.prompt_length(inputs["input_ids"])
         with deciding:
             generate: Any = (model or backbone.model).generate  # its type is that of any attribute of a module
             output = generate(
@@ -180,53 +180,34 @@ class Passes:
                 max_new_tokens=self.max_target_length,
                 num_beams=self._num_beams,
                 do_sample=False,
-                **self._stop_arguments,
+                **stopping(self._stop, backbone.tokenizer, start),
                 pad_token_id=backbone.tokenizer.pad_token_id,
                 return_dict_in_generate=True,
                 output_scores=judges,
             )
-        answers = output.sequences[:, self.head.prompt_length(inputs["input_ids"]) :]
-        counted, ended = until_end(answers, backbone.model, self._stop_arguments.get("eos_token_id"))
-        whole = backbone.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        texts = [(text if self._stop is None else text.partition(self._stop)[0]).strip() for text in whole]
-        stopped = [self._stop is not None and self._stop in text for text in whole]
-        self.generated[rows], self.finished[rows] = counted.sum(dim=1).cpu().numpy(), ended.cpu().numpy() | stopped
+        answers = output.sequences[:, start:].cpu()
+        lengths, ended = until_end(answers, backbone.model.generation_config.eos_token_id)
+        if self._stop is not None:
+            cut_at_stop(self._stop, backbone.tokenizer, answers, lengths, ended)
+        self.generated[rows], self.finished[rows] = lengths.numpy(), ended.numpy()
         for row, tokens, length in zip(rows, answers.tolist(), self.generated[rows], strict=True):
             self.written[row] = tokens[:length]
+        whole = backbone.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        texts = [(text if self._stop is None else text.partition(self._stop)[0]).strip() for text in whole]
         if not judges:
             return texts, np.zeros((len(texts), len(self.head.judgement)))
-        return texts, judged_text(backbone.model, output, self._stop_arguments.get("eos_token_id")).numpy()
+        return texts, judged_text(backbone.model, output, lengths).numpy()
 
     def written_targets(self, rows: Array) -> Targets:
         """The last texts of rows as targets: their own tokens, as a text encoded again may have others.
 
         They lack an end that ``generate()`` is forced to write where the text becomes too long.
         """
-        tokens, cut = [self._until_stop(self.written[row]) for row in rows], ~self.finished[rows]
+        tokens, cut = [self.written[row] for row in rows], ~self.finished[rows]
         if self.backbone.model.generation_config.forced_eos_token_id is not None:
             cut |= self.generated[rows] == self.max_target_length
             tokens = [own[: max(1, self.max_target_length - 1)] for own in tokens]
         return padded_targets(tokens, cut)
-
-    def _until_stop(self, tokens: list[int]) -> list[int]:
-        """Tokens up to the one that completes a stop."""
-        decode, stop = self.backbone.tokenizer.decode, self._stop
-        if stop is None or stop not in decode(tokens, skip_special_tokens=True):
-            return tokens
-        lengths = range(1, len(tokens) + 1)
-        return tokens[: next(n for n in lengths if stop in decode(tokens[:n], skip_special_tokens=True))]
-
-    @cached_property
-    def _stop_arguments(self) -> dict[str, Any]:
-        """The arguments that also end ``generate()`` at a stop of one token; a longer stop is removed from the text."""
-        if self._stop is None:
-            return {}
-        tokenizer = self.backbone.tokenizer
-        with TOKENIZING:
-            stop, end = tokenizer(self._stop, add_special_tokens=False).input_ids, tokenizer.eos_token_id
-        own = self.backbone.model.generation_config.eos_token_id  # which the argument replaces
-        ends = [*(own if isinstance(own, list) else [own]), end, *stop]
-        return {"eos_token_id": list(dict.fromkeys(one for one in ends if one is not None))} if len(stop) == 1 else {}
 
     @torch.inference_mode()
     def in_passes(self, rows: Array, decisions: Array, value: Value, resume_from: PassState | None = None) -> Array:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from sd_gym.backbones.heads import Head
-from sd_gym.backbones.heads.seq2seq import judged_text
+from sd_gym.backbones.heads.seq2seq import generated_tokens, judged_text, until_end
 from sd_gym.inference.rollout import StagedRollout
 
 CACHES = ("cache", "past_key_values")  # the argument's name, and its deprecated one, which transformers still takes
@@ -64,9 +64,10 @@ def final_texts(
     output: Any, rollout: StagedRollout, arguments: dict[str, Any], run: Call, model: PreTrainedModel
 ) -> tuple[Tensor, int]:
     """The sequences of ``generate()``, replaced in the rows that go on, and the length of the longest of these."""
-    rollout.answered(judged_text(model, output, setting(model, arguments, "eos_token_id")))
-    sequences, longest = output.sequences, 0
     pad, end = (setting(model, arguments, name) for name in ("pad_token_id", "eos_token_id"))
+    lengths, _ = until_end(generated_tokens(output), end)
+    rollout.answered(judged_text(model, output, lengths))
+    sequences, longest = output.sequences, 0
     padding = pad if pad is not None else end[0] if isinstance(end, list) else end
     for picked, block in rollout.going_on():
         own = rows_of(arguments, picked, len(sequences))

@@ -29,7 +29,7 @@ from sd_gym.version import __version__
 
 OF_BACKBONE = ("max_source_length", "max_target_length", "prompt", "stop")  # the config keys that encoding depends on
 ARRAYS = ("source_length", "target_length", "source_cut", "target_cut")  # fields that are arrays, not tensors
-RULES = 3  # of encoding; another number where ``encode`` gives other tensors than before
+RULES = 4  # of encoding; another number where ``encode`` gives other tensors than before
 SMALLEST = 2000  # instances; fewer are encoded as fast as they are read
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sd_gym.backbones.heads.seq2seq import judged_text
+from sd_gym.backbones.heads.seq2seq import judged_text, until_end
 from sd_gym.envs.actions import all_decisions
 from sd_gym.execution.mask_tree import MaskTree
 from sd_gym.execution.passes import columns
@@ -108,8 +108,9 @@ def test_texts_are_judged_on_a_device_without_float64():
     model, inputs = make_model("bart"), make_inputs("bart")
     given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
     output = model.generate(**given, max_new_tokens=3, num_beams=1, return_dict_in_generate=True, output_scores=True)
-    expected = judged_text(model, output, None)
+    lengths, _ = until_end(output.sequences[:, 1:], model.generation_config.eos_token_id)
+    expected = judged_text(model, output, lengths)
     with Devices():
         place(model, MPS)
         output.sequences, output.scores = output.sequences.to(MPS), tuple(score.to(MPS) for score in output.scores)
-        assert torch.equal(judged_text(model, output, None), expected)
+        assert torch.equal(judged_text(model, output, lengths.to(MPS)), expected)

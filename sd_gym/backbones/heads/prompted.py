@@ -20,6 +20,8 @@ from sd_gym.errors import DataError
 from sd_gym.switch import Switchboard
 from sd_gym.switch.architectures import architecture_of
 
+ANCHOR = "x"  # stands for the text that a prompt ends with
+
 
 class PromptedHead(Seq2SeqHead):
     """A ``Seq2SeqHead`` whose answer follows the prompt in one pass.
@@ -59,30 +61,37 @@ class PromptedHead(Seq2SeqHead):
     def targets(
         self, instances: Sequence[Instance], source: BatchEncoding, tokenizer: Tokenizer, backbone: BackboneConfig
     ) -> Targets:
-        """The answer after the prompt: a space, the target, and its end if known: the stop, or the tokenizer's.
+        """The answer after the prompt: a space, the target up to a stop, and its end if known: the stop, or the token.
 
         After a prompt that ends in a space or a new line, as those of a chat do, there is no other space.
         """
-        end = [tokenizer.eos_token_id]
-        if backbone.stop is None and tokenizer.eos_token_id is None:
+        stop, prompt = backbone.stop or "", backbone.prompt or ""
+        end = [] if stop else [tokenizer.eos_token_id]
+        if end == [None]:
             raise DataError("the backbone's tokenizer has no token that ends a text; set 'stop', such as a new line")
-        if backbone.stop is not None:
-            end = tokenizer(backbone.stop, add_special_tokens=False).input_ids
-        room = backbone.max_target_length - len(end)
+
+        def tokens_of(texts: list[str]) -> list[list[int]]:
+            return _following(_after_texts(prompt), texts, tokenizer)
+
+        space, longest = "" if prompt[-1:].isspace() else " ", backbone.max_target_length
+        targets = [str(instance.target) for instance in instances]
+        own = [(target.partition(stop)[0] if stop else target).strip() for target in targets]
+        texts = [f"{space}{text}" if text else "" for text in own]
+        last = [*_following(ANCHOR, [stop], tokenizer)[0], *end]
+        room = longest - len(last)
         if room < 1:
-            raise DataError(
-                f"expected max_target_length above {len(end)}, the tokens of the stop, got {backbone.max_target_length}"
-            )
-        space = "" if (backbone.prompt or "")[-1:].isspace() else " "
-        texts = [f"{space}{instance.target}" for instance in instances]
-        tokens = tokenizer(texts, add_special_tokens=False).input_ids
+            raise DataError(f"expected max_target_length above {len(last)}, the tokens of the stop, got {longest}")
         # An empty text keeps its end: an answer is compared in one token at least.
-        endless = [instance.is_cut and len(ids) > 0 for instance, ids in zip(instances, tokens, strict=True)]
+        endless = np.array([instance.is_cut and text != "" for instance, text in zip(instances, own, strict=True)])
+        whole = [[*ids, *end] for ids in tokens_of([f"{text}{stop}" for text in texts])]
+        too_long = np.array([len(ids) > longest for ids in whole])
+        unended = tokens_of(texts)
         answers = [
-            ids[: backbone.max_target_length] if has_no_end else [*ids[:room], *end]
-            for ids, has_no_end in zip(tokens, endless, strict=True)
+            ids[:longest] if has_no_end else [*ids[:room], *last] if is_long else ended
+            for ids, ended, has_no_end, is_long in zip(unended, whole, endless, too_long, strict=True)
         ]
-        return padded_targets(answers, np.array(endless) | [len(ids) > room for ids in tokens])
+        stopped = np.array([bool(stop) and stop in target for target in targets])
+        return padded_targets(answers, endless | too_long | stopped)
 
     def forward(self, board: Switchboard, batch: dict[str, Tensor], call: Callable[..., Any] | None = None) -> Tensor:
         """See ``Head.forward``: the logits of the labels after the prompts."""
@@ -112,3 +121,21 @@ class PromptedHead(Seq2SeqHead):
     def prompt_length(self, inputs: Tensor) -> int:
         """The prompt's tokens."""
         return inputs.shape[1]
+
+
+def _after_texts(prompt: str) -> str:
+    """What a prompt has after its last text, and a letter before it."""
+    *_, last = Formatter().parse(prompt)
+    return f"{ANCHOR}{'' if last[1] is not None else last[0]}"
+
+
+def _following(before: str, texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """The tokens of texts that follow another one, which may differ from those of each text alone.
+
+    Many tokenizers write a space in front of a text, and one token for a full stop and the new line after it. Where
+    the tokens of ``before`` would change, too, they are those of the text alone.
+    """
+    start = tokenizer(before, add_special_tokens=False).input_ids
+    alone = tokenizer(texts, add_special_tokens=False).input_ids
+    joined = tokenizer([f"{before}{text}" for text in texts], add_special_tokens=False).input_ids
+    return [ids[len(start) :] if ids[: len(start)] == start else own for ids, own in zip(joined, alone, strict=True)]

@@ -102,30 +102,35 @@ class Seq2SeqHead(Head):
         return {"target_length": encoded.target_length}
 
 
-def judged_text(model: Any, output: Any, ends: int | Sequence[int] | None) -> Tensor:
-    """The ``judgement`` of the texts of ``generate()``, each up to and including its end, float64 ``[n, values]``.
+def judged_text(model: Any, output: Any, lengths: Tensor) -> Tensor:
+    """The ``judgement`` of the texts of ``generate()``, float64 ``[n, values]`` on the CPU.
 
-    It is on the CPU. ``output`` is made with ``return_dict_in_generate`` and ``output_scores``. ``ends``: tokens that
-    end a text; ``None``: those of the model.
+    ``output`` is made with ``return_dict_in_generate`` and ``output_scores``. ``lengths``: tokens of each text, its end
+    included, ``[n]``.
     """
     beams = getattr(output, "beam_indices", None)
     log_prob = model.compute_transition_scores(output.sequences, output.scores, beams, normalize_logits=beams is None)
-    counted, _ = until_end(output.sequences[:, -log_prob.shape[1] :], model, ends)
-    log_prob, counted = log_prob.cpu().double(), counted.cpu()  # not every device has float64
-    log_prob = log_prob.clamp(min=MOST_UNSURE).masked_fill(~counted, 0.0)
-    length = counted.sum(dim=1).clamp(min=1)
+    log_prob, length = log_prob.cpu().double(), lengths.cpu()  # not every device has float64
+    log_prob = log_prob.clamp(min=MOST_UNSURE)
+    log_prob = log_prob.masked_fill(torch.arange(log_prob.shape[1]) >= length[:, None], 0.0)
     mean, least = log_prob.sum(dim=1) / length, log_prob.amin(dim=1)
     return torch.stack([log_odds_of(mean), log_odds_of(least), length.log()], dim=1).double()
 
 
-def until_end(tokens: Tensor, model: Any, ends: int | Sequence[int] | None) -> tuple[Tensor, Tensor]:
-    """Which ``tokens [n, length]`` belong to each text, its end included, and which texts have one, bool ``[n]``.
+def generated_tokens(output: Any) -> Tensor:
+    """The tokens that ``generate()`` wrote, int64 ``[n, length]``; ``output``: see ``judged_text``."""
+    beams = getattr(output, "beam_indices", None)  # padded to the number of steps, where the best text may be shorter
+    length = len(output.scores) if beams is None else int((beams >= 0).sum(dim=1).max())
+    return output.sequences[:, -length:]
 
-    ``ends``: tokens that end a text; ``None``: those of the model.
+
+def until_end(tokens: Tensor, ends: int | Sequence[int] | None) -> tuple[Tensor, Tensor]:
+    """How many of ``tokens [n, length]`` each text has, its end included, and whether it has one, each ``[n]``.
+
+    ``ends``: the tokens that end a text.
     """
-    ends = model.generation_config.eos_token_id if ends is None else ends
     ended = torch.isin(tokens, torch.tensor([] if ends is None else ends, device=tokens.device))
-    return (ended.cumsum(dim=1) - ended.long()) == 0, ended.any(dim=1)
+    return ((ended.cumsum(dim=1) - ended.long()) == 0).sum(dim=1), ended.any(dim=1)
 
 
 def padded_targets(tokens: Sequence[Sequence[int]], cut: NDArray) -> Targets:

@@ -3,14 +3,13 @@
 import json
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
@@ -106,13 +105,13 @@ def test_an_answer_ends_at_the_stop(data, backbone):
     whole, rows = make(data, backbone, **settings).unwrapped.core, np.arange(12)
     dense = np.zeros((12, len(whole.nvec)), dtype=np.int64)
     texts = whole.split("test").passes.answers(rows, dense)
-    stop = max(texts, key=lambda text: len(set(text.split()))).split()[-1]
+    stop = " " + max(texts, key=lambda text: len(set(text.split()))).split()[-1]
     core = make(data, backbone, stop=stop, **settings).unwrapped.core
     ended = core.split("test").passes.answers(rows, dense)
     assert ended != texts
     assert ended == [text.partition(stop)[0].strip() for text in texts]
     for labels, instance in zip(core.split("test").encoded.labels, core.split("test").instances, strict=True):
-        assert core.backbone.tokenizer.decode(labels[labels >= 0]) == f"{instance.target} {stop}"
+        assert core.backbone.tokenizer.decode(labels[labels >= 0]) == f"{instance.target.partition(stop)[0]}{stop}"
     with pytest.raises(DataError, match="expected max_target_length above 1, the tokens of the stop, got 1"):
         make(data, backbone, stop=stop, max_target_length=1)
 
@@ -242,6 +241,34 @@ def test_without_an_end_of_texts_there_has_to_be_a_stop(data, backbone, tmp_path
     env.step(env.action_space.sample())  # which generates
 
 
+def test_a_text_is_judged_and_counted_up_to_its_stop(data, backbone):
+    settings = {"quality": "metric", "metric": "squad", "max_target_length": 8}
+    rows, models = np.arange(12), make(data, backbone, **settings).unwrapped.core
+    dense = np.zeros((12, len(models.nvec)), dtype=np.int64)
+    passes = models.split("test").passes
+    texts, _ = passes.answers_and_judgement(rows, dense)
+    stop = " " + " ".join(max(texts, key=lambda text: len(set(text.split()))).split()[1:3])  # of two tokens
+    stopped = make(data, backbone, stop=stop, **settings).unwrapped.core.split("test").passes
+    steps, wrapped = [], models.backbone.model.register_forward_hook(lambda *_: steps.append(1))
+    try:
+        ended, judged = stopped.answers_and_judgement(rows, dense)
+        all_steps, several = len(steps), next(row for row in rows if stopped.finished[row])
+        steps.clear()
+        alone = stopped.answers_and_judgement(rows[several : several + 1], dense[:1])
+    finally:
+        wrapped.remove()
+    assert ended == [text.partition(stop)[0].strip() for text in texts]
+    assert len(steps) == stopped.generated[several] < all_steps == 8
+    assert alone[0] == [ended[several]]
+    np.testing.assert_allclose(alone[1][0], judged[several], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(np.exp(judged[:, 2]), stopped.generated)
+    decode, end = models.backbone.tokenizer.decode, models.backbone.tokenizer.eos_token_id
+    for row in rows[stopped.finished]:
+        tokens = stopped.written[row]
+        assert (stop in decode(tokens, skip_special_tokens=True)) != (tokens[-1] == end)
+        assert stop not in decode(tokens[:-1], skip_special_tokens=True)
+
+
 def test_the_tokens_of_a_text_are_counted_up_to_its_end(data, backbone):
     settings = {"quality": "metric", "metric": "squad", "max_target_length": 8}
     core, rows = make(data, backbone, **settings).unwrapped.core, np.arange(12)
@@ -296,18 +323,58 @@ def test_dense_agrees_with_itself_whatever_it_writes(data, backbone, monkeypatch
     assert [text.strip() for text in written] == texts["Answer"]
 
 
-@pytest.mark.parametrize(("prompt", "wanted"), [("{source}\nLabel:", " good"), ("{source}<assistant>\n", "good")])
-def test_a_target_has_a_space_where_the_prompt_has_none(prompt, wanted):
-    read = []
+def joining_tokenizer(kind):
+    """One that writes a space in front of texts, as Llama 2's does, or one token for ``.`` and a new line (Qwen2's)."""
+    tokenizer = Tokenizer(models.BPE())
+    if kind == "sentencepiece":
+        lines, words = pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Metaspace(prepend_scheme="first")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([lines, words])  # while it is trained
+        tokenizer.decoder, first = decoders.Metaspace(prepend_scheme="first"), []
+    else:
+        split = pre_tokenizers.Split(Regex(r" ?\w+| ?[^\s\w]+\n*|\s+"), "isolated")
+        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
+        tokenizer.decoder, first = decoders.ByteLevel(), pre_tokenizers.ByteLevel.alphabet()
+    texts = ["a good film.\nLabel: good.\n", "a bad film.\nLabel: bad.\nLabel:\ngood x\n"] * 9
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=first, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    if kind == "sentencepiece":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=99, **names)
 
-    class Reads:
-        eos_token_id = 3
 
-        def __call__(self, texts, add_special_tokens):
-            read.extend(texts)
-            return SimpleNamespace(input_ids=[[5]] * len(texts))
+@pytest.mark.parametrize("kind", ["sentencepiece", "merging"])
+@pytest.mark.parametrize("stop", [None, "\n"])
+@pytest.mark.parametrize(
+    ("prompt", "space"), [("{source}\nLabel:", " "), ("{source}\nLabel:\n", ""), ("Label: {source}", " ")]
+)
+def test_a_target_has_the_tokens_that_it_has_after_the_prompt(kind, stop, prompt, space):
+    tokenizer = joining_tokenizer(kind)
+    config = BackboneConfig(name="x", prompt=prompt, stop=stop)
+    instances = [Instance("", "a bad film", target) for target in ("good", " good.", "bad.")]
+    labels = PromptedHead().targets(instances, None, tokenizer, config).labels
+    filled = prompt.format(source="a bad film")
+    start = len(tokenizer(filled).input_ids)
+    for instance, row in zip(instances, labels, strict=True):
+        whole = tokenizer(f"{filled}{space}{instance.target.strip()}{stop or '</s>'}").input_ids
+        assert row[row >= 0].tolist() == whole[start:]
+    nothing = PromptedHead().targets([Instance("", "a bad film", "")], None, tokenizer, config).labels
+    assert tokenizer.decode(nothing[0]).strip(" ") == (stop or "</s>")
 
-    config = BackboneConfig(name="x", prompt=prompt)
-    targets = PromptedHead().targets([Instance("", "a film", "good")], None, Reads(), config)
-    assert read == [wanted]
-    assert targets.labels.tolist() == [[5, 3]]
+
+def test_a_target_ends_at_its_stop():
+    config = BackboneConfig(name="x", prompt="{source}\nLabel:", stop="\n")
+    tokenizer, instances = joining_tokenizer("merging"), [Instance("", "", text) for text in ("good.\nbad", "good.")]
+    targets = PromptedHead().targets(instances, None, tokenizer, config)
+    assert targets.labels[0].tolist() == targets.labels[1].tolist()
+    assert targets.target_cut.tolist() == [True, False]
+
+
+def test_a_long_target_ends_as_others_do():
+    tokenizer, instance = joining_tokenizer("merging"), Instance("", "", "good. bad. good.")
+    config = BackboneConfig(name="x", prompt="{source}\nLabel:", stop="\n", max_target_length=3)
+    targets = PromptedHead().targets([instance], None, tokenizer, config)
+    assert tokenizer.decode(targets.labels[0]) == " good.\n"
+    assert targets.target_cut.tolist() == [True]
