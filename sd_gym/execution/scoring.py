@@ -261,7 +261,9 @@ class Scoring:
             means = text_metrics(compared, self._passes.answers(rows, decisions), references)
             return means if of_texts else {name: means["exact_match"]}
         predicted = self._passes.in_passes(rows, decisions, lambda logits, labels: self._head.prediction(logits))
-        return {name: corpus_metric(name, predicted, self._encoded.labels[torch.from_numpy(rows)].numpy())}
+        labels = self._encoded.labels[torch.from_numpy(rows)].numpy()
+        pair = (self._head.in_data_order(classes, self._instances) for classes in (predicted, labels))
+        return {name: corpus_metric(name, *pair)}
 
 
 def _packed(decisions: Array) -> Array:

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from sd_gym.errors import DataError
+from sd_gym.errors import DataError, short
 from sd_gym.serving.batcher import Batcher, ClosedError, LateError, QueueFullError
 from sd_gym.serving.dial import ServerDial
 from sd_gym.serving.engine import Asked, BlockingEngine, OperatingPoints, Served
@@ -170,6 +170,9 @@ class Service:
         return await _unless_gone(request, self.batcher.answer(asked, timeout))
 
     def _texts(self, number: int, given: Any) -> list[str]:
+        if isinstance(given, dict) and (unknown := [*given.keys() - {*self._served.fields}]):
+            fields = ", ".join(self._served.fields)
+            raise RefusedError(422, f"input {number}: unknown field {short(unknown[0])}; the fields are {fields}")
         try:
             texts = self.engine.checked(given)
         except ValueError as error:

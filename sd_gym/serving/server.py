@@ -53,6 +53,11 @@ def service(
     Raises:
         FileNotFoundError, ValueError: See ``sd_gym.load`` and ``sd_gym.serving.dial.Trained``.
     """
+    if dial is not None and (max_loss, max_flops) != (None, None):
+        raise ValueError(
+            "a dial chooses the operating point, so max_loss and max_flops have no effect; leave them out, or limit "
+            "the dial by allow_loss and allow_flops (--allow-loss, --allow-flops)"
+        )
     if not isinstance(policy, SkipPolicy) and Path(policy, MANIFEST).is_file():
         if backbone or device != "cpu":
             raise ValueError(f"{policy} is exported: it has its own backbone and runs on the CPU")

@@ -228,7 +228,7 @@ def _decoder_only(model_types: str, layers: str, attention: str, output: str, fe
         Sublayer("attention", tuple(attention.split()), output=output),
         Sublayer("feed_forward", tuple(feed_forward.split())),
     )
-    stacks, heads = (Stack("decoder", layers, sublayers, norms=()),), ("lm_head", "score", "qa_outputs")
+    stacks, heads = (Stack("decoder", layers, sublayers, norms=()),), ("lm_head", "score", "qa_outputs", "classifier")
     register_architecture(Architecture(tuple(model_types.split()), stacks, causal=True, token_heads=heads))
 
 

@@ -49,6 +49,9 @@ def marked_texts(
         marks = np.full(len(text), READ, dtype=np.int8)
         for (_, begin, end), kept in zip(places[own], keep[own], strict=True):
             marks[begin:end] = READ if kept else DROPPED
-        marks[places[own, 2].max(initial=0) :] = CUT
+        if tokenizer.truncation_side == "left":
+            marks[: places[own, 1].min(initial=len(text))] = CUT
+        else:
+            marks[places[own, 2].max(initial=0) :] = CUT
         marked.append(MarkedText(text, marks))
     return marked

@@ -116,6 +116,7 @@ def test_a_request_chooses_its_operating_point(stub):
         ("/predict", b'{"inputs": []}', 422),
         ("/predict", b'{"inputs": ["a", "b", "c"]}', 422),
         ("/predict", b'{"inputs": "\\ud800"}', 422),
+        ("/predict", b'{"inputs": {"text": "a", "textpair": "b"}}', 422),
         ("/predict", b'{"inputs": "a", "max_los\\ud800": 1}', 422),
         ("/predict", b'{"inputs": "a", "details": "yes"}', 422),
         ("/predict", b'{"inputs": "a", "timeout": 0}', 422),

@@ -56,6 +56,8 @@ def test_a_server_follows_its_dial(run, tmp_path, tiny_tokenizer):
         service(replace(policy, operating_points=points[:5]), Limits(), Settings(timeout=2.0), dial=run)
     with pytest.raises(ValueError, match=r"within 2 s, but this server has 30 s for a request; .*: --timeout 2$"):
         service(policy, Limits(), Settings(), dial=run)
+    with pytest.raises(ValueError, match=r"a dial chooses the operating point.*--allow-loss"):
+        service(policy, Limits(), Settings(timeout=2.0), dial=run, max_loss=0.01)
     with pytest.raises(FileNotFoundError, match="no dial"):
         service(policy, Limits(), Settings(), dial=tmp_path / "backbone")
     with pytest.raises(FileNotFoundError, match="sd-gym serve RUN --dial"):

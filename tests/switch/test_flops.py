@@ -39,7 +39,8 @@ def test_analytic_flops_are_counted_flops(name, seed, source, target, drop):
 HEADS = (
     "BertForPreTraining BertForNextSentencePrediction BertForTokenClassification BertForMultipleChoice "
     "RobertaForMultipleChoice RobertaForSequenceClassification RobertaForMaskedLM DistilBertForTokenClassification "
-    "ElectraForPreTraining ElectraForMultipleChoice ElectraForMaskedLM LlamaForTokenClassification"
+    "ElectraForPreTraining ElectraForMultipleChoice ElectraForMaskedLM LlamaForTokenClassification "
+    "GPT2ForTokenClassification"
 ).split()
 
 

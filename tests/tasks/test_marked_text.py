@@ -1,12 +1,15 @@
 """What of a text was read, dropped or cut."""
 
+import copy
 import json
 
 import gymnasium as gym
 import numpy as np
 import pytest
 
-from sd_gym.tasks.marked_text import CUT, DROPPED, READ
+from sd_gym.config import BackboneConfig
+from sd_gym.data.instance import Instance
+from sd_gym.tasks.marked_text import CUT, DROPPED, READ, marked_texts
 from tests.conftest import make_model, save
 from tests.envs.conftest import MINI, SMALL
 
@@ -46,6 +49,15 @@ def test_pairs_and_what_was_cut(tmp_path, tiny_backbone):
     assert {READ, DROPPED} <= {*first.marks, *second.marks}
     (alone,) = split.marked_texts(len(split) - 1, 1)
     assert [mark for _, mark in alone.runs()][-1] == CUT
+
+
+def test_a_beginning_that_was_cut(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.truncation_side = "left"
+    (marked,) = marked_texts(
+        Instance("", "the food was good", 0), tokenizer, BackboneConfig(name="x", max_source_length=4)
+    )
+    assert marked.runs() == [("the food ", CUT), ("was good", READ)]
 
 
 def test_a_prompt_is_shown_as_it_is_filled_in_and_never_struck_out(tmp_path, reviews, tiny_tokenizer):

@@ -67,6 +67,10 @@ class Answers(ABC):
         """
         raise ValueError(f"this metric compares classes or scores, and the backbone gives a {self.gives}")
 
+    def in_data_order(self, classes: NDArray, instances: Sequence[Instance]) -> NDArray:
+        """Predictions or labels ``[n]`` as the data set of the instances numbers its classes."""
+        return classes
+
     # Takes logits to the probability of the answer, ``[batch]``; ``None``: it is not known from one pass.
     confidence: Callable[[Tensor], Tensor] | None = None
     judgement: ClassVar[tuple[str, ...]] = ()  # names of the values of ``judge``, observed at the answer stage

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -45,8 +46,8 @@ class LabelHead(Head):
                 f"the backbone's problem_type is {MULTI_LABEL}: its answers are sets of classes; expected a model of "
                 "which each input has one class, or one score"
             )
-        names = model.config.id2label or {}
-        return cls(labels_of(model.config), {int(index): str(name) for index, name in names.items()})
+        labels, names = labels_of(model.config), _names_of(model.config)
+        return cls(labels, names | {index: name for name, index in labels.items()})
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -60,8 +61,8 @@ class LabelHead(Head):
         return nothing_generated(self._labels(instances))
 
     def _labels(self, instances: Sequence[Instance]) -> Tensor:
-        if (indices := self._indices_of_named(instances)) is not None:
-            return torch.tensor(indices)
+        if (order := self._order_of_named(instances)) is not None:
+            return torch.tensor([order[int(instance.target)] for instance in instances])
         by_name = numbers_are_names(self.label2id)
         return torch.tensor([self._index(instance, by_name) for instance in instances])
 
@@ -79,8 +80,13 @@ class LabelHead(Head):
             f"{' ...' if len(self.label2id) > 20 else ''}"
         )
 
-    def _indices_of_named(self, instances: Sequence[Instance]) -> list[int] | None:
-        """The model's indices of classes that a data set names; ``None`` if it does not, or the model has other names.
+    def in_data_order(self, classes: NDArray, instances: Sequence[Instance]) -> NDArray:
+        """Class indices, of the model, as the data set of the instances numbers them; -1: it has no such class."""
+        order = self._order_of_named(instances)
+        return classes if order is None else (classes[:, None] == order) @ (np.arange(len(order)) + 1) - 1
+
+    def _order_of_named(self, instances: Sequence[Instance]) -> list[int] | None:
+        """The model's index of each class that a data set names; ``None`` if it does not, or the model has other names.
 
         Models and data sets may order the same classes differently.
         """
@@ -90,7 +96,7 @@ class LabelHead(Head):
         names = targets[0].names
         for known, wanted in ((self.label2id, names), (_folded(self.label2id), [name.casefold() for name in names])):
             if known is not None and len({*wanted}) == len(names) and all(name in known for name in wanted):
-                return [known[wanted[target]] for target in targets]
+                return [known[name] for name in wanted]
         return None
 
     def exact(self, logits: Tensor, labels: Tensor, label_range: float = 1.0) -> Tensor:
@@ -131,7 +137,17 @@ def _folded(label2id: Mapping[str, int]) -> dict[str, int] | None:
 
 
 def labels_of(config: PretrainedConfig) -> dict[str, int]:
-    """Class index of each class's name in a model's configuration."""
-    if not config.label2id:  # some configurations have the names alone
-        return {str(name): int(index) for index, name in (config.id2label or {}).items()}
-    return {str(name): int(index) for name, index in config.label2id.items()}
+    """Class index of each class's name in a model's configuration.
+
+    ``id2label`` has the names of answers, so it counts where ``label2id`` says something else, unless two classes have
+    the same name there, or it has no names.
+    """
+    names = _names_of(config)
+    nameless = all(name == f"LABEL_{index}" for index, name in names.items())
+    if config.label2id and (nameless or len({*names.values()}) < len(names)):
+        return {str(name): int(index) for name, index in config.label2id.items()}
+    return {name: index for index, name in names.items()}
+
+
+def _names_of(config: PretrainedConfig) -> dict[int, str]:
+    return {int(index): str(name) for index, name in (config.id2label or {}).items()}

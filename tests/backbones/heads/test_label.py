@@ -3,11 +3,14 @@
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
+import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
+from sklearn.metrics import f1_score
 from transformers import PretrainedConfig
 
 from sd_gym.backbones.heads.label import LabelHead, labels_of
@@ -43,8 +46,33 @@ def test_classes_are_named_by_either_mapping():
     config = PretrainedConfig()
     config.id2label, config.label2id = {0: "no", 1: "yes"}, None
     assert labels_of(config) == {"no": 0, "yes": 1}
-    config.label2id = {"yes": 0, "no": 1}
+    for label2id in ({"yes": 0, "no": 1}, {"LABEL_0": 0, "LABEL_1": 1}):  # answers are named by the other one
+        config.label2id = label2id
+        assert labels_of(config) == {"no": 0, "yes": 1}
+    config.id2label, config.label2id = {0: "LABEL_0", 1: "LABEL_1"}, {"yes": 0, "no": 1}
     assert labels_of(config) == config.label2id
+    config.id2label, config.label2id = {0: "no", 1: "no", 2: "yes"}, {"no": 1, "yes": 2}
+    assert labels_of(config) == config.label2id
+
+
+def test_classes_in_the_order_of_the_data():
+    head, names = LabelHead({"pos": 0, "other": 1, "neg": 2}), ("neg", "pos")
+    instances = [Instance("a", "x", NamedClass.of(0, names)), Instance("b", "x", NamedClass.of(1, names))]
+    assert head.in_data_order(np.array([2, 0, 1]), instances).tolist() == [0, 1, -1]
+    assert head.in_data_order(np.array([2, 0]), [Instance("a", "x", "neg")]).tolist() == [2, 0]
+
+
+def test_f1_is_of_the_class_1_of_the_data(reviews, tiny_backbone):
+    settings = {"dataset": str(reviews), "backbone": str(tiny_backbone), "metric": "f1"}
+    split = gym.make("SD/Classification-Custom-v0", **settings).unwrapped.core.split("train")
+    rows, labels = np.arange(len(split)), split.encoded.labels.numpy()
+    nothing = np.zeros((len(rows), len(split.backbone.board) + 1), dtype=np.int64)
+    said = split.passes.in_passes(rows, nothing, lambda logits, _: logits.argmax(dim=1))
+    assert split.scoring.metrics(rows, nothing) == {"f1": pytest.approx(f1_score(labels, said))}
+    names = ("LABEL_1", "LABEL_0")
+    for row, label in enumerate(labels):
+        split.instances[row] = replace(split.instances[row], target=NamedClass.of(1 - label, names))
+    assert split.scoring.metrics(rows, nothing) == {"f1": pytest.approx(f1_score(labels == 0, said == 0))}
 
 
 def test_a_classifier_whose_answers_are_sets_of_classes_is_refused(reviews, tiny_backbone, tmp_path):

@@ -143,6 +143,14 @@ def test_an_answer_cut_in_two_is_cut_off(tiny_tokenizer):
     assert split.target_cut.all()
 
 
+@pytest.mark.parametrize(("context", "limit"), [("the food was bad  ", 99), ("the food  was bad", 8)])
+def test_the_end_of_an_answer_may_have_no_token(context, limit, tiny_tokenizer):
+    answer = context[4:] if limit == 99 else "food "
+    split = encoded([question(context, [answer], [4])], tiny_tokenizer, limit=limit)
+    assert split.labels.tolist() == [[[6, 8 if limit == 99 else 6]]]
+    assert not split.target_cut.any()
+
+
 @pytest.mark.parametrize(
     "answers",
     [
