@@ -61,7 +61,7 @@ class PromptedHead(Seq2SeqHead):
     def targets(
         self, instances: Sequence[Instance], source: BatchEncoding, tokenizer: Tokenizer, backbone: BackboneConfig
     ) -> Targets:
-        """The answer after the prompt: a space, the target up to a stop, and its end if known: the stop, or the token.
+        """The answer after the prompt: a space, the target up to a stop, and its end if known: the stop, or a token.
 
         After a prompt that ends in a space or a new line, as those of a chat do, there is no other space.
         """
@@ -85,7 +85,7 @@ class PromptedHead(Seq2SeqHead):
         endless = np.array([instance.is_cut and text != "" for instance, text in zip(instances, own, strict=True)])
         whole = [[*ids, *end] for ids in tokens_of([f"{text}{stop}" for text in texts])]
         too_long = np.array([len(ids) > longest for ids in whole])
-        unended = tokens_of(texts)
+        unended = tokens_of(texts) if (endless | too_long).any() else whole
         answers = [
             ids[:longest] if has_no_end else [*ids[:room], *last] if is_long else ended
             for ids, ended, has_no_end, is_long in zip(unended, whole, endless, too_long, strict=True)
@@ -136,6 +136,8 @@ def _following(before: str, texts: list[str], tokenizer: Tokenizer) -> list[list
     the tokens of ``before`` would change, too, they are those of the text alone.
     """
     start = tokenizer(before, add_special_tokens=False).input_ids
-    alone = tokenizer(texts, add_special_tokens=False).input_ids
     joined = tokenizer([f"{before}{text}" for text in texts], add_special_tokens=False).input_ids
-    return [ids[len(start) :] if ids[: len(start)] == start else own for ids, own in zip(joined, alone, strict=True)]
+    return [
+        ids[len(start) :] if ids[: len(start)] == start else tokenizer(text, add_special_tokens=False).input_ids
+        for ids, text in zip(joined, texts, strict=True)
+    ]
