@@ -22,7 +22,7 @@ from sd_gym.envs.staged import BackboneStageObserver
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.files import file_states
 from sd_gym.going_on import ANSWER, answer_masks, stages_of_pass
-from sd_gym.policy.artefact import tokenizer_hash
+from sd_gym.policy.artefact import reading_hash, tokenizer_hash
 from sd_gym.policy.token_rule import TokenRule
 from sd_gym.registration import OBSERVATIONS
 from sd_gym.tasks.family import TASKS
@@ -147,6 +147,7 @@ class BackboneCore(Core[BackboneSplit]):
             "auto_class": backbone.head.loading(backbone.model.config)[0],
             "weights": backbone.weights,
             "tokenizer": tokenizer_hash(backbone.tokenizer),
+            "reading": reading_hash(backbone.tokenizer),
             "token_types": train.encoded.token_type_ids is not None,
         }
         context = train.encoded.context_mask if self.has_answer_stage else None  # spans alone have a context

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from sd_gym.errors import DataError, MissingExtraError
+from sd_gym.errors import DataError, MissingExtraError, short
 from sd_gym.files import hash_of, read_json, sha256
 from sd_gym.going_on import going_on_flops
 from sd_gym.inference.answer import Answer, TextModel
@@ -65,6 +65,12 @@ def load(
     )
 
 
+def _loaded(folder: Path, providers: list[Any], session_options: Any, margin: np.float32) -> OnnxModel:
+    model = OnnxModel(folder, providers=providers, session_options=session_options)
+    model.margin = margin
+    return model
+
+
 def runtime() -> Any:
     """The module ``onnxruntime``; raises ``MissingExtraError`` if it is not installed."""
     try:
@@ -98,6 +104,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if (found := manifest.get("format")) != FORMAT:
         raise ValueError(f"{folder / MANIFEST}: expected format {FORMAT}, got {found!r}; export anew with this version")
     return manifest
+
+
+def _place(number: int, inputs: Sequence[Any]) -> str:
+    return "the input" if len(inputs) == 1 else f"input {number}"
 
 
 def _known(providers: list[Any]) -> list[Any]:
@@ -170,6 +180,10 @@ class OnnxModel(TextModel):
                 tokenizer.encode_special_tokens = manifest["splits_special_tokens"]
         self._tokenizer.enable_truncation(cut["length"], strategy=cut["strategy"], direction=cut["direction"])
         self._session = lru_cache(None)(self._opened)  # graphs are read when they are first run
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy reads the folder again, in this process or another."""
+        return _loaded, (self.folder, self._providers, self._options, self.margin)
 
     def _answers(self, texts: list[list[str]], dense: bool, batch_size: int | None) -> list[Answer]:
         rows = self.encoded(texts)
@@ -332,13 +346,16 @@ class OnnxModel(TextModel):
         encode = self._tokenizer.encode_batch
         if self.head != "span":
             encode = self._tokenizer.encode_batch_fast  # without the places of tokens in their text
-        return encode([fields[0] if len(fields) == 1 else (fields[0], fields[1]) for fields in texts])
+        rows = encode([fields[0] if len(fields) == 1 else (fields[0], fields[1]) for fields in texts])
+        for number in [number for number, row in enumerate(rows) if not len(row)]:
+            raise DataError(f"{_place(number, rows)}: the tokenizer has no token for {short(texts[number][0])}")
+        return rows
 
     def _check_questions(self, whole: Tokenizer, questions: list[str]) -> None:
         limit = self.manifest["cut"]["length"]
         for number, row in enumerate(whole.encode_batch([(question, "") for question in questions])):
             if len(row) >= limit:
-                name = "the input" if len(questions) == 1 else f"input {number}"
+                name = _place(number, questions)
                 raise DataError(f"{name}: the question alone has {len(row)} of {limit} tokens; shorten it")
 
     def batch(self, rows: list[Encoding]) -> Batch:

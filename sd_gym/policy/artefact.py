@@ -40,6 +40,7 @@ from sd_gym.switch import (
 )
 from sd_gym.switch.switchboard import board_on
 
+PROBE = "The CAFÉ's Straße  costs 1,234.50 ﬁne € in 東京 😀"  # a text that tokenizers read in different ways
 TOKEN_STATISTICS = ("token_mean", "token_deviation")  # names of tensors
 
 
@@ -242,6 +243,12 @@ class SkipPolicy:
                 f"the tokenizer is not the one of {backbone['name']} that this policy was trained with "
                 f"(hash {got[:12]}, expected {backbone['tokenizer'][:12]})"
             )
+        hashes = {reading_hash(tokenizer), backbone.get("reading")} - {None}
+        if len(hashes) == 2:
+            raise ValueError(
+                f"the tokenizer has the words of {backbone['name']}, but reads case, accents or spaces otherwise; load "
+                "it as it was stored (without do_lower_case, add_prefix_space and the like)"
+            )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the policy and a model card; each file is complete or missing."""
@@ -354,6 +361,15 @@ def _downloaded(name: str, revision: str | None) -> Path:
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of a tokenizer's vocabulary and special tokens."""
     return hash_of([sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.all_special_tokens))])
+
+
+def reading_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """SHA-256 of what a fast tokenizer reads of a text before it looks up words: case, accents, and where words end."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    text = PROBE if backend.normalizer is None else backend.normalizer.normalize_str(PROBE)
+    return hash_of([text, None if backend.pre_tokenizer is None else backend.pre_tokenizer.pre_tokenize_str(text)])
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from threading import RLock
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from transformers import BatchEncoding
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -14,7 +15,7 @@ from sd_gym.backbones.heads.seq2seq import was_cut
 from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Encoded
 from sd_gym.data.instance import Instance
-from sd_gym.errors import DataError
+from sd_gym.errors import DataError, short
 
 # A fast tokenizer keeps its truncation and padding from call to call, so threads must take turns.
 TOKENIZING = RLock()
@@ -61,7 +62,9 @@ def droppable_tokens(instances: Sequence[Instance], tokenizer: Tokenizer, backbo
     options = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
     with TOKENIZING:
         tokens, _ = _tokenize_sources(instances, tokenizer, backbone, **options)
-    droppable = (tokens.special_tokens_mask == 0).numpy()
+        added = torch.tensor(tokenizer("", "").input_ids, dtype=torch.int64)
+    # Those that a text itself has look the same to an attached policy, which sees tokens alone.
+    droppable = ((tokens.special_tokens_mask == 0) & ~torch.isin(tokens.input_ids, added)).numpy()
     start, end = tokens.offset_mapping.numpy()[..., 0], tokens.offset_mapping.numpy()[..., 1]
     for row, instance in enumerate(instances):
         first = np.array([number == 0 for number in tokens.sequence_ids(row)])
@@ -119,6 +122,8 @@ def _tokenize_sources(
     texts: Any = [(one.source, one.source_pair) if _is_pair(one) else one.source for one in instances]
     options |= {"truncation": "only_second" if has_questions else True, "max_length": limit}
     tokens = tokenizer(texts, **PADDED, **options)
+    for row in (tokens.attention_mask.sum(dim=1) == 0).nonzero()[:, 0].tolist():
+        raise DataError(f"{instances[row].place}: the tokenizer has no token for {short(instances[row].source)}")
     return tokens, was_cut(tokens, limit)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers, processors
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -432,6 +434,28 @@ def test_malformed_inputs_are_named(exported):
         model(pd.DataFrame({"text": ["good"]}))
     with pytest.raises(ValueError, match="batch size of at least 1"):
         model(["good"], batch_size=0)
+
+
+def test_a_text_of_which_no_token_is_left_is_named(tmp_path, tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    policy, texts = few_masks("classification", tmp_path, tokenizer)
+    sd_gym.export(policy, tmp_path / "onnx")
+    for model in (sd_gym.load(policy), onnx.load(tmp_path / "onnx")):
+        with pytest.raises(DataError, match="the input: the tokenizer has no token for"):
+            model(["\u200b"])
+        with pytest.raises(DataError, match="input 1: the tokenizer has no token"):
+            model([texts[0], "\u200b", "\u200b"])
+    assert model([texts[0]])
+
+
+def test_a_copy_reads_the_folder_again(exported):
+    model = onnx.load(exported[1])
+    model.margin = np.float32(2.0)
+    for came in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert came.margin == 2
+        assert [one.flops_ratio for one in came(exported[2])] == [one.flops_ratio for one in model(exported[2])]
 
 
 def test_questions_are_measured_by_a_tokenizer_that_was_read_once(tmp_path, tiny_tokenizer, monkeypatch):

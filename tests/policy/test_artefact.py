@@ -1,9 +1,13 @@
 """Files that hold a policy, and those that do not."""
 
+import copy
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from tokenizers import normalizers
+from transformers import PreTrainedTokenizerFast
 
 import sd_gym
 from sd_gym.policy.artefact import SkipPolicy
@@ -38,6 +42,21 @@ def test_what_is_no_artefact_is_refused(tmp_path, tiny_tokenizer):
         model(["good food", 3])
     assert model([]) == []
     sd_gym.detach(model.model)
+
+
+def test_a_tokenizer_with_the_words_that_reads_otherwise_is_refused(tmp_path, tiny_tokenizer):
+    _, _, policy, _ = trained("classification", None, tmp_path, tiny_tokenizer)
+    own = PreTrainedTokenizerFast.from_pretrained(policy.card["backbone"]["name"])
+    policy.check_tokenizer(own)
+    words, case = copy.deepcopy(own), copy.deepcopy(own)
+    words.add_tokens(["other"])
+    with pytest.raises(ValueError, match=r"the tokenizer is not the one of .* \(hash"):
+        policy.check_tokenizer(words)
+    case.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(ValueError, match=r"has the words of .*, but reads case, accents or spaces otherwise"):
+        policy.check_tokenizer(case)
+    backbone = {key: value for key, value in policy.card["backbone"].items() if key != "reading"}
+    replace(policy, card={**policy.card, "backbone": backbone}).check_tokenizer(case)  # a policy of before
 
 
 def test_the_dial_takes_a_version_that_passed_its_test():

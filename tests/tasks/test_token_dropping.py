@@ -6,6 +6,9 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
+from sd_gym.config import BackboneConfig
+from sd_gym.data.instance import Instance
+from sd_gym.tasks.encoding import droppable_tokens
 from tests.envs.conftest import SMALL
 
 
@@ -34,6 +37,13 @@ def test_token_levels_drop_tokens_but_never_the_question(ranking):
     assert (ratios[0] == 1).all()
     # Where there is a single fact, a third of it is next to nothing, and ranking by attention costs something.
     assert ratios[2].mean() < ratios[1].mean() < 1
+
+
+def test_a_special_token_that_a_text_has_is_not_dropped(tiny_tokenizer):
+    """As an attached policy, which sees tokens alone, does not drop it."""
+    texts = [Instance("", "good [SEP] food", 0), Instance("", "good [CLS] [SEP]", 0)]
+    droppable = droppable_tokens(texts, tiny_tokenizer, BackboneConfig(name="x"))
+    assert droppable.tolist() == [[False, True, False, True, False], [False, True, False, False, False]]
 
 
 def test_ranking_by_attention_costs_nothing_where_nothing_is_dropped():
