@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from sd_gym.execution.mask_tree import MaskTree
 from sd_gym.execution.stops import cut_at_stop, stopping
 from sd_gym.switch import PassState, passes
 from sd_gym.switch.stages import BETWEEN
+from sd_gym.tasks.encoding import TOKENIZING
 from sd_gym.tasks.token_dropping import TokenDropping
 
 Value = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # a function of each row's logits and labels
@@ -180,19 +182,20 @@ class Passes:
                 max_new_tokens=self.max_target_length,
                 num_beams=self._num_beams,
                 do_sample=False,
-                **stopping(self._stop, backbone.tokenizer, start),
+                **stopping(self._stop, self._ends, backbone.tokenizer, start),
                 pad_token_id=backbone.tokenizer.pad_token_id,
                 return_dict_in_generate=True,
                 output_scores=judges,
             )
         answers = output.sequences[:, start:].cpu()
-        lengths, ended = until_end(answers, backbone.model.generation_config.eos_token_id)
+        lengths, ended = until_end(answers, self._ends)
+        lengths = torch.minimum(lengths, (answers >= 0).sum(dim=1))  # beams are filled with -1 if there is no end
         if self._stop is not None:
             cut_at_stop(self._stop, backbone.tokenizer, answers, lengths, ended)
         self.generated[rows], self.finished[rows] = lengths.numpy(), ended.numpy()
         for row, tokens, length in zip(rows, answers.tolist(), self.generated[rows], strict=True):
             self.written[row] = tokens[:length]
-        whole = backbone.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        whole = backbone.tokenizer.batch_decode([self.written[row] for row in rows], skip_special_tokens=True)
         texts = [(text if self._stop is None else text.partition(self._stop)[0]).strip() for text in whole]
         if not judges:
             return texts, np.zeros((len(texts), len(self.head.judgement)))
@@ -208,6 +211,17 @@ class Passes:
             cut |= self.generated[rows] == self.max_target_length
             tokens = [own[: max(1, self.max_target_length - 1)] for own in tokens]
         return padded_targets(tokens, cut)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """Tokens that end a text: the model's; with a stop, the tokenizer's and a token that is the stop, too."""
+        own, tokenizer = self.backbone.model.generation_config.eos_token_id, self.backbone.tokenizer
+        ends = [*own] if isinstance(own, list) else [own]
+        if self._stop is not None:
+            with TOKENIZING:
+                stop = tokenizer(self._stop, add_special_tokens=False).input_ids
+            ends += [tokenizer.eos_token_id, *(stop if len(stop) == 1 else [])]
+        return list(dict.fromkeys(one for one in ends if one is not None))
 
     @torch.inference_mode()
     def in_passes(self, rows: Array, decisions: Array, value: Value, resume_from: PassState | None = None) -> Array:

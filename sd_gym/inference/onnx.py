@@ -65,8 +65,8 @@ def load(
     )
 
 
-def _loaded(folder: Path, providers: list[Any], session_options: Any, margin: np.float32) -> OnnxModel:
-    model = OnnxModel(folder, providers=providers, session_options=session_options)
+def _loaded(folder: Path, providers: list[Any], margin: np.float32) -> OnnxModel:
+    model = OnnxModel(folder, providers=providers)
     model.margin = margin
     return model
 
@@ -128,7 +128,6 @@ class OnnxModel(TextModel):
         masks: The masks that it decides among, bool ``[masks, switches]``; the first one is dense.
         margin: The margin of its operating point, float32; it may be changed between two calls.
         has_answer_stage: Whether it judges the answers.
-        fingerprints: SHA-256 of the policy at its operating point, and of the backbone.
     """
 
     def __init__(
@@ -167,10 +166,9 @@ class OnnxModel(TextModel):
         self.task, self.metric, self.reference = (manifest[key] for key in ("task", "metric", "reference"))
         self.fields = tuple(manifest["fields"])
         self.names = dict(enumerate(manifest["names"]))
-        self.optional, hashes = manifest["optional"], manifest["files"]
+        self.optional = manifest["optional"]
         self.head = manifest["head"]
         self.label_range = manifest["env"]["quality"]["label_range"]
-        self.fingerprints = {"policy": f"{hashes[MANIFEST]}, margin {self.margin}", "backbone": hashes[WEIGHTS]}
         self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
         self._tokenizer.no_padding()
         cut = manifest["cut"]
@@ -181,9 +179,17 @@ class OnnxModel(TextModel):
         self._tokenizer.enable_truncation(cut["length"], strategy=cut["strategy"], direction=cut["direction"])
         self._session = lru_cache(None)(self._opened)  # graphs are read when they are first run
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of the policy at its operating point, and of the backbone."""
+        hashes = self.manifest["files"]
+        return {"policy": f"{hashes[MANIFEST]}, margin {self.margin}", "backbone": hashes[WEIGHTS]}
+
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy reads the folder again, in this process or another."""
-        return _loaded, (self.folder, self._providers, self._options, self.margin)
+        """A copy reads the folder again, in this process or another; ``TypeError`` if it has ``session_options``."""
+        if self._options is not None:
+            raise TypeError("session_options cannot be copied; call sd_gym.onnx.load in each process")
+        return _loaded, (self.folder, self._providers, self.margin)
 
     def _answers(self, texts: list[list[str]], dense: bool, batch_size: int | None) -> list[Answer]:
         rows = self.encoded(texts)

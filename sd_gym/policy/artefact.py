@@ -364,12 +364,19 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def reading_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """SHA-256 of what a fast tokenizer reads of a text before it looks up words: case, accents, and where words end."""
+    """SHA-256 of the tokens that a tokenizer reads in a text of its words, accents and spaces; ``None``: it is slow.
+
+    The parts of the tokenizer are called one by one, as a call of the whole would change its truncation.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
-    text = PROBE if backend.normalizer is None else backend.normalizer.normalize_str(PROBE)
-    return hash_of([text, None if backend.pre_tokenizer is None else backend.pre_tokenizer.pre_tokenize_str(text)])
+    words = sorted(tokenizer.get_vocab())
+    some = " ".join(words[:: max(1, len(words) // 64)])
+    text = f" \n{PROBE} {some} {some.upper()}\n "
+    text = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
+    pieces = [(text,)] if backend.pre_tokenizer is None else backend.pre_tokenizer.pre_tokenize_str(text)
+    return hash_of([token.id for piece in pieces for token in backend.model.tokenize(piece[0])])
 
 
 @contextmanager

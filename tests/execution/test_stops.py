@@ -25,6 +25,16 @@ def test_a_text_ends_with_the_token_that_completes_its_stop(kind, stop):
             first[row] = first[row] or length
     assert first == expected
     lengths, ended = torch.full((4,), 99), torch.zeros(4, dtype=torch.bool)
+    assert [criterion.length(row) for row in tokens.tolist()] == expected
     cut_at_stop(stop, tokenizer, tokens, lengths, ended)
     assert lengths.tolist() == [length or 99 for length in expected]
     assert ended.tolist() == [stop in text for text in whole]
+
+
+@pytest.mark.parametrize("stop", ["</s>", "</s>\n"])
+def test_a_stop_may_have_special_tokens(stop):
+    tokenizer = joining_tokenizer("merging")
+    tokens = tokenizer("a good film</s>\n a film").input_ids
+    criterion = Stop(stop, tokenizer)
+    assert tokenizer.decode(tokens[: criterion.length(tokens)]) == f"a good film{stop}"
+    assert criterion.length(tokens[:2]) is None

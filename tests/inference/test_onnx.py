@@ -455,7 +455,14 @@ def test_a_copy_reads_the_folder_again(exported):
     model.margin = np.float32(2.0)
     for came in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
         assert came.margin == 2
+        assert came.fingerprints == model.fingerprints != onnx.load(exported[1]).fingerprints
         assert [one.flops_ratio for one in came(exported[2])] == [one.flops_ratio for one in model(exported[2])]
+
+
+def test_a_model_with_options_is_not_copied(exported):
+    model = onnx.load(exported[1], session_options=onnx.runtime().SessionOptions())
+    with pytest.raises(TypeError, match=r"call sd_gym.onnx.load in each process"):
+        pickle.dumps(model)
 
 
 def test_questions_are_measured_by_a_tokenizer_that_was_read_once(tmp_path, tiny_tokenizer, monkeypatch):

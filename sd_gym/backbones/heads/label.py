@@ -143,10 +143,12 @@ def labels_of(config: PretrainedConfig) -> dict[str, int]:
     the same name there, or it has no names.
     """
     names = _names_of(config)
-    nameless = all(name == f"LABEL_{index}" for index, name in names.items())
-    if config.label2id and (nameless or len({*names.values()}) < len(names)):
-        return {str(name): int(index) for name, index in config.label2id.items()}
-    return {name: index for index, name in names.items()}
+    labels = {str(name): int(index) for name, index in (config.label2id or {}).items()}
+    nameless = any(name == f"LABEL_{index}" for index, name in names.items())
+    if labels and (nameless or len({*names.values()}) < len(names)):
+        return labels
+    others = {name: index for name, index in labels.items() if index in names and name != f"LABEL_{index}"}
+    return others | {name: index for index, name in names.items()}
 
 
 def _names_of(config: PretrainedConfig) -> dict[int, str]:

@@ -74,15 +74,17 @@ class PromptedHead(Seq2SeqHead):
             return _following(_after_texts(prompt), texts, tokenizer)
 
         space, longest = "" if prompt[-1:].isspace() else " ", backbone.max_target_length
-        targets = [str(instance.target) for instance in instances]
-        own = [(target.partition(stop)[0] if stop else target).strip() for target in targets]
+        targets = [str(instance.target).strip() for instance in instances]
+        parts = [target.partition(stop) if stop else (target, "", "") for target in targets]
+        own = [before.strip() for before, _, _ in parts]
         texts = [f"{space}{text}" if text else "" for text in own]
         last = [*_following(ANCHOR, [stop], tokenizer)[0], *end]
         room = longest - len(last)
         if room < 1:
             raise DataError(f"expected max_target_length above {len(last)}, the tokens of the stop, got {longest}")
         # An empty text keeps its end: an answer is compared in one token at least.
-        endless = np.array([instance.is_cut and text != "" for instance, text in zip(instances, own, strict=True)])
+        known = zip(instances, parts, strict=True)
+        endless = np.array([one.is_cut and text != "" and not found for one, (text, found, _) in known])
         whole = [[*ids, *end] for ids in tokens_of([f"{text}{stop}" for text in texts])]
         too_long = np.array([len(ids) > longest for ids in whole])
         unended = tokens_of(texts) if (endless | too_long).any() else whole
@@ -90,7 +92,7 @@ class PromptedHead(Seq2SeqHead):
             ids[:longest] if has_no_end else [*ids[:room], *last] if is_long else ended
             for ids, ended, has_no_end, is_long in zip(unended, whole, endless, too_long, strict=True)
         ]
-        stopped = np.array([bool(stop) and stop in target for target in targets])
+        stopped = np.array([after != "" for _, _, after in parts])
         return padded_targets(answers, endless | too_long | stopped)
 
     def forward(self, board: Switchboard, batch: dict[str, Tensor], call: Callable[..., Any] | None = None) -> Tensor:

@@ -172,8 +172,9 @@ def _spans(instances: Sequence[Instance], context_mask: NDArray, offsets: NDArra
             # Both ascend: the first token that ends after the answer's start, the last that begins before its end.
             start, stop = np.searchsorted(end, first, side="right"), np.searchsorted(begin, last) - 1
             # What is left of the answer, such as a space, may have no token.
-            whole = stop + 1 < len(tokens) or end[stop] >= last or _context(instance)[end[stop] : last].isspace()
-            if start <= stop and whole:
+            if start <= stop and (
+                stop + 1 < len(tokens) or end[stop] >= last or _context(instance)[end[stop] : last].isspace()
+            ):
                 right.append((int(tokens[start]), int(tokens[stop])))
         cut[row] = not right
         spans.append([*dict.fromkeys(right)] or [(IGNORED, IGNORED)])  # two answers may have the same tokens

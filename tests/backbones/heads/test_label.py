@@ -49,6 +49,10 @@ def test_classes_are_named_by_either_mapping():
     for label2id in ({"yes": 0, "no": 1}, {"LABEL_0": 0, "LABEL_1": 1}):  # answers are named by the other one
         config.label2id = label2id
         assert labels_of(config) == {"no": 0, "yes": 1}
+    config.label2id = {"no": 0, "yes": 1, "true": 1}
+    assert labels_of(config) == config.label2id
+    config.id2label, config.label2id = {0: "LABEL_0", 1: "yes"}, {"no": 0, "yes": 1}
+    assert labels_of(config) == config.label2id
     config.id2label, config.label2id = {0: "LABEL_0", 1: "LABEL_1"}, {"yes": 0, "no": 1}
     assert labels_of(config) == config.label2id
     config.id2label, config.label2id = {0: "no", 1: "no", 2: "yes"}, {"no": 1, "yes": 2}

@@ -269,6 +269,23 @@ def test_a_text_is_judged_and_counted_up_to_its_stop(data, backbone):
         assert stop not in decode(tokens[:-1], skip_special_tokens=True)
 
 
+def test_with_a_stop_the_tokenizers_end_and_the_stops_token_end_a_text(data, backbone, monkeypatch):
+    settings = {"quality": "metric", "metric": "squad", "max_target_length": 8}
+    core, rows = make(data, backbone, **settings).unwrapped.core, np.arange(12)
+    dense, tokenizer = np.zeros((12, len(core.nvec)), dtype=np.int64), core.backbone.tokenizer
+    monkeypatch.setattr(core.backbone.model.generation_config, "eos_token_id", None)
+    stop = max(core.split("test").passes.answers(rows, dense), key=len).split()[-1]
+    ends = {tokenizer.eos_token_id, *tokenizer(stop, add_special_tokens=False).input_ids}
+    for beams in (1, 3):
+        stopped = make(data, backbone, stop=stop, num_beams=beams, **settings).unwrapped.core.split("test").passes
+        found = stopped.answers(rows, dense)
+        for text, tokens, ended in zip(found, stopped.written, stopped.finished, strict=True):
+            assert stop not in text
+            assert ended == (tokens[-1] in ends)
+            assert not ends & {*tokens[:-1]}
+        assert stopped.finished.any()
+
+
 def test_the_tokens_of_a_text_are_counted_up_to_its_end(data, backbone):
     settings = {"quality": "metric", "metric": "squad", "max_target_length": 8}
     core, rows = make(data, backbone, **settings).unwrapped.core, np.arange(12)
@@ -366,15 +383,19 @@ def test_a_target_has_the_tokens_that_it_has_after_the_prompt(kind, stop, prompt
 
 def test_a_target_ends_at_its_stop():
     config = BackboneConfig(name="x", prompt="{source}\nLabel:", stop="\n")
-    tokenizer, instances = joining_tokenizer("merging"), [Instance("", "", text) for text in ("good.\nbad", "good.")]
+    texts = "good.\nbad", "good.", "\ngood.", "good.\n "
+    tokenizer, instances = joining_tokenizer("merging"), [Instance("", "", text) for text in texts]
+    instances.append(replace(instances[0], is_cut=True))
     targets = PromptedHead().targets(instances, None, tokenizer, config)
-    assert targets.labels[0].tolist() == targets.labels[1].tolist()
-    assert targets.target_cut.tolist() == [True, False]
+    assert len({tuple(row) for row in targets.labels.tolist()}) == 1
+    assert targets.target_cut.tolist() == [True, False, False, False, True]
 
 
-def test_a_long_target_ends_as_others_do():
-    tokenizer, instance = joining_tokenizer("merging"), Instance("", "", "good. bad. good.")
-    config = BackboneConfig(name="x", prompt="{source}\nLabel:", stop="\n", max_target_length=3)
+@pytest.mark.parametrize("kind", ["sentencepiece", "merging"])
+def test_a_long_target_ends_as_others_do(kind):
+    tokenizer, instance = joining_tokenizer(kind), Instance("", "", "good. bad. good. bad. good.")
+    length = len(tokenizer(" good.").input_ids) + 1
+    config = BackboneConfig(name="x", prompt="{source}\nLabel:", stop="\n", max_target_length=length)
     targets = PromptedHead().targets([instance], None, tokenizer, config)
-    assert tokenizer.decode(targets.labels[0]) == " good.\n"
+    assert tokenizer.decode(targets.labels[0]).strip(" ") == "good.\n"
     assert targets.target_cut.tolist() == [True]

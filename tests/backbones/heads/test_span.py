@@ -143,6 +143,10 @@ def test_an_answer_cut_in_two_is_cut_off(tiny_tokenizer):
     assert split.target_cut.all()
 
 
+def test_a_context_without_tokens_has_no_answer(tiny_tokenizer):
+    assert encoded([question("   ", [" "], [0])], tiny_tokenizer).target_cut.all()
+
+
 @pytest.mark.parametrize(("context", "limit"), [("the food was bad  ", 99), ("the food  was bad", 8)])
 def test_the_end_of_an_answer_may_have_no_token(context, limit, tiny_tokenizer):
     answer = context[4:] if limit == 99 else "food "
