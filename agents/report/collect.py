@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sd_gym.agents.report.charts import ExampleDecision
 from sd_gym.agents.runs.finished_runs import Run, finished_runs, group_by_agent, grouped
 from sd_gym.agents.runs.folder import instance_rows
-from sd_gym.agents.runs.statistics import aggregate, hypervolume
+from sd_gym.agents.runs.statistics import aggregate, hypervolume, interquartile_mean
 
 WORST = 5  # loss, in epsilons, at which the area of a run is 0
 DEFAULT_EPSILON = 0.01
@@ -41,6 +41,11 @@ class AgentRuns:
         """FLOPs, the policy's own included, % of dense, ``[runs]``."""
         return 100 * self.values("flops_ratio_with_policy")
 
+    @property
+    def mean_flops(self) -> float:
+        """The interquartile mean of ``flops``."""
+        return float(interquartile_mean(self.flops))
+
     @cached_property
     def kept(self) -> NDArray:
         """Which runs keep the quality, bool ``[runs]``."""
@@ -48,8 +53,11 @@ class AgentRuns:
 
     @cached_property
     def score(self) -> NDArray:
-        """The share of FLOPs that each run saves; 0 if its quality is not shown to be kept."""
-        return np.where(self.kept, 1 - self.values("flops_ratio_with_policy"), 0.0)
+        """The share of FLOPs that each run saves; 0 if its quality is not shown to be kept.
+
+        It is not below 0: a policy that decides on dense costs its own FLOPs, and yet is not worse than one that fails.
+        """
+        return np.where(self.kept, np.maximum(1 - self.values("flops_ratio_with_policy"), 0.0), 0.0)
 
     @property
     def areas(self) -> NDArray:

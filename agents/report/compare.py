@@ -52,8 +52,11 @@ def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:
 
 
 def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    """A table."""
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in [columns, ["---"] * len(columns), *rows]]
+    """A table; what would end a cell or begin HTML is escaped."""
+    lines = [
+        [" ".join(cell.split()).replace("|", "\\|").replace("<", "&lt;") for cell in line]
+        for line in [columns, ["---"] * len(columns), *rows]
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

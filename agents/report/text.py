@@ -8,7 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.report.collect import WORST, AgentRuns, EnvRuns
 from sd_gym.agents.runs.guarantee import in_points
-from sd_gym.agents.runs.statistics import FEWEST_RUNS, Scores, aggregate, enough_runs, probability_of_improvement
+from sd_gym.agents.runs.statistics import (
+    FEWEST_RUNS,
+    Scores,
+    aggregate,
+    enough_runs,
+    probability_of_improvement,
+)
 from sd_gym.agents.runs.verdict import changes_allowed, fewest_instances, losses_allowed
 
 # Keys of a result, with the factor and the format to show them.
@@ -76,7 +82,7 @@ def verdict_sentences(env: EnvRuns) -> list[str]:
 
 def _controls(env: EnvRuns) -> str:
     reached = [
-        f"{agent.name} {agent.flops.mean():.1f}% (kept in {int(agent.kept.sum())} of {len(agent.runs)} runs)"
+        f"{agent.name} {agent.mean_flops:.1f}% (kept in {int(agent.kept.sum())} of {len(agent.runs)} runs)"
         for agent in env.agents
         if agent.is_control
     ]
@@ -116,7 +122,7 @@ def _against_controls(env: EnvRuns, best: AgentRuns) -> list[str]:
         else:
             sentences.append(
                 f"{'Every' if every else 'Not every'} run of it saves more than the best mixture of masks (hull), "
-                f"{hull.flops.mean():.1f}% of the FLOPs; no interval, as it takes {FEWEST_RUNS} runs each."
+                f"{hull.mean_flops:.1f}% of the FLOPs; no interval, as it takes {FEWEST_RUNS} runs each."
             )
         if not every and "is ahead of" not in sentences[-1]:
             sentences.append("So it is not shown to have learned anything about its inputs: static masks save as much.")
@@ -126,7 +132,7 @@ def _against_controls(env: EnvRuns, best: AgentRuns) -> list[str]:
             "sd-gym train ENV --algo hull."
         )
     if oracle := by_algo.get("oracle"):
-        sentences.append(f"The oracle, which knows the answers, runs {oracle.flops.mean():.1f}%: a bound, no target.")
+        sentences.append(f"The oracle, which knows the answers, runs {oracle.mean_flops:.1f}%: a bound, no target.")
     return sentences
 
 

@@ -86,11 +86,16 @@ def _differing(runs: list[Run]) -> set[str]:
     return {key for key in keys if len({json.dumps(identity.get(key)) for identity in identities}) > 1}
 
 
+def _one_line(value: Any) -> str:
+    """A setting in the name of an agent, which stands in tables; a prompt may have several lines."""
+    return json.dumps(value, ensure_ascii=False)[1:-1] if isinstance(value, str) else str(value)
+
+
 def _by_settings(agent: str, runs: list[Run], judged: set[str]) -> list[tuple[str, list[Run]]]:
     differ = sorted(_differing(runs) | judged)
     groups: dict[str, dict[str, Run]] = {}
     for run in runs:
-        notes = [f"{key} {value}" for key in differ if (value := run.identity.get(key)) is not None]
+        notes = [f"{key} {_one_line(value)}" for key in differ if (value := run.identity.get(key)) is not None]
         shared = run.result["data"]["test"]["also_in"]
         notes += [f"{count} of its {run.result['instances']} test rows in {name}" for name, count in shared.items()]
         group = groups.setdefault(f"{agent} ({', '.join(notes)})" if notes else agent, {})

@@ -164,6 +164,7 @@ def tune(
         from sd_gym.agents.experiment.run import default_folder
         from sd_gym.agents.experiment.tune import TrialResult
         from sd_gym.agents.experiment.tune import tune as search
+        from sd_gym.agents.runs.verdict import CONFIDENCE
         from sd_gym.envs.config import read_yaml
 
         def on_trial(trial: TrialResult) -> None:
@@ -191,7 +192,7 @@ def tune(
         )
     terminal.print_line(file.read_text(encoding="utf-8"))
     found = read_yaml(file)
-    best = PlannedRun(env, algo, folder / "best", steps, 0, settings, found.pop("confidence", confidence))
+    best = PlannedRun(env, algo, folder / "best", steps, 0, settings, found.pop("confidence", CONFIDENCE))
     best.settings.update(found)
     terminal.print_line(f"Settings: {file}; {best.command(imported)}")
     if failed:

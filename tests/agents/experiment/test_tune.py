@@ -159,3 +159,12 @@ def test_what_has_nothing_to_search_says_so(tmp_path):
     )
     assert result.exit_code == 2
     assert "dense has nothing to search" in result.stderr
+
+
+def test_the_command_of_the_best_has_the_confidence_for_one_trial(tmp_path):
+    pytest.importorskip("optuna")
+    options = ["--trials", "2", "--steps", "64", "--confidence", "0.9", "--output", str(tmp_path / "study")]
+    result = CliRunner().invoke(app, ["tune", TREC, "--algo", "ppo", *options])
+    assert result.exit_code == 0, result.output
+    command = result.output[result.output.index("sd-gym train") :]
+    assert "--confidence" not in command  # 0.95 for one is 0.9 for both, and the default

@@ -55,6 +55,11 @@ def test_areas_are_between_dense_and_nothing(run):
     assert results_table(task).rows[0][0] == "ppo"
 
 
+def test_a_policy_that_costs_more_than_dense_is_not_behind_one_that_fails(run):
+    (task,) = collect([run("dense", flops=1.0001, lost=0.0), run("bad", flops=0.1, lost=0.05, kept=False)])
+    assert [one.score.tolist() for one in task.agents] == [[0], [0]]
+
+
 def test_single_instances_are_of_each_level_and_of_what_was_lost(run):
     first, second = example_decisions(finished_runs([run("ppo")])[0])
     assert (first.label, first.skip.tolist(), first.flops) == ("test-0, level 1", [True, True, False, True], 0.4)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 from rich.console import Console
 from sd_gym.agents.report.collect import collect
+from sd_gym.agents.report.compare import markdown
 from sd_gym.agents.report.terminal import comparison_tables, fit
 from typer.testing import CliRunner
 
@@ -52,6 +53,14 @@ def test_what_differs_is_a_row_of_its_own_and_its_name_says_what(run, reviews, t
         found = agents([*first, folder])
         assert sorted(found.values()) == [1, 2], key
         assert all(f"({key} " in name or f", {key} " in name for name in found), key
+
+
+def test_names_have_one_line(run):
+    prompts = "{source}\nLabel:", "{source} Label:", "{source}\\nLabel:"
+    found = agents([run(f"run-{number}", prompt=prompt) for number, prompt in enumerate(prompts)])
+    assert sorted(found.values()) == [1, 1, 1]
+    assert not any("\n" in name for name in found)
+    assert markdown(["a"], [["b\n|<c"]]) == "| a |\n| --- |\n| b \\|&lt;c |"
 
 
 @pytest.mark.parametrize(
