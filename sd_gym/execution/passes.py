@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -212,7 +211,7 @@ class Passes:
             tokens = [own[: max(1, self.max_target_length - 1)] for own in tokens]
         return padded_targets(tokens, cut)
 
-    @cached_property
+    @property
     def _ends(self) -> list[int]:
         """Tokens that end a text: the model's; with a stop, the tokenizer's and a token that is the stop, too."""
         own, tokenizer = self.backbone.model.generation_config.eos_token_id, self.backbone.tokenizer
