@@ -55,7 +55,7 @@ class AgentRuns:
     def score(self) -> NDArray:
         """The share of FLOPs that each run saves; 0 if its quality is not shown to be kept.
 
-        It is not below 0: a policy that decides on dense costs its own FLOPs, and yet is not worse than one that fails.
+        It is at least 0: deciding costs FLOPs, so a policy that runs all densely would rank below one that fails.
         """
         return np.where(self.kept, np.maximum(1 - self.values("flops_ratio_with_policy"), 0.0), 0.0)
 

@@ -8,13 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sd_gym.agents.report.collect import WORST, AgentRuns, EnvRuns
 from sd_gym.agents.runs.guarantee import in_points
-from sd_gym.agents.runs.statistics import (
-    FEWEST_RUNS,
-    Scores,
-    aggregate,
-    enough_runs,
-    probability_of_improvement,
-)
+from sd_gym.agents.runs.statistics import FEWEST_RUNS, Scores, aggregate, enough_runs, probability_of_improvement
 from sd_gym.agents.runs.verdict import changes_allowed, fewest_instances, losses_allowed
 
 # Keys of a result, with the factor and the format to show them.

@@ -42,7 +42,7 @@ class _Backbone(Strict):
     auto_class: str
     weights: str
     tokenizer: str
-    reading: str | None = None  # policies of before have none
+    reading: str | None = None  # older policies have none
     token_types: bool
 
 

@@ -82,8 +82,10 @@ class LabelHead(Head):
 
     def in_data_order(self, classes: NDArray, instances: Sequence[Instance]) -> NDArray:
         """Class indices, of the model, as the data set of the instances numbers them; -1: it has no such class."""
-        order = self._order_of_named(instances)
-        return classes if order is None else (classes[:, None] == order) @ (np.arange(len(order)) + 1) - 1
+        if (order := self._order_of_named(instances)) is None:
+            return classes
+        numbers = {index: number for number, index in enumerate(order)}
+        return np.array([numbers.get(index, -1) for index in classes.tolist()])
 
     def _order_of_named(self, instances: Sequence[Instance]) -> list[int] | None:
         """The model's index of each class that a data set names; ``None`` if it does not, or the model has other names.
