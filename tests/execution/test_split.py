@@ -74,6 +74,19 @@ def test_a_first_token_that_is_forced_is_not_compared(monkeypatch):
     assert split.scoring.run(rows, nothing).all()
 
 
+def test_a_first_token_that_is_forced_counts_in_a_likelihood(monkeypatch):
+    def likelihood(size):
+        options = {**SMALL, "test_size": size, "quality": "likelihood"}
+        core = gym.make("SD/Summarization-Mini-v0", **options).unwrapped.core
+        split, rows = core.split("test"), np.arange(18)
+        return split.scoring.run(rows, Drawn(core).decide(rows)), split.passes.inputs(rows)["labels"][:, 0]
+
+    free, first = likelihood(18)
+    settings = load_backbone("mini", "cpu").model.generation_config
+    monkeypatch.setattr(settings, "forced_bos_token_id", int(first[0]))
+    np.testing.assert_array_equal(likelihood(20)[0], free)
+
+
 def test_what_cannot_be_measured_is_refused_at_once():
     with pytest.raises(ConfigError, match=r"agreement compares greedy texts; expected num_beams=1, got 2"):
         gym.make("SD/Summarization-Mini-v0", **SMALL, quality="agreement", num_beams=2)

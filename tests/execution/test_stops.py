@@ -7,7 +7,7 @@ from sd_gym.execution.stops import Stop, cut_at_stop
 from tests.backbones.heads.test_prompted import joining_tokenizer
 
 
-@pytest.mark.parametrize("stop", ["\n", ".\n", "Label:", " good"])
+@pytest.mark.parametrize("stop", ["\n", ".\n", "Label:", " good", " "])
 @pytest.mark.parametrize("kind", ["sentencepiece", "merging"])
 def test_a_text_ends_with_the_token_that_completes_its_stop(kind, stop):
     tokenizer = joining_tokenizer(kind)
