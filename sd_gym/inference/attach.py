@@ -5,18 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial, wraps
-from threading import local
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from sd_gym.backbones.heads import Head, flops_share, head_of
-from sd_gym.going_on import going_on_flops, resumed_from
+from sd_gym.backbones.heads import head_of
+from sd_gym.going_on import resumed_from
+from sd_gym.inference.decisions import Decisions
+from sd_gym.inference.policy_input import PolicyInput, policy_input
 from sd_gym.inference.rollout import Keep, StagedRollout
 from sd_gym.inference.second_answers import (
     CACHES,
@@ -28,13 +28,10 @@ from sd_gym.inference.second_answers import (
 )
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.switch import FlopsModel, PassState, Switchboard, first_layer_input
-from sd_gym.switch.decision import refuse_compiled
 from sd_gym.switch.model_patches import CONTINUOUS, ending
 from sd_gym.switch.switchboard import board_on
 
 PASS_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # inputs of a pass that a head judges
-COMPUTED = ("encoder_outputs", "inputs_embeds")  # arguments that replace what the policy has to see
-RankingFlops = Callable[[FlopsModel, NDArray, NDArray], NDArray]  # ``SkipPolicy.ranking_flops``
 InForce = tuple[NDArray, Keep]  # which switches are skipped, bool [n, switches], and which tokens stay
 
 
@@ -184,7 +181,7 @@ class Attached:
         cache = _first_given(given, CACHES)
         if cache is not None and cache.get_seq_length() > 0:
             return self._continued(cache, *args, **kwargs)
-        shown = self._policy_input(given, given.get("input_ids"))
+        shown = policy_input(given, given.get("input_ids"))
         if self.policy.has_answer_stage:
             return self._forward_with_answer_stage(given, shown)
         run = partial(self._inner["forward"], *args, **kwargs)
@@ -201,7 +198,7 @@ class Attached:
         return output
 
     def _under_decisions(
-        self, run: Callable[[], Any], shown: _PolicyInput, given: dict[str, Any], *, in_pass: bool
+        self, run: Callable[[], Any], shown: PolicyInput, given: dict[str, Any], *, in_pass: bool
     ) -> tuple[Any, InForce]:
         """The result of a call, and its decisions; ``in_pass``: whether the pass itself embeds the inputs ``shown``."""
         if self.policy.is_staged:
@@ -225,7 +222,7 @@ class Attached:
         with block:
             return run(), in_force[0]
 
-    def _forward_with_answer_stage(self, given: dict[str, Any], shown: _PolicyInput) -> Any:
+    def _forward_with_answer_stage(self, given: dict[str, Any], shown: PolicyInput) -> Any:
         """The output of a pass under a policy with an answer stage."""
         architecture, run = self.board.architecture, self._inner["forward"]
         caches = architecture.causal or len(architecture.stacks) > 1
@@ -238,14 +235,14 @@ class Attached:
         as_dict = given.get("return_dict")
         return output if (self.model.config.return_dict if as_dict is None else as_dict) else output.to_tuple()
 
-    def _judged_logits(self, output: Any, shown: _PolicyInput, keep: Keep) -> Tensor:
+    def _judged_logits(self, output: Any, shown: PolicyInput, keep: Keep) -> Tensor:
         batch = {}
         if self._head.gives == "span":
             context = shown.as_given(self.policy.context_of(shown.inputs))
             batch = {"context_mask": context if keep is None else context & torch.as_tensor(keep)}
         return self._head.forward(self.board, batch, lambda **_: output)
 
-    def _generate_with_answer_stage(self, given: dict[str, Any], shown: _PolicyInput) -> Tensor:
+    def _generate_with_answer_stage(self, given: dict[str, Any], shown: PolicyInput) -> Tensor:
         """The texts of ``generate()`` under a policy with an answer stage."""
         arguments, rollout = generate_arguments(self.model, given), self._rollout(shown, given)
         with rollout.deciding(shown.mask):
@@ -261,7 +258,7 @@ class Attached:
         """How many texts ``generate()`` generates at once for each input."""
         return max(setting(self.model, given, name) or 1 for name in ("num_beams", "num_return_sequences"))
 
-    def _rollout(self, shown: _PolicyInput, given: dict[str, Any]) -> StagedRollout:
+    def _rollout(self, shown: PolicyInput, given: dict[str, Any]) -> StagedRollout:
         """Decides at the stages of a pass."""
         inputs = {name: given[name] for name in PASS_INPUTS if given.get(name) is not None}
         first, length = None, shown.mask.sum(dim=1)
@@ -277,12 +274,12 @@ class Attached:
         run = self._inner["forward"]
         return StagedRollout(self.policy, *model, lengths, keeps, lambda: run(**inputs).logits, first)
 
-    def _kept(self, shown: _PolicyInput, level: NDArray) -> Tensor | None:
+    def _kept(self, shown: PolicyInput, level: NDArray) -> Tensor | None:
         """Which of the given tokens stay at the token levels ``[n]``; ``None``: all."""
         keep = self.policy.kept(self.board, shown.inputs, level)
         return keep if keep is None else shown.as_given(keep)
 
-    def _record(self, shown: _PolicyInput, decisions: NDArray, keep: Keep, went_on: NDArray | None = None) -> InForce:
+    def _record(self, shown: PolicyInput, decisions: NDArray, keep: Keep, went_on: NDArray | None = None) -> InForce:
         """Put decisions ``[n, switches + 1]`` and the tokens that stay into ``model.decisions``."""
         skip, length = decisions[:, :-1].astype(bool), shown.mask.sum(dim=1)
         lengths = length, shown.kept_length(keep, length)
@@ -318,7 +315,7 @@ class Attached:
         ids = _first_given(given, ("inputs", "input_ids"))
         if given.get("attention_mask") is None and ids is not None:
             given = {**given, "attention_mask": self._inferred_mask(ids, given)}
-        shown = self._policy_input(given, ids)
+        shown = policy_input(given, ids)
         chunk = setting(self.model, given, "prefill_chunk_size")
         if self.policy.is_staged and self.board.architecture.causal and chunk is not None:
             raise ValueError(
@@ -348,105 +345,6 @@ class Attached:
         ends = end if isinstance(end, list) else [end]
         return torch.ones_like(ids) if pad is None or pad in ends else (ids != pad).long()
 
-    def _policy_input(self, given: dict[str, Any], ids: Tensor | None) -> _PolicyInput:
-        """The given inputs, padded at the right as in the env."""
-        refuse_compiled()
-        computed = [name for name in COMPUTED if given.get(name) is not None]
-        if computed or not isinstance(ids, Tensor) or ids.ndim != 2:
-            raise ValueError(
-                "an attached model decides by its input_ids, a tensor [n, length], and runs the whole pass; got "
-                f"{computed[0] if computed else 'no input_ids'}. Use Switchboard.decide with {', '.join(COMPUTED)}"
-            )
-        mask = torch.ones_like(ids) if given.get("attention_mask") is None else given["attention_mask"]
-        if mask.shape != ids.shape:
-            raise ValueError(f"expected an attention_mask of shape {list(ids.shape)}, got {list(mask.shape)}")
-        inputs, types = {"input_ids": ids, "attention_mask": mask}, given.get("token_type_ids")
-        if types is not None:
-            inputs["token_type_ids"] = types
-        is_as_given = given.get("position_ids") is None
-        unpadded = bool(mask.all())
-        if unpadded or bool((mask[:, 1:] <= mask[:, :-1]).all()):
-            return _PolicyInput(inputs, None, is_as_given, mask, unpadded)
-        order = (mask == 0).int().argsort(dim=1, stable=True)
-        return _PolicyInput({name: value.gather(1, order) for name, value in inputs.items()}, order, False, mask)
-
 
 def _first_given(given: dict[str, Any], names: tuple[str, ...]) -> Any:
     return next((given[name] for name in names if given.get(name) is not None), None)
-
-
-class _PolicyInput(NamedTuple):
-    inputs: dict[str, Tensor]  # the model's inputs, padded at the right
-    order: Tensor | None  # position of each token in the given inputs, [n, length]; None: the same
-    is_as_given: bool  # whether the model's own pass embeds exactly these inputs
-    mask: Tensor  # the given attention mask
-    is_unpadded: bool = False
-
-    def as_given(self, of_tokens: Tensor) -> Tensor:
-        """Values ``[n, length]`` of tokens, moved to the positions of the given inputs."""
-        return of_tokens if self.order is None else torch.empty_like(of_tokens).scatter_(1, self.order, of_tokens)
-
-    def kept_length(self, keep: Keep, length: Tensor) -> Tensor:
-        """How many tokens stay, of ``length``, ``[n]``."""
-        return length if keep is None else (torch.as_tensor(keep) & self.mask.bool()).sum(dim=1)
-
-
-class Decisions(local):
-    """The decisions of an attached model's last call in this thread; ``None`` before the first call."""
-
-    def __init__(self, head: Head, flops: FlopsModel) -> None:
-        self._head = head
-        self._flops = flops
-        self.skip: NDArray | None = None  # which row skipped which switch, bool ``[n, switches]``
-        self.token_level: NDArray | None = None  # an index of the policy's token shares per row, int64 ``[n]``
-        self.went_on: NDArray | None = None  # which row went on densely after its answer, bool ``[n]``
-        self.resumed = np.zeros(0, dtype=np.int64)  # the switches from which these rows went on, ``[n]``
-        self._lengths: tuple[Tensor, Tensor] | None = None
-        self._targets: tuple[int | None, int | None] = None, None
-        self._beams = 1
-        self._ranking: RankingFlops
-        self.logits_to_keep = 0  # positions that the head of a decoder-only model ran on, from the end; 0: all
-
-    def record(
-        self, skip: NDArray, token_level: NDArray, lengths: tuple[Tensor, Tensor], ranking: RankingFlops
-    ) -> None:
-        """Store decisions; ``lengths``: of the inputs and of the tokens that stay, each ``[n]``."""
-        self.skip = skip
-        self.token_level = token_level
-        self.went_on = np.zeros(len(skip), dtype=np.bool_)
-        self._lengths = lengths
-        self._targets = (None, None)
-        self._beams = 1
-        self._ranking = ranking
-        self.logits_to_keep = 0
-
-    def record_target(self, length: int, again: int | None = None, *, beams: int = 1) -> None:
-        """Store how many tokens were generated, or read as a target; ``again``: how many in rows that went on."""
-        self._targets = (length, again or length)
-        self._beams = beams
-
-    @property
-    def flops_ratio(self) -> NDArray:
-        """FLOPs of the last call, without the policy's own, over those of a dense one, float64 ``[n]``.
-
-        1.0 for a row of padding alone. Raises ``ValueError`` if there was no call.
-        """
-        if self.skip is None or self.went_on is None or self._lengths is None:
-            raise ValueError("this thread has not called the model yet")
-        source, kept = (value.cpu().numpy() for value in self._lengths)
-        target, target_again = self._targets
-        always, switched = self._costs(source, kept, target)
-        dense_always, dense = self._costs(source, source, target)
-        ran = always + (switched * ~self.skip).sum(axis=1) + self._ranking(self._flops, source, kept < source)
-        whole = dense_always + dense.sum(axis=1)
-        if self.went_on.any():
-            again_always, again = self._costs(source, source, target_again)
-            read = again if target_again is None else self._costs(source, source, 1)[1]
-            ran = ran + self.went_on * going_on_flops(again_always, again, self.resumed, read)
-            whole = np.where(self.went_on, again_always + again.sum(axis=1), whole)
-        return flops_share(ran, whole)
-
-    def _costs(self, source: NDArray, kept: NDArray, target: int | None) -> tuple[NDArray, NDArray]:
-        one_pass = source, np.minimum(source, self.logits_to_keep or source), kept
-        lengths = one_pass if target is None else self._head.lengths(source, np.full_like(source, target), kept)
-        return self._flops.costs(*lengths, beams=self._beams)
