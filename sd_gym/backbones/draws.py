@@ -116,9 +116,7 @@ def whole_layers(
 DRAWS: dict[str, Draw] = {"even": even, "deeper": deeper, "staged": staged, "layers": whole_layers}
 
 
-def decisions_around(
-    skip_logits: Tensor, random: Tensor, generator: torch.Generator, random_share: float = RANDOM_SHARE
-) -> Tensor:
+def decisions_around(skip_logits: Tensor, random: Tensor, generator: torch.Generator) -> Tensor:
     """Skip vectors around those of a policy, some that skip more and some less, int64 ``[rows, switches]`` on the CPU.
 
     ``skip_logits`` are the policy's log-odds of skipping each switch. A share of the rows takes the decisions of
@@ -129,4 +127,4 @@ def decisions_around(
     shifted = skip_logits + lowest + (highest - lowest) * torch.rand(rows, 1, generator=generator)
     probability = shifted.sigmoid().clamp(LOWEST_PROBABILITY, 1 - LOWEST_PROBABILITY)
     drawn = (torch.rand(probability.shape, generator=generator) < probability).long()
-    return torch.where(torch.rand(rows, 1, generator=generator) < random_share, random, drawn)
+    return torch.where(torch.rand(rows, 1, generator=generator) < RANDOM_SHARE, random, drawn)

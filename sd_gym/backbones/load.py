@@ -139,9 +139,10 @@ def _backbone_errors(name: str, what: str) -> Iterator[None]:
         raise BackboneError(f"the backbone {name!r}: {what} ({one_line(error)})") from error
 
 
-def head_stored_with(name: str) -> type[Head] | None:
-    """The head that is stored with a backbone; ``None``: no head. Raises: see ``load_model``."""
-    return _read_config(name)[1]
+def head_stored_with(name: str) -> tuple[type[Head] | None, PretrainedConfig]:
+    """The head that is stored with a backbone (``None``: no head), and its configuration; see ``load_model``."""
+    config, head, *_ = _read_config(name)
+    return head, config
 
 
 def _read_config(name: str) -> tuple[PretrainedConfig, type[Head] | None, str, dict[str, str]]:

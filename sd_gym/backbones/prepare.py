@@ -18,12 +18,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sd_gym.backbones.draws import DRAWS, RANDOM_SHARE, Drawing, decisions_around, layer_importance, layers_of
+from sd_gym.backbones.draws import DRAWS, Drawing, decisions_around, layer_importance, layers_of
 from sd_gym.backbones.heads import head_of
 from sd_gym.files import damaged_checkpoint, read_checkpoint, write_checkpoint
 from sd_gym.switch import Switchboard
 
-VALIDATIONS = 10  # per preparation
+VALIDATIONS = 10  # per preparation, at most
 RISEN = 0.6  # share of the steps after which the number of whole layers is highest; it rises from a third of that
 
 
@@ -94,12 +94,11 @@ class Recipe:
     seed: int = 0  # seed of a new head, the batches, the random decisions and dropout
     dense_steps: int = 0  # the first steps run only densely, for a backbone that is trained from scratch
     warmup_steps: int | None = None  # steps of the warm-up; ``None``: a tenth of all
-    random_share: float = RANDOM_SHARE  # share of the rows under random decisions, where a policy decides on the others
 
     @property
     def interval(self) -> int:
         """Steps between two validations, and between two measurements of the layers' importance."""
-        return max(1, self.steps // VALIDATIONS)
+        return math.ceil(self.steps / VALIDATIONS)
 
     def rate_at(self, step: int) -> float:
         """The learning rate at a step, counted from 0, as a share of the peak."""
@@ -136,8 +135,8 @@ def prepare(
         batches: Yields at least ``recipe.steps`` batches for this process, each with the model's inputs and ``labels``.
             A batch may have ``keep`` (see ``sandwich_loss``) and ``skip_logits`` (see ``decisions_around``).
         recipe: Steps, rates and draws.
-        validate: Measures the quality under decisions drawn as at the last step; called ten times. The weights with
-            the best quality are kept. ``None``: the last weights are kept.
+        validate: Measures the quality under decisions drawn as at the last step; called at most ten times. The
+            weights with the best quality are kept. ``None``: the last weights are kept.
         checkpoint: File that the state is written to, if any, and read from to ``resume``.
         checkpoint_minutes: Minutes between two checkpoints.
         resume: Whether to continue from the checkpoint, if it exists. ``batches`` must start from the beginning.
@@ -243,7 +242,7 @@ class _Trainer:
         skip = self.drawing(importance, step)(len(batch["labels"]), generator)
         if skip_logits is None:
             return skip
-        return decisions_around(skip_logits.cpu(), skip, generator, recipe.random_share)
+        return decisions_around(skip_logits.cpu(), skip, generator)
 
     def _losses(self, batch: dict[str, Tensor], skip: Tensor | None) -> Tensor:
         """The task loss and the distillation loss, ``[2]``."""

@@ -42,7 +42,7 @@ def prepare(
         ),
     ] = "even",
     patience: Annotated[
-        int | None, Option(min=1, help="Stop after this many validations (of ten) without progress.")
+        int | None, Option(min=1, help="Stop after this many validations (of at most ten) without progress.")
     ] = None,
     max_length: Annotated[int | None, Option(min=2, help="Longest input, in tokens [default: env's].")] = None,
     resume: Annotated[bool, Option(help="Resume an interrupted preparation from its checkpoint.")] = False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from sd_gym.data.instance import Instance
+from sd_gym.data.instance import Instance, NamedClass
 from sd_gym.errors import DataError, short
 from sd_gym.tasks.family import LARGEST, Task, check_text, is_number
 
@@ -43,19 +43,22 @@ class Classification(Task):
         return None if value is None else [str(value)]
 
     def head_to_prepare(self, stored: type[Head] | None, answers: str | None, train: Sequence[Instance]) -> NewHead:
-        """A new head with as many classes as the data."""
+        """A head with as many classes as the data."""
         from sd_gym.backbones.heads import LabelHead
 
         return LabelHead, classes(train)
 
 
 def classes(instances: Sequence[Instance]) -> dict[str, int]:
-    """Class index of each label, in their order; a single "score" for a regression.
+    """Class index of each label, in the order that the data names or sorts them; a single "score" for a regression.
 
     Raises:
         DataError: If there are fewer than two classes, too high indices, or both words and indices.
     """
     labels: set[Any] = {instance.target for instance in instances}
+    names = next((instance.target.names for instance in instances if isinstance(instance.target, NamedClass)), ())
+    if len({*names}) == len(names) >= 2:
+        return {name: index for index, name in enumerate(names)}
     if any(isinstance(label, float) and not label.is_integer() for label in labels):
         return {"score": 0}
     if len({type(label) for label in labels}) > 1:

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from sd_gym.backbones.checks import check_positions, has_bf16, positions_of, usable_device
 from sd_gym.backbones.draws import layer_importance
 from sd_gym.backbones.heads import head_of
-from sd_gym.backbones.heads.label import labels_of
+from sd_gym.backbones.heads.label import labels_of, stored_labels
 from sd_gym.backbones.load import head_stored_with, load_model, save_backbone
 from sd_gym.backbones.prepare import Recipe, freeze_observation, prepare
 from sd_gym.config import SPLITS, BackboneConfig, DataConfig, TokensConfig
@@ -201,16 +201,23 @@ def _switchable(
     torch.manual_seed(seed)
     head, label2id = None, None
     if not has_policy:
-        family, stored = TASKS.find(task), head_stored_with(backbone.name)
+        family, (stored, config) = TASKS.find(task), head_stored_with(backbone.name)
         head, label2id = family.head_to_prepare(stored, backbone.answers, train)
+        if label2id is not None and stored is head:  # a head that knows the classes keeps its order of them
+            label2id = stored_labels(labels_of(config), train) or label2id
         if head is None and (stored is None or stored.gives not in family.gives):
             raise ValueError(f"the backbone {backbone.name!r} does not generate text, which {task} needs")
     # In float32 whatever it is stored in: in half precision most updates would be rounded away.
-    count = None if label2id is None else len(label2id)
+    count = None if label2id is None else 1 + max(label2id.values())
     model, tokenizer = load_model(backbone.name, head=head, num_labels=count, dtype=torch.float32)
-    if label2id is not None and label2id.keys() != labels_of(model.config).keys():  # else its head knows their order
-        model.config.label2id = label2id
-        model.config.id2label = {index: word for word, index in label2id.items()}
+    if label2id is not None:
+        if label2id != labels_of(model.config):
+            model.config.label2id = label2id
+            model.config.id2label = {index: word for word, index in label2id.items()}
+        model.config.problem_type = "regression" if count == 1 else "single_label_classification"
+    for module in model.modules():  # what is skipped is drawn by the recipe alone
+        if getattr(module, "layerdrop", 0):
+            module.layerdrop = 0.0
     check_positions(backbone, positions_of(model), tokenizer, head_of(model))
     device = accelerator.device if accelerator.num_processes > 1 else usable_device(backbone.device)
     model.to(device)  # pyright: ignore[reportArgumentType]  (transformers hides the signature of Module.to)
@@ -277,6 +284,7 @@ def _settings(
         MARKER: __version__,
         "backbone": reading.name,
         "source": data.model_dump(),
+        "unanswerable": data.unanswerable,
         **asdict(recipe),
         "processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,

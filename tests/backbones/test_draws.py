@@ -6,7 +6,14 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sd_gym.backbones.draws import DRAWS, decisions_around, layer_importance, layers_of, least_important
+from sd_gym.backbones.draws import (
+    DRAWS,
+    RANDOM_SHARE,
+    decisions_around,
+    layer_importance,
+    layers_of,
+    least_important,
+)
 from sd_gym.backbones.heads import head_of
 from sd_gym.switch import Switchboard
 from tests.conftest import make_inputs, make_last_token_classifier, make_model
@@ -119,13 +126,12 @@ def test_layers_are_skipped_in_the_order_of_what_they_lose_together():
     assert others == {second, last}
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.8])
-def test_decisions_around_a_policy_follow_it(share):
+def test_decisions_around_a_policy_follow_it():
     logits = torch.tensor([[8.0, -8.0, 0.0]]).repeat(4000, 1)
     random = torch.ones(4000, 3, dtype=torch.int64)
-    drawn = decisions_around(logits, random, torch.Generator().manual_seed(0), share)
+    drawn = decisions_around(logits, random, torch.Generator().manual_seed(0))
     rates = drawn.double().mean(dim=0)
     # Rows that take the random decision skip all; the others skip with 0.98, 0.02, and in between.
-    assert rates[0] == pytest.approx(share + (1 - share) * 0.98, abs=0.03)
-    assert rates[1] == pytest.approx(share + (1 - share) * 0.02, abs=0.03)
+    assert rates[0] == pytest.approx(RANDOM_SHARE + (1 - RANDOM_SHARE) * 0.98, abs=0.03)
+    assert rates[1] == pytest.approx(RANDOM_SHARE + (1 - RANDOM_SHARE) * 0.02, abs=0.03)
     assert rates[1] < rates[2] < rates[0]

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertForQuestionAnswering
 
+from sd_gym.backbones import draws
 from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.prepare import Recipe, prepare, sandwich_loss
 from sd_gym.switch import Switchboard
@@ -76,7 +77,9 @@ def test_a_dropped_token_is_hidden_from_the_switched_half_only():
 
 
 @pytest.mark.parametrize(("share", "same"), [(1.0, True), (0.0, False)])
-def test_a_policy_decides_on_the_rows_that_are_not_random(share, same):
+def test_a_policy_decides_on_the_rows_that_are_not_random(share, same, monkeypatch):
+    monkeypatch.setattr(draws, "RANDOM_SHARE", share)
+
     def distillations(log_odds):
         board = Switchboard(make_model("bert"))
         logits = torch.full((5, len(board)), log_odds)
@@ -86,7 +89,7 @@ def test_a_policy_decides_on_the_rows_that_are_not_random(share, same):
         def on_step(step, figures):
             losses.append(figures["distillation"])
 
-        recipe = Recipe(3, 1e-3, random_share=share, max_rate=0.8)
+        recipe = Recipe(3, 1e-3, max_rate=0.8)
         prepare(board, iter(lambda: dict(batch), None), recipe, on_step=on_step)
         return losses
 

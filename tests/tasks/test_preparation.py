@@ -14,12 +14,15 @@ from sd_gym.agents.experiment.trained import load_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
+from sd_gym.backbones.heads.label import stored_labels
 from sd_gym.backbones.load import load_model
 from sd_gym.backbones.prepare import Recipe
 from sd_gym.cli import app
 from sd_gym.config import BackboneConfig, DataConfig
+from sd_gym.data.instance import Instance, NamedClass
 from sd_gym.envs.shared import shared_core
 from sd_gym.tasks import preparation
+from sd_gym.tasks.classification import classes
 from sd_gym.tasks.preparation import prepare_backbone
 from sd_gym.tasks.splits import Splits
 from tests.conftest import CutError, make_model, save
@@ -291,3 +294,79 @@ def test_a_stored_head_keeps_its_order_of_classes_and_is_tuned_in_float32(stored
     prepared, _ = load_model(str(tmp_path / "prepared"))
     assert prepared.config.id2label == {0: "positive", 1: "negative"}
     assert prepared.dtype == torch.float32
+
+
+ORDERS = {  # classes of a stored head, those of the data, and those of the prepared head
+    "the head's order": (["positive", "negative"], ("negative", "positive"), ["positive", "negative"]),
+    "another case": (["POSITIVE", "NEGATIVE"], ("negative", "positive"), ["positive", "negative"]),
+    "no names": (["LABEL_0", "LABEL_1"], ("positive", "negative"), ["positive", "negative"]),
+    "other names": (["ham", "spam"], ("positive", "negative"), ["positive", "negative"]),
+}
+
+
+@pytest.mark.parametrize("known_by", ["names", "words"])
+@pytest.mark.parametrize(("stored", "named", "prepared"), ORDERS.values(), ids=ORDERS)
+def test_classes_keep_the_order_that_a_stored_head_has(known_by, stored, named, prepared):
+    targets = [NamedClass.of(index, named) for index in (0, 1)] if known_by == "names" else named
+    train = [Instance(str(number), "x", target) for number, target in enumerate(targets)]
+    labels = {name: index for index, name in enumerate(stored)}
+    expected = {name: index for index, name in enumerate(prepared)}
+    if known_by == "words" and stored[0].lower() not in expected:
+        expected = {name: index for index, name in enumerate(sorted(named))}
+    assert (stored_labels(labels, train) or classes(train)) == expected
+
+
+def test_numbers_are_indices_or_names_of_a_stored_head():
+    train = [Instance(str(rating), "x", rating) for rating in (1, 2)]
+    assert stored_labels({"1": 0, "2": 1}, train) == {"1": 0, "2": 1}
+    assert stored_labels({"bad": 0, "good": 1}, train) is None
+    train.append(Instance("0", "x", 0))
+    assert stored_labels({"bad": 0, "good": 1, "great": 2}, train) == {"bad": 0, "good": 1, "great": 2}
+    assert stored_labels({"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}, train) is None
+
+
+def prepared_classifier(folder, model, tokenizer, rows, **settings):
+    """The configuration after one step, and the report."""
+    stored = save(model, tokenizer, folder / "stored")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(dataset=str(folder / "rows.jsonl"), overlap="allow")
+    recipe = Recipe(1, 1e-9, **settings)
+    report = prepare_backbone(BackboneConfig(name=str(stored)), data, "classification", folder / "prepared", recipe)
+    return load_model(str(folder / "prepared"))[0].config, report
+
+
+def test_a_stored_head_is_not_replaced_where_the_data_write_its_classes_otherwise(tmp_path, tiny_tokenizer):
+    model = make_model("bert")
+    model.config.id2label, model.config.label2id = {0: "POSITIVE", 1: "NEGATIVE"}, {"POSITIVE": 0, "NEGATIVE": 1}
+    with torch.no_grad():  # its answer is always POSITIVE
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor([1.0, 0.0]))
+    rows = [{"text": f"food {n}", "label": "positive" if n % 4 else "negative"} for n in range(80)]
+    config, report = prepared_classifier(tmp_path, model, tiny_tokenizer, rows)
+    assert report["quality"]["before"]["0.0"] > 0.5
+    assert config.id2label == {0: "positive", 1: "negative"}
+
+
+@pytest.mark.parametrize(("labels", "expected"), [([0, 1], "single_label_classification"), ([0.5, 1.5], "regression")])
+def test_the_kind_of_problem_is_stored_for_other_programs(labels, expected, tmp_path, tiny_tokenizer):
+    rows = [{"text": f"food {n}", "label": labels[n % 2]} for n in range(40)]
+    config, _ = prepared_classifier(tmp_path, make_model("bert"), tiny_tokenizer, rows)
+    assert config.problem_type == expected
+
+
+def test_layers_are_skipped_by_the_recipe_alone(tmp_path, reports, tiny_tokenizer, monkeypatch):
+    model, trained = make_model("bart"), []
+    model.config.encoder_layerdrop = 1.0
+    stored = save(model, tiny_tokenizer, tmp_path / "stored")
+    layer = type(model.model.encoder.layers[0])
+    forward = layer.forward
+
+    def noted(self, *args, **kwargs):
+        trained.append(self.training)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", noted)
+    arguments = BackboneConfig(name=str(stored)), DataConfig(dataset=reports, overlap="allow"), "summarization"
+    prepare_backbone(*arguments, tmp_path / "prepared", Recipe(1, 1e-3, max_rate=0.0))
+    assert any(trained)
+    assert load_model(str(tmp_path / "prepared"))[0].config.encoder_layerdrop == 1.0

@@ -138,6 +138,25 @@ def _folded(label2id: Mapping[str, int]) -> dict[str, int] | None:
     return folded if len(folded) == len(label2id) else None
 
 
+def stored_labels(stored: Mapping[str, int], instances: Sequence[Instance]) -> dict[str, int] | None:
+    """A stored head's class indices, under the names of a data set; ``None`` if it does not know all of its classes.
+
+    Indices without names are the head's own where it names as many classes.
+    """
+    targets = {instance.target for instance in instances}
+    named = next((instance.target.names for instance in instances if isinstance(instance.target, NamedClass)), None)
+    if named is None and all(isinstance(target, int) for target in targets) and not numbers_are_names(stored):
+        nameless = all(name == f"LABEL_{index}" for name, index in stored.items())
+        return None if nameless or {*range(len(stored))} != targets else dict(stored)
+    wanted = {str(name) for name in named or targets}
+    if wanted <= stored.keys():
+        return dict(stored)
+    folded, by_fold = _folded(stored), {name.casefold(): name for name in wanted}
+    if folded is None or len(by_fold) < len(wanted) or not by_fold.keys() <= folded.keys():
+        return None
+    return {by_fold.get(name, name): index for name, index in folded.items()}
+
+
 def labels_of(config: PretrainedConfig) -> dict[str, int]:
     """Class index of each class's name in a model's configuration.
 
