@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=3)
     arguments = parser.parse_args()
     with arguments.input.open() as lines:
-        rows = [json.loads(line) for line in itertools.islice(lines, arguments.texts)]
+        rows = [json.loads(line) for line in itertools.islice(filter(str.strip, lines), arguments.texts)]
     texts = [row["text"] for row in rows]
     arms, names, points = dict[str, Arm](), {}, list[int]()
     for folder in arguments.dials:

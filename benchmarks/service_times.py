@@ -70,7 +70,7 @@ def print_masks(args: argparse.Namespace) -> None:
 def print_policy(args: argparse.Namespace) -> None:
     """The YAML file of an env whose points are those of a policy."""
     with args.input.open() as lines:
-        texts = [json.loads(line) for line in itertools.islice(lines, 1000)]
+        texts = [json.loads(line) for line in itertools.islice(filter(str.strip, lines), 1000)]
     served = service(args.served or args.run, Limits(), Settings(), allow_loss=args.allow_loss, threads=1)
     described = json.loads((args.run / "config.json").read_text())
     if described["env_config"]["table"] is None:

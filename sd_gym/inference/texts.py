@@ -291,6 +291,9 @@ def _checked_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 def _check_compiles(policy: SkipPolicy, head: Head) -> None:
     """Raise ``ValueError`` if a policy decides in the pass, has too many masks to compile each, or generates."""
+    if head.gives == "text":
+        remedy = 'compile the models of sd_gym.bank(model, masks), with cache_implementation="static"'
+        raise ValueError(f"compile=True is for backbones that classify, score or extract; for generate(), {remedy}")
     if not policy.decides_first:
         stages = ", ".join(policy.stages_of_pass)
         raise ValueError(f"compile=True is for policies that decide at 'first'; this decides at {stages}: leave it out")
@@ -298,6 +301,3 @@ def _check_compiles(policy: SkipPolicy, head: Head) -> None:
     if masks is None or len(masks) > MODELS or masks[:, -1].any():
         expected = f"compile=True is for a choice of at most {MODELS} masks that drop no tokens"
         raise ValueError(f"{expected}, and this policy decides otherwise; sd-gym reduce makes one of few masks")
-    if head.gives == "text":
-        remedy = 'compile the models of sd_gym.bank(model, masks), with cache_implementation="static"'
-        raise ValueError(f"compile=True is for backbones that classify, score or extract; for generate(), {remedy}")

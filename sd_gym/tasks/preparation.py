@@ -217,7 +217,7 @@ def _switchable(
         model.config.problem_type = "regression" if count == 1 else "single_label_classification"
     for module in model.modules():  # what is skipped is drawn by the recipe alone
         if getattr(module, "layerdrop", 0):
-            module.layerdrop = 0.0
+            vars(module)["layerdrop"] = 0.0
     check_positions(backbone, positions_of(model), tokenizer, head_of(model))
     device = accelerator.device if accelerator.num_processes > 1 else usable_device(backbone.device)
     model.to(device)  # pyright: ignore[reportArgumentType]  (transformers hides the signature of Module.to)
