@@ -316,12 +316,6 @@ class Attached:
         if given.get("attention_mask") is None and ids is not None:
             given = {**given, "attention_mask": self._inferred_mask(ids, given)}
         shown = policy_input(given, ids)
-        chunk = setting(self.model, given, "prefill_chunk_size")
-        if self.policy.is_staged and self.board.architecture.causal and chunk is not None:
-            raise ValueError(
-                "this policy decides while the prompt is read, so generate() has to read it as a whole; leave "
-                f"prefill_chunk_size={chunk} out"
-            )
         if self.policy.has_answer_stage:
             return self._generate_with_answer_stage(given, shown)
         in_pass = shown.is_as_given and len(self.board.architecture.stacks) > 1

@@ -164,7 +164,7 @@ def _refuse_chunks(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
     if chunk is not None and not model.config.is_encoder_decoder:  # whose encoder reads the prompt as a whole
         raise ValueError(
             "decisions are made while the prompt is read, so generate() has to read it as a whole; leave "
-            f"{name}={chunk} out, or call decide()"
+            f"{name}={chunk} out"
         )
 
 
