@@ -5,7 +5,7 @@ Importing it registers all envs with Gymnasium. Torch and transformers are impor
     >>> import gymnasium as gym, sd_gym
     >>> env = gym.make("SD/Classification-Mini-v0")
 
-``sd_gym.train``, ``train_all``, ``evaluate``, ``reduce``, ``compare`` and ``instances`` do what the command line does.
+``sd_gym.train``, ``train_all``, ``evaluate``, ``reduce`` and ``compare`` do what the command line does.
 Register your own parts with ``register_agent``, ``register_objective``, ``register_network``, ``register_observation``,
 ``register_metric``, ``register_ranking``, ``register_task`` and ``register_env``.
 """

@@ -1,1 +1,1 @@
-"""Control baselines: agents that do not learn from their observations."""
+"""Controls, which learned agents are compared with: masks, exits, cascades, an oracle."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sd_gym.agents.experiment import run
 from sd_gym.agents.experiment.comparison_plan import plan_comparison
 from sd_gym.agents.experiment.evaluation import summary
-from sd_gym.agents.experiment.exported import ExportedCore, ExportedPolicy, is_exported
+from sd_gym.agents.experiment.exported import ExportedCore, ExportedPolicy
 from sd_gym.agents.experiment.models import other_spaces, predicting
 from sd_gym.agents.experiment.parallel import OnStatus, RunStatus, train_many
 from sd_gym.agents.experiment.selection import Selection
@@ -29,7 +29,7 @@ from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import unbatched
 from sd_gym.files import write_json
 from sd_gym.folders import contents, locked, other_content_error
-from sd_gym.inference.onnx import OnnxModel
+from sd_gym.inference.onnx import OnnxModel, is_exported
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.card import FILE
@@ -273,7 +273,7 @@ def _given(env_id: str, policy: Any, settings: dict[str, Any], select: bool) -> 
     if is_exported(policy):
         if select:
             raise ValueError("an exported policy was selected already; select from the run that it was made of")
-        model = OnnxModel(Path(str(policy)))
+        model = OnnxModel(Path(policy))
         return _Given(ExportedCore(_config(env_id, model.manifest["env"], settings), model), ExportedPolicy(model))
     origin = _origin(env_id, policy)
     core = shared_core(_config_of_origin(env_id, origin, settings))

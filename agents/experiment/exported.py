@@ -1,6 +1,5 @@
 """An exported policy (``sd-gym export``) on a split of its env: its own graphs decide and answer."""
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,13 +13,8 @@ from sd_gym.config import EnvConfig
 from sd_gym.envs.core import BackboneCore
 from sd_gym.envs.protocols import Outcome
 from sd_gym.execution.split import BackboneSplit
-from sd_gym.inference.onnx import DECIDED, MANIFEST, OnnxModel
+from sd_gym.inference.onnx import DECIDED, OnnxModel
 from sd_gym.switch import PassState
-
-
-def is_exported(policy: object) -> bool:
-    """Whether ``policy`` is the folder of an exported policy."""
-    return isinstance(policy, str | Path) and Path(policy, MANIFEST).is_file()
 
 
 class ExportedCore(BackboneCore):
@@ -92,7 +86,7 @@ class ExportedPolicy:
 class _Graphs:
     """The graphs of an export, with the interface of ``Bank``."""
 
-    compiles = True  # no pass may have rows of several masks
+    one_mask_per_pass = True  # no pass may have rows of several masks
 
     def __init__(self, model: OnnxModel) -> None:
         self._model = model

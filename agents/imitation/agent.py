@@ -35,6 +35,7 @@ from sd_gym.envs.actions import write_masks
 from sd_gym.envs.protocols import mean_flops
 from sd_gym.envs.spaces import flat_size
 from sd_gym.policy import HIDDEN, DecisionPolicy
+from sd_gym.policy.choices import first_columns
 
 ORDER_INSTANCES = 1000  # for the search of the path
 NETWORKS = 5  # that predict the risk, each with other rows held out; the mean of their predictions is less noisy
@@ -86,8 +87,8 @@ class ImitationAgent(Agent[ImitationSettings]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.network = self.new_policy().eval()
-            self.foresight = [observation_layers(space, HIDDEN) for _ in range(NETWORKS)]
-        self._standardise_encoders(self.network, *self.foresight)
+            self.risk_networks = [observation_layers(space, HIDDEN) for _ in range(NETWORKS)]
+        self._standardise_encoders(self.network, *self.risk_networks)
         self._initialise(self.network)
         self.priced: list[DecisionPolicy] = []  # with several stages, a policy per price of a lost instance
         self.static: DecisionPolicy | None = None  # with an answer stage, the network with one mask for all inputs
@@ -199,7 +200,7 @@ class ImitationAgent(Agent[ImitationSettings]):
         highest = self.env.core.split("train").scoring.highest
         targets = torch.from_numpy(np.concatenate([lost, -lost], axis=1) / highest).clamp(0, 1)
         predicted = torch.zeros_like(targets)
-        for number, layers in enumerate(self.foresight):
+        for number, layers in enumerate(self.risk_networks):
             head = nn.Linear(HIDDEN, targets.shape[1])  # it begins with the log-odds of the means
             with torch.no_grad():
                 head.weight.zero_()
@@ -221,7 +222,7 @@ class ImitationAgent(Agent[ImitationSettings]):
     def _average_tied_logits(self) -> None:
         """Give components that are skipped together, those of a layer, their mean logits."""
         nvec, head = self.env.core.nvec, self.network.head
-        first = np.cumsum([0, *nvec[:-1]])
+        first = first_columns(nvec)
         for raised in path_steps(self.path):
             for choice in range(int(nvec[raised].max()) if len(raised) > 1 else 0):
                 outputs = torch.from_numpy(first[raised] + choice)

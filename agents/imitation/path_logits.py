@@ -1,10 +1,11 @@
 """Logits of the steps of a path: FLOPs saved per unit of risk."""
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from sd_gym.agents.baselines.search import path_steps
 from torch import Tensor
+
+from sd_gym.policy.choices import first_columns
 
 LEAST_SAVED = 1e-4  # least saving of a step, as a share of the dense FLOPs
 LEAST_RISK = 1e-6  # least risk of a step, so that the exchange rate is finite
@@ -50,7 +51,7 @@ def component_logits(steps: Tensor, against: Tensor, path: NDArray, nvec: NDArra
     The logit of a choice is the sum of the steps that lead to it; that of running is 0. ``against [n, masks - 1]`` are
     log-odds against stopping at a mask, for components with several choices.
     """
-    first = np.cumsum([0, *nvec[:-1]])
+    first = first_columns(nvec)
     leads, bad = torch.zeros(2, steps.shape[1], int(nvec.sum()))
     for step, raised in enumerate(path_steps(path)):
         for component in raised:

@@ -64,7 +64,7 @@ class PolicyLike(Protocol):
 
 @runtime_checkable
 class SplitPolicy(Protocol):
-    """A policy that uses more than the observation, such as an early exit."""
+    """A policy that decides on rows of a split, and may use more than their observations, as an early exit does."""
 
     def decide_split(self, split: Split, rows: NDArray) -> SplitDecisions:
         """Its decisions on ``rows [n]`` of a split, the same at every call, and their FLOPs."""

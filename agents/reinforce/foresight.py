@@ -3,13 +3,13 @@
 from typing import Any, ClassVar
 
 import gymnasium as gym
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sd_gym.envs.spaces import flat_size, token_width
+from sd_gym.policy.choices import first_columns
 from sd_gym.policy.networks import hidden_layers
 from sd_gym.policy.token_encoder import TokenEncoder
 
@@ -36,7 +36,7 @@ class Foresight(nn.Module):
         if width is not None:
             self.token_encoder = encoder = TokenEncoder(width, stage_size=size)
             size = encoder.size
-        self._first = torch.from_numpy(np.cumsum([0, *nvec[:-1]]))  # column of each component's first choice
+        self._first = torch.from_numpy(first_columns(nvec))  # column of each component's first choice
         self._columns = int(nvec.sum())
         layers, last = hidden_layers(size + self._columns, HIDDEN), nn.Linear(HIDDEN, outputs)
         self.network = nn.Sequential(*layers, last)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from sd_gym.envs.protocols import Core, Split
 from sd_gym.envs.spaces import flat_size
+from sd_gym.policy.choices import first_columns
 
 MEMORY = 2**25  # observed numbers in memory, of two bytes each: 64 MiB
 RECENT = 4096  # the policy learns on states of the last decisions
@@ -22,7 +23,7 @@ FITS = 2  # steps between two updates of the policy; all stages share them
 def dense_logits(nvec: NDArray) -> Tensor:
     """Logits ``[sum(nvec)]`` that choose 0, to run, for each component with certainty."""
     logits = torch.full((int(nvec.sum()),), -1e9)
-    logits[torch.from_numpy(np.cumsum([0, *nvec[:-1]]))] = 0.0
+    logits[torch.from_numpy(first_columns(nvec))] = 0.0
     return logits
 
 

@@ -159,14 +159,14 @@ def run(
     with terminal.errors_as_lines(), terminal.warnings_as_lines(), terminal.progress_bar() as progress:
         bar = progress.add_task("loading", total=None, figures="")
         from sd_gym.inference.bulk import OnCluster, count_rows, run_file
-        from sd_gym.inference.onnx import MANIFEST, OnnxModel
+        from sd_gym.inference.onnx import OnnxModel, is_exported
         from sd_gym.inference.texts import load
 
         if str(output) == "-":
             raise ValueError("--output: expected a file, not the standard output (-), so that the run can be resumed")
         file = None if source == "-" else Path(source)
         total = count_rows(file)
-        if Path(policy, MANIFEST).is_file():
+        if is_exported(policy):
             if backbone or device != "cpu":
                 raise ValueError(f"{policy} is exported with its backbone, for the CPU; leave out --backbone, --device")
             make: Any = partial(OnnxModel, Path(policy), max_loss=max_loss, max_flops=max_flops)

@@ -1,4 +1,4 @@
-"""The core as a Stable-Baselines3 ``VecEnv``; no other module of ``sd_gym`` imports that library."""
+"""The core as a Stable-Baselines3 ``VecEnv``; of the other modules only those of agents import that library."""
 
 import copy
 import time

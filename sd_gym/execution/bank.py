@@ -65,7 +65,7 @@ def _gather_outputs(model: PreTrainedModel) -> None:
 class MaskModels(Protocol):
     """Models that run rows that share a mask."""
 
-    compiles: bool  # whether no pass may have rows of several masks
+    one_mask_per_pass: bool  # whether no pass may have rows of several masks
 
     def of(self, mask: NDArray) -> Any:
         """The model of a mask, bool ``[switches]``."""
@@ -80,7 +80,7 @@ class Bank:
 
     def __init__(self, board: Switchboard, *, compiles: bool = False) -> None:
         self._board = board
-        self.compiles = compiles
+        self.one_mask_per_pass = compiles
         if compiles:  # all masks share the code of one class, which is compiled only 8 times by default
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * MODELS)
         self._of = lru_cache(MODELS)(self._make)
@@ -92,7 +92,7 @@ class Bank:
 
     def _make(self, mask: bytes) -> Any:
         model = without_skipped(self._board, np.frombuffer(mask, dtype=bool))
-        return torch.compile(model.forward, dynamic=True) if self.compiles else model
+        return torch.compile(model.forward, dynamic=True) if self.one_mask_per_pass else model
 
 
 def checked_mask(mask: ArrayLike, board: Switchboard) -> NDArray:

@@ -345,7 +345,7 @@ class Passes:
         width = self.backbone.model.config.hidden_size
         plain = self.bank is not None
         group = np.zeros(len(rows), int)
-        if self.bank is not None and self.bank.compiles:
+        if self.bank is not None and self.bank.one_mask_per_pass:
             group = np.unique(decisions, axis=0, return_inverse=True)[1].ravel()
         for own in (np.flatnonzero(group == number) for number in np.unique(group)):
             for part in passes(decisions[own, :-1], length[own], width, steps, self.most, plain=plain):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,14 +80,20 @@ def runtime() -> Any:
     return onnxruntime
 
 
+def is_exported(policy: object) -> TypeGuard[str | Path]:
+    """Whether ``policy`` is the folder of an exported policy."""
+    return isinstance(policy, str | Path) and Path(policy, MANIFEST).is_file()
+
+
 def own_hash(manifest: dict[str, Any]) -> str:
     """The hash of a manifest without the entry for this hash."""
     files = {name: hashed for name, hashed in manifest["files"].items() if name != MANIFEST}
     return hash_of({**manifest, "files": files})
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of an exported folder; FileNotFoundError if a file is missing, ValueError if one was changed."""
+    folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"no {MANIFEST} in {folder}; expected a folder that sd-gym export wrote")
     manifest = read_json(folder / MANIFEST)

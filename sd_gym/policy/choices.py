@@ -1,9 +1,12 @@
 """From logits to choices: groups of components of the same size, noise for controls, and codebooks."""
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Noise = Literal["none", "random", "hash"]
@@ -31,6 +34,11 @@ def groups_of(nvec: list[int]) -> list[Group]:
         groups.append(Group(slice(component, component + count), slice(column, column + count * size), size))
         component, column = component + count, column + count * size
     return groups
+
+
+def first_columns(nvec: Sequence[int] | NDArray) -> NDArray:
+    """The column of each component's first choice in the logits of all components, int64 ``[components]``."""
+    return np.cumsum([0, *nvec[:-1]])
 
 
 def bounded(logits: Tensor, lowest: float) -> Tensor:

@@ -20,6 +20,7 @@ from sd_gym.policy.choices import (
     Noise,
     bounded,
     codebook_of_each_stage,
+    first_columns,
     greedy_cover,
     groups_of,
     margins_of_changes,
@@ -275,7 +276,7 @@ class DecisionPolicy(nn.Module):
 
         It accepts the same answers as before.
         """
-        copy, first = deepcopy(self), np.cumsum([0, *self.nvec[:-1]])
+        copy, first = deepcopy(self), first_columns(self.nvec)
         with torch.no_grad():
             for values in copy.head.weight, copy.head.bias:
                 values[:-2] = 0
@@ -286,7 +287,7 @@ class DecisionPolicy(nn.Module):
     def per_margin(self) -> NDArray:
         """What a margin of 1 adds to each logit, float64 ``[sum(nvec)]``."""
         added = np.zeros(sum(self.nvec))
-        added[np.cumsum([0, *self.nvec[:-1]])] = 1  # the first choice is to run
+        added[first_columns(self.nvec)] = 1  # the first choice is to run
         if self.graded:
             added = -np.concatenate([np.arange(size, dtype=np.float64) for size in self.nvec])
         if self.stages[-1] == ANSWER:  # where the second choice is to go on

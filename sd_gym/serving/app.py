@@ -59,10 +59,8 @@ class GoneError(Exception):
 class Service:
     """A model that answers over HTTP.
 
-    ``dial`` chooses the operating point of each group; ``None``: always the default point.
-
     Attributes:
-        dial: Chooses the operating point of each group.
+        dial: Chooses the operating point of each group; by default always the default point.
         batcher: Groups the requests; ``None`` until the model is warm.
         starts_warm: Whether the app starts only when the model is warm, and fails to start if it cannot be.
         failure: The error after which the model cannot answer; ``None`` while it can.

@@ -14,7 +14,7 @@ import torch
 import uvicorn
 
 from sd_gym.envs.serving.dial import Dial
-from sd_gym.inference.onnx import MANIFEST, OnnxModel, runtime
+from sd_gym.inference.onnx import OnnxModel, is_exported, runtime
 from sd_gym.inference.texts import load
 from sd_gym.operating_points import OperatingPoint, margin_for
 from sd_gym.policy.artefact import SkipPolicy
@@ -58,7 +58,7 @@ def service(
             "a dial chooses the operating point, so max_loss and max_flops have no effect; leave them out, or limit "
             "the dial by allow_loss and allow_flops (--allow-loss, --allow-flops)"
         )
-    if not isinstance(policy, SkipPolicy) and Path(policy, MANIFEST).is_file():
+    if is_exported(policy):
         if backbone or device != "cpu":
             raise ValueError(f"{policy} is exported: it has its own backbone and runs on the CPU")
         exported = OnnxModel(Path(policy), session_options=_session_options(threads))

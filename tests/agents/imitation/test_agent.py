@@ -100,12 +100,12 @@ def test_the_networks_of_the_risk_hold_different_rows_out(env, tmp_path, monkeyp
 
     monkeypatch.setattr(agent, "_outputs", seen)
     agent._predict_risk(rows, np.zeros((len(rows), 2), dtype=np.float32), configure(str(tmp_path), []))
-    assert len(set(held_out)) == len(agent.foresight) * (len(rows) // 10)
+    assert len(set(held_out)) == len(agent.risk_networks) * (len(rows) // 10)
 
 
 def test_a_blind_imitation_finds_the_best_mask_of_the_path(env, tmp_path):
     agent, seen = make_agent("blind-imitation", env, epochs=200, learning_rate=0.01, weight_decay=0.0), []
-    for network in agent.foresight:
+    for network in agent.risk_networks:
         network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].any().item()))
     agent.learn(1, configure(str(tmp_path), []), lambda rollout: None)
     assert seen
