@@ -49,7 +49,8 @@ LOOKS = {  # settings and agents of each env: decisions before the first layer a
     "answer stage": ([], ["cascade", "imitation", "ppo", "reinforce"]),
 }
 CLASSIFICATION = "SD/Classification-Custom-v0"
-TEXTS = 4000  # at most, of a set without labels
+TEXTS = 8000  # at most, of a set without labels
+FILES = ("train.jsonl", "validation.jsonl")  # of a data set
 TIMED = {"minilm": 1000, "smollm2": 200}  # test rows whose answers are timed
 ROUNDS = 3  # of timing
 
@@ -172,12 +173,9 @@ def parts_of(rows: list[dict[str, Any]]) -> set[str]:
 
 
 def texts(file: Path) -> Iterator[str]:
-    """Questions, or sentences of reviews (those of ``subj`` that are subjective)."""
+    """Questions, or sentences."""
     for row in rows_of(file):
-        if "question" in row:
-            yield row["question"]
-        elif row["label"] == 0:
-            yield row["text"]
+        yield row["question"] if "question" in row else row["text"]
 
 
 def options(*settings: str) -> list[str]:
@@ -274,7 +272,7 @@ class Experiment:
         """The set's own files, or rows drawn from them, and texts of other sets."""
         folder, source = self.dataset, self.arguments.data
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("train.jsonl", "validation.jsonl"):
+        for name in FILES:
             shutil.copy(source / self.data.folder / name, folder / name)
         if self.data.drawn:
             self._draw(folder / "train.jsonl")
@@ -291,9 +289,9 @@ class Experiment:
         file.write_text("".join(rows[: self.data.drawn]), encoding="utf-8")
 
     def _write_texts(self) -> None:
-        """4,000 texts of other sets, at most."""
-        source = self.arguments.data
-        found = list(dict.fromkeys(text for of in self.data.text_of for text in texts(source / of / "train.jsonl")))
+        """8,000 texts of other sets, at most."""
+        files = [self.arguments.data / of / name for of in self.data.text_of for name in FILES]
+        found = list(dict.fromkeys(text for file in files for text in texts(file)))
         np.random.default_rng(0).shuffle(found)
         rows = [json.dumps({"text": text}) + "\n" for text in found[:TEXTS]]
         (self.dataset / "text.jsonl").write_text("".join(rows), encoding="utf-8")
