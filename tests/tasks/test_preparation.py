@@ -299,6 +299,7 @@ def test_a_stored_head_keeps_its_order_of_classes_and_is_tuned_in_float32(stored
 ORDERS = {  # classes of a stored head, those of the data, and those of the prepared head
     "the head's order": (["positive", "negative"], ("negative", "positive"), ["positive", "negative"]),
     "another case": (["POSITIVE", "NEGATIVE"], ("negative", "positive"), ["positive", "negative"]),
+    "more classes": (["Other", "POSITIVE", "NEGATIVE"], ("negative", "positive"), ["Other", "positive", "negative"]),
     "no names": (["LABEL_0", "LABEL_1"], ("positive", "negative"), ["positive", "negative"]),
     "other names": (["ham", "spam"], ("positive", "negative"), ["positive", "negative"]),
 }
@@ -311,7 +312,7 @@ def test_classes_keep_the_order_that_a_stored_head_has(known_by, stored, named, 
     train = [Instance(str(number), "x", target) for number, target in enumerate(targets)]
     labels = {name: index for index, name in enumerate(stored)}
     expected = {name: index for index, name in enumerate(prepared)}
-    if known_by == "words" and stored[0].lower() not in expected:
+    if known_by == "words" and stored[-1].lower() not in expected:
         expected = {name: index for index, name in enumerate(sorted(named))}
     assert (stored_labels(labels, train) or classes(train)) == expected
 

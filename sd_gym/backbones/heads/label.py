@@ -154,7 +154,7 @@ def stored_labels(stored: Mapping[str, int], instances: Sequence[Instance]) -> d
     folded, by_fold = _folded(stored), {name.casefold(): name for name in wanted}
     if folded is None or len(by_fold) < len(wanted) or not by_fold.keys() <= folded.keys():
         return None
-    return {by_fold.get(name, name): index for name, index in folded.items()}
+    return {by_fold.get(name.casefold(), name): index for name, index in stored.items()}
 
 
 def labels_of(config: PretrainedConfig) -> dict[str, int]:
