@@ -11,7 +11,7 @@ from sd_gym.agents.runs.statistics import half_interval
 COLUMNS = ["env", "agent", "test rows", "dense quality", "against dense, points (worst, its 95% interval)"]
 COLUMNS += ["goodput (95%)", "goodput at 0.25 / 0.5 / 0.75 / 1 epsilon lost (95%)", "FLOPs (worst)"]
 COLUMNS += ["as learned: FLOPs (points)", "return", "regret", "score"]
-COLUMNS += ["FLOPs easy / hard", "time, batch 32 (dense by length)", "masks used", "quality kept"]
+COLUMNS += ["FLOPs easy / hard", "time, batch 32 (dense, sorted)", "masks used", "quality kept"]
 
 
 def compare(folders: Iterable[str | Path]) -> list[dict[str, Any]]:

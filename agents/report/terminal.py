@@ -19,7 +19,7 @@ COUNTED = {  # changes to rows of a split
     "cut_inputs": "inputs cut",
     "cut_targets": "targets cut, or answers cut off",
 }
-DENSE_TIMES = {"dense_by_length": "dense by length", "dense_shortened": "dense, cut"}
+DENSE_TIMES = {"dense_by_length": "dense, sorted", "dense_shortened": "dense, cut"}
 
 
 def result_tables(title: str, result: dict[str, Any]) -> Iterator[RenderableType]:
@@ -31,7 +31,7 @@ def result_tables(title: str, result: dict[str, Any]) -> Iterator[RenderableType
     cut = any(timed.get("dense_shortened") for timed in result["time"].values())
     if result["time"]:
         yield _dim(
-            "time B: at most B texts of a queue run together, deciding included, over dense; dense by length: dense, "
+            "time B: at most B texts of a queue run together, deciding included, over dense; dense, sorted: dense, "
             "texts of similar length together"
             + ("; in bulk: over that" if "in bulk" in result["time"] else "")
             + ("; dense, cut: on texts cut to what the policy keeps." if cut else ".")
