@@ -142,3 +142,16 @@ def test_the_rate_of_whole_layers_rises_to_the_highest(steps, max_rate):
     assert rates == sorted(rates)
     assert rates[-1] == pytest.approx(max_rate)
     assert Recipe(steps, max_rate=max_rate).max_rate_at(1) == max_rate
+
+
+@pytest.mark.parametrize("steps", [1, 9, 10, 19, 21])
+def test_validations_are_ten_at_most(steps):
+    board, validated = Switchboard(make_model("bert")), []
+    batch = {**make_inputs("bert"), "labels": torch.tensor([0, 1, 0, 1, 0])}
+
+    def validate(draw):
+        validated.append(draw)
+        return 1.0
+
+    prepare(board, iter(lambda: dict(batch), None), Recipe(steps, 1e-3), validate=validate)
+    assert 1 <= len(validated) <= 10

@@ -85,6 +85,9 @@ def test_a_preparation_that_was_cut_off_is_resumed_with_the_same_result(tmp_path
     assert (tmp_path / "cut" / "checkpoint.pt").exists()
     with pytest.raises(ValueError, match="holds another preparation: its backbone_rows is"):
         prepare_backbone(*arguments, tmp_path / "cut", **settings, rows=0.9, resume=True)
+    other = DataConfig(dataset=str(reviews), unanswerable=not arguments[1].unanswerable)
+    with pytest.raises(ValueError, match="holds another preparation: its unanswerable is"):
+        prepare_backbone(arguments[0], other, arguments[2], tmp_path / "cut", **settings, resume=True)
     steps, phases = [], []
     told = {"on_step": lambda step, *_: steps.append(step), "on_phase": phases.append}
     prepare_backbone(*arguments, tmp_path / "cut", **settings, resume=True, **told)
