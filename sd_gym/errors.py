@@ -35,6 +35,11 @@ def short(value: Any) -> str:
     return _cut(_REPR.repr(value), LONGEST_VALUE)
 
 
+def no_context(text: str | None) -> str:
+    """The message for a context in which no answer can be, where the model may not say that there is none."""
+    return f"the context {short(text)} has no token that an answer could be; unanswerable=true allows no answer"
+
+
 def one_line(error: BaseException) -> str:
     """The message of a library's error as one line of limited length."""
     return _cut(" ".join(str(error).split()) or type(error).__name__, LONGEST_MESSAGE)

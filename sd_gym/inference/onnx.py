@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from sd_gym.errors import DataError, MissingExtraError, short
+from sd_gym.errors import DataError, MissingExtraError, no_context, short
 from sd_gym.files import hash_of, read_json, sha256
 from sd_gym.going_on import going_on_flops
 from sd_gym.inference.answer import Answer, TextModel
@@ -361,6 +361,9 @@ class OnnxModel(TextModel):
         rows = encode([fields[0] if len(fields) == 1 else (fields[0], fields[1]) for fields in texts])
         for number in [number for number, row in enumerate(rows) if not len(row)]:
             raise DataError(f"{_place(number, rows)}: the tokenizer has no token for {short(texts[number][0])}")
+        if self.head == "span" and not self.manifest["unanswerable"]:
+            for number in [number for number, row in enumerate(rows) if 1 not in row.sequence_ids]:
+                raise DataError(f"{_place(number, rows)}: {no_context(texts[number][1])}")
         return rows
 
     def _check_questions(self, whole: Tokenizer, questions: list[str]) -> None:

@@ -15,7 +15,7 @@ from sd_gym.backbones.heads.seq2seq import was_cut
 from sd_gym.config import BackboneConfig
 from sd_gym.data.encoded import Encoded
 from sd_gym.data.instance import Instance
-from sd_gym.errors import DataError, short
+from sd_gym.errors import DataError, no_context, short
 
 # A fast tokenizer keeps its truncation and padding from call to call, so threads must take turns.
 TOKENIZING = RLock()
@@ -32,14 +32,16 @@ def encode(
     extracted.
 
     Raises:
-        DataError: If a label is not one of the backbone's classes, a question leaves no room for its context, or an
-            answer to be extracted is not in its context.
+        DataError: If a label is not one of the backbone's classes, a question leaves no room for its context, an answer
+            to be extracted is not in its context, or there must be one and the context has no token.
     """
     with TOKENIZING:
         source, source_cut = _tokenize_sources(instances, tokenizer, backbone, **head.source_options)
         targets = head.targets(instances, source, tokenizer, backbone)
     if targets.context_mask is not None:
         targets.context_mask[:, 0] = unanswerable  # the first token stands for "no answer"
+        for row in (~targets.context_mask.any(dim=1)).nonzero()[:, 0].tolist():
+            raise DataError(f"{instances[row].place}: {no_context(instances[row].source_pair)}")
     return Encoded(
         input_ids=source.input_ids,
         source_length=source.attention_mask.sum(dim=1).numpy(),

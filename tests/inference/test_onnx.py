@@ -450,6 +450,25 @@ def test_a_text_of_which_no_token_is_left_is_named(tmp_path, tiny_tokenizer):
     assert model([texts[0]])
 
 
+def test_a_context_without_a_token_is_named_where_there_must_be_an_answer(tmp_path, tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    policy, texts = few_masks("extracted", tmp_path, tokenizer)
+    own = policy.card["env"]
+    for may in (True, False):
+        policy.card["env"] = own | {"data": own["data"] | {"unanswerable": may}}
+        sd_gym.export(policy, tmp_path / f"{may}")
+        for model in (sd_gym.load(policy), onnx.load(tmp_path / f"{may}")):
+            blank = {**texts[0], "context": "\u200b"}
+            if may:
+                assert [one.answer for one in model([blank, texts[1]])][0] == ""
+                continue
+            with pytest.raises(DataError, match="the input: the context .* has no token that an answer could be"):
+                model([blank])
+            with pytest.raises(DataError, match="input 1: the context .* has no token"):
+                model([texts[1], blank])
+
+
 def test_a_copy_reads_the_folder_again(exported):
     model = onnx.load(exported[1])
     model.margin = np.float32(2.0)
