@@ -30,8 +30,7 @@ from serving import Client, started
 from sd_gym.envs.serving.arrivals import arrival_times
 from sd_gym.envs.serving.config import ServingConfig
 from sd_gym.envs.serving.dial import Dial, Network
-from sd_gym.serving.app import Settings
-from sd_gym.serving.grouping import Limits
+from sd_gym.serving.limits import Limits, RequestLimits
 from sd_gym.serving.server import run, service
 
 
@@ -39,7 +38,9 @@ def serve(policy: str, dial: str, allow_loss: float | None, connection: Any) -> 
     """The process of one dial; it tells the names of the labels, the points of its dial, then its address."""
     config = Dial.load(dial).config
     limits = Limits(rows=config.max_batch, queued_rows=100_000, queued_tokens=10**8)
-    served = service(policy, limits, Settings(timeout=config.deadline), allow_loss=allow_loss, threads=1, dial=dial)
+    served = service(
+        policy, limits, RequestLimits(timeout=config.deadline), allow_loss=allow_loss, threads=1, dial=dial
+    )
     connection.send((served.engine.model.names, served.dial.points))
     run(served, "127.0.0.1", 0, connection.send)
 

@@ -27,9 +27,8 @@ import sd_gym
 from sd_gym.backbones.load import load_own_backbone
 from sd_gym.envs.serving.config import serving_config
 from sd_gym.envs.table_files import table_folder
-from sd_gym.serving.app import Settings
 from sd_gym.serving.engine import Asked, BlockingEngine
-from sd_gym.serving.grouping import Limits
+from sd_gym.serving.limits import Limits, RequestLimits
 from sd_gym.serving.server import service
 
 SIZES = (1, 2, 4, 8, 16, 32)
@@ -71,7 +70,7 @@ def print_policy(args: argparse.Namespace) -> None:
     """The YAML file of an env whose points are those of a policy."""
     with args.input.open() as lines:
         texts = [json.loads(line) for line in itertools.islice(filter(str.strip, lines), 1000)]
-    served = service(args.served or args.run, Limits(), Settings(), allow_loss=args.allow_loss, threads=1)
+    served = service(args.served or args.run, Limits(), RequestLimits(), allow_loss=args.allow_loss, threads=1)
     described = json.loads((args.run / "config.json").read_text())
     if described["env_config"]["table"] is None:
         raise SystemExit(f"{args.run} was not trained on a table, whose outcomes the queue needs: sd-gym tabulate")

@@ -33,9 +33,10 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-from sd_gym.serving.app import Service, Settings
+from sd_gym.serving.app import Service
 from sd_gym.serving.engine import Asked, BlockingEngine, GraphEngine, Served, TextEngine
-from sd_gym.serving.grouping import Limits, PassCost, Row
+from sd_gym.serving.grouping import PassCost, Row
+from sd_gym.serving.limits import Limits, RequestLimits
 from sd_gym.serving.server import run, service, timeout_of
 
 ARMS = ("dense", "dense, by length", "one mask", "policy, ungrouped", "policy, grouped")
@@ -80,7 +81,7 @@ def serve_arm(
 ) -> None:
     """The process of one arm; it tells its address."""
     dial = dial if arm == DIAL else None
-    limits, settings = Limits(queued_rows=10_000, queued_tokens=10**7), Settings(timeout_of(None, dial))
+    limits, settings = Limits(queued_rows=10_000, queued_tokens=10**7), RequestLimits(timeout_of(None, dial))
     served = service(policy, limits, settings, backbone=backbone, threads=threads, dial=dial)
     if dial is None:
         served = Service(engine_of(arm, served, texts), served.points, limits, settings)

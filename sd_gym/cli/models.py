@@ -13,6 +13,7 @@ from typer import Argument, Option
 
 from sd_gym.cli import terminal
 from sd_gym.cli.terminal import Imports, Settings
+from sd_gym.serving.limits import Limits, RequestLimits
 
 Draw = Literal["even", "deeper", "staged", "layers"]
 FOR_SERVING = ("starlette", "uvicorn", "prometheus_client")
@@ -230,19 +231,23 @@ def serve(
         Path | None,
         Option(metavar="RUN", help="Run on a serving env: its dial chooses the operating point of each group."),
     ] = None,
-    batch_size: Annotated[int, Option(min=1, help="Most rows that run together.")] = 32,
-    batch_tokens: Annotated[int, Option(min=1, help="Most padded tokens that run together.")] = 8192,
-    queue: Annotated[int, Option(min=1, help="Most waiting rows; further requests get 429.")] = 1024,
-    queue_tokens: Annotated[int, Option(min=1, help="Most waiting tokens.")] = 131_072,
+    batch_size: Annotated[int, Option(min=1, help="Most rows that run together.")] = Limits.rows,
+    batch_tokens: Annotated[int, Option(min=1, help="Most padded tokens that run together.")] = Limits.tokens,
+    queue: Annotated[int, Option(min=1, help="Most waiting rows; further requests get 429.")] = Limits.queued_rows,
+    queue_tokens: Annotated[int, Option(min=1, help="Most waiting tokens.")] = Limits.queued_tokens,
     max_wait: Annotated[
         float, Option(min=0, help="Seconds for which larger groups may overtake a row; then deadlines count.")
-    ] = 0.05,
+    ] = Limits.max_wait,
     timeout: Annotated[
         float | None, Option(min=0.001, help="Seconds after which a request gets 504 [default: 30, or the dial's].")
     ] = None,
-    max_body: Annotated[int, Option(min=1, help="Most bytes of a request; longer ones get 413.")] = 2**20,
-    max_inputs: Annotated[int, Option(min=1, help="Most inputs of a request; longer ones get 413.")] = 64,
-    max_characters: Annotated[int, Option(min=1, help="Most characters of an input; longer ones get 413.")] = 50_000,
+    max_body: Annotated[int, Option(min=1, help="Most bytes of a request; longer ones get 413.")] = RequestLimits.body,
+    max_inputs: Annotated[
+        int, Option(min=1, help="Most inputs of a request; longer ones get 413.")
+    ] = RequestLimits.inputs,
+    max_characters: Annotated[
+        int, Option(min=1, help="Most characters of an input; longer ones get 413.")
+    ] = RequestLimits.characters,
     imports: Imports = [],
 ) -> None:
     """Serve a policy over HTTP: requests that share a mask run together. Needs `pip install "sd-gym[serve]"`.
@@ -257,15 +262,13 @@ def serve(
         if lacking := [name for name in FOR_SERVING if find_spec(name) is None]:
             raise ValueError(f"sd-gym serve needs {', '.join(lacking)}: pip install 'sd-gym[serve]'")
         with terminal.status("loading"):
-            from sd_gym.serving.app import Settings
-            from sd_gym.serving.grouping import Limits
             from sd_gym.serving.server import run as run_server
             from sd_gym.serving.server import service, timeout_of
 
             served = service(
                 policy,
                 Limits(batch_size, batch_tokens, queue, queue_tokens, max_wait),
-                Settings(timeout_of(timeout, dial), max_body, max_inputs, max_characters),
+                RequestLimits(timeout_of(timeout, dial), max_body, max_inputs, max_characters),
                 backbone=backbone,
                 device=device,
                 max_loss=max_loss,

@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from sd_gym.errors import DataError, short
 from sd_gym.serving.batcher import Batcher, ClosedError, LateError, QueueFullError
 from sd_gym.serving.dial import ServerDial
 from sd_gym.serving.engine import Asked, BlockingEngine, OperatingPoints, Served
-from sd_gym.serving.grouping import Limits
+from sd_gym.serving.limits import Limits, RequestLimits
 from sd_gym.serving.metrics import Metrics
 from sd_gym.serving.requests import (
     Body,
@@ -40,16 +39,6 @@ from sd_gym.version import __version__
 Endpoint = Callable[[Request], Awaitable[Response]]
 PAGE = Path(__file__).with_name("page.html")
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Limits of a request."""
-
-    timeout: float = 30.0  # seconds for an answer; also for the body to arrive
-    body: int = 2**20  # bytes
-    inputs: int = 64
-    characters: int = 50_000  # most of an input: all are tokenised, also those that are then cut
 
 
 class GoneError(Exception):
@@ -72,7 +61,7 @@ class Service:
         engine: BlockingEngine,
         points: OperatingPoints,
         limits: Limits,
-        settings: Settings,
+        settings: RequestLimits,
         dial: ServerDial | None = None,
     ) -> None:
         self.engine = engine

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from sd_gym.serving.dial import ServerDial
-from sd_gym.serving.grouping import Limits, Paces, PassCost, Row, best_group
+from sd_gym.serving.grouping import Paces, PassCost, Row, best_group
+from sd_gym.serving.limits import Limits
 
 
 class QueueFullError(Exception):

@@ -6,6 +6,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from sd_gym.serving.limits import Limits
+
 
 class Row(NamedTuple):
     """One input with its decisions."""
@@ -15,17 +17,6 @@ class Row(NamedTuple):
     kind: Hashable  # only rows of the same kind can run together
     content: Any  # what the engine needs to answer the input
     is_dialled: bool = True  # whether the dial chooses its operating point, not its request
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of the queue and of a group."""
-
-    rows: int = 32  # most rows of a group
-    tokens: int = 8192  # most padded tokens of a group; a longer row runs alone
-    queued_rows: int = 1024
-    queued_tokens: int = 131_072
-    max_wait: float = 0.05  # seconds in which larger groups may overtake a row; then it is in the next group
 
 
 class PassCost(NamedTuple):

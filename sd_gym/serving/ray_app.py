@@ -16,8 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from sd_gym.serving.app import Settings
-from sd_gym.serving.grouping import Limits
+from sd_gym.serving.limits import Limits, RequestLimits
 from sd_gym.serving.server import service, timeout_of
 
 
@@ -39,9 +38,9 @@ class Arguments(BaseModel):
     allow_flops: float = 1.0
     dial: str | None = None
     threads: int = 1
-    batch_size: int = 32
-    queue: int = 1024
-    max_wait: float = 0.05
+    batch_size: int = Limits.rows
+    queue: int = Limits.queued_rows
+    max_wait: float = Limits.max_wait
     timeout: float | None = None
 
 
@@ -56,7 +55,7 @@ def app(arguments: Arguments) -> Any:
     def build() -> Any:
         chosen = arguments.model_dump(exclude={"policy", "batch_size", "queue", "max_wait", "timeout"})
         limits = Limits(rows=arguments.batch_size, queued_rows=arguments.queue, max_wait=arguments.max_wait)
-        settings = Settings(timeout_of(arguments.timeout, arguments.dial))
+        settings = RequestLimits(timeout_of(arguments.timeout, arguments.dial))
         served = service(arguments.policy, limits, settings, **chosen)
         served.starts_warm = True  # Ray sends no requests before, and replaces a replica that fails
         return served.app()

@@ -18,10 +18,10 @@ from sd_gym.inference.onnx import OnnxModel, is_exported, runtime
 from sd_gym.inference.texts import load
 from sd_gym.operating_points import OperatingPoint, margin_for
 from sd_gym.policy.artefact import SkipPolicy
-from sd_gym.serving.app import Service, Settings
+from sd_gym.serving.app import Service
 from sd_gym.serving.dial import Trained
 from sd_gym.serving.engine import GraphEngine, OperatingPoints, TextEngine
-from sd_gym.serving.grouping import Limits
+from sd_gym.serving.limits import Limits, RequestLimits
 
 CONNECTIONS = 4096  # more clients get 503
 KEEP_ALIVE = 75  # seconds that a connection may be idle: more than load balancers allow
@@ -32,7 +32,7 @@ GRACE = 5.0  # seconds that a shutdown waits for clients, in addition to a reque
 def service(
     policy: str | Path | SkipPolicy,
     limits: Limits,
-    settings: Settings,
+    settings: RequestLimits,
     *,
     backbone: str | None = None,
     device: str = "cpu",
@@ -84,10 +84,10 @@ def service(
 
 
 def timeout_of(given: float | None, dial: str | Path | None) -> float:
-    """Seconds for a request: those given, or else those of the dial's env, or of ``Settings``."""
+    """Seconds for a request: those given, or else those of the dial's env, or of ``RequestLimits``."""
     if given is not None:
         return given
-    return Settings.timeout if dial is None else Dial.load(dial).config.deadline
+    return RequestLimits.timeout if dial is None else Dial.load(dial).config.deadline
 
 
 def _session_options(threads: int | None) -> Any:

@@ -461,11 +461,11 @@ def test_a_context_without_a_token_is_named_where_there_must_be_an_answer(tmp_pa
         for model in (sd_gym.load(policy), onnx.load(tmp_path / f"{may}")):
             blank = {**texts[0], "context": "\u200b"}
             if may:
-                assert [one.answer for one in model([blank, texts[1]])][0] == ""
+                assert model([blank, texts[1]])[0].answer == ""
                 continue
-            with pytest.raises(DataError, match="the input: the context .* has no token that an answer could be"):
+            with pytest.raises(DataError, match=r"the input: the context .* has no token that an answer could be"):
                 model([blank])
-            with pytest.raises(DataError, match="input 1: the context .* has no token"):
+            with pytest.raises(DataError, match=r"input 1: the context .* has no token"):
                 model([texts[1], blank])
 
 

@@ -13,9 +13,10 @@ from starlette.testclient import TestClient
 
 from sd_gym.inference.answer import Answer, TextModel
 from sd_gym.operating_points import OperatingPoint
-from sd_gym.serving.app import Service, Settings
+from sd_gym.serving.app import Service
 from sd_gym.serving.engine import Described, Served
-from sd_gym.serving.grouping import Limits, PassCost, Row
+from sd_gym.serving.grouping import PassCost, Row
+from sd_gym.serving.limits import Limits, RequestLimits
 
 
 class SimulatedLoop(asyncio.SelectorEventLoop):
@@ -148,7 +149,7 @@ def stub():
 
     def client(warm=True, **changes):
         limits = Limits(**{key: changes.pop(key) for key in list(changes) if key in Limits.__dataclass_fields__})
-        service = Service(engine, StubPoints(), limits, Settings(**changes))
+        service = Service(engine, StubPoints(), limits, RequestLimits(**changes))
         return client_of(service, warm=warm)
 
     yield engine, client

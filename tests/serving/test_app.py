@@ -14,8 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.requests import Request
 
 from sd_gym.serving import server
-from sd_gym.serving.app import Service, Settings, _cut
-from sd_gym.serving.grouping import Limits
+from sd_gym.serving.app import Service, _cut
+from sd_gym.serving.limits import Limits, RequestLimits
 from sd_gym.serving.ray_app import _Replica
 from sd_gym.serving.requests import Predict, RefusedError, body_of
 from tests.serving.conftest import StubPoints, client_of
@@ -210,14 +210,14 @@ def test_a_server_whose_model_fails_ends(stub, monkeypatch):
         raise MemoryError("no room")
 
     engine.warm_up = warm_up
-    service = Service(engine, StubPoints(), Limits(), Settings())
+    service = Service(engine, StubPoints(), Limits(), RequestLimits())
     with pytest.raises(RuntimeError, match="the model cannot answer, so the server ends"):
         server.run(service, "127.0.0.1", 0, lambda address: None)
 
 
 def test_an_app_may_start_only_when_its_model_is_warm(stub):
     engine, _ = stub
-    service, failing = (Service(engine, StubPoints(), Limits(), Settings()) for _ in range(2))
+    service, failing = (Service(engine, StubPoints(), Limits(), RequestLimits()) for _ in range(2))
     service.starts_warm = failing.starts_warm = True
     with client_of(service, warm=False) as client:
         assert predict(client, "a").status_code == 200

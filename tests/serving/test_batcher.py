@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sd_gym.serving.batcher import Batcher, ClosedError, LateError, QueueFullError, ServerDial
-from sd_gym.serving.grouping import Limits, PassCost
+from sd_gym.serving.grouping import PassCost
+from sd_gym.serving.limits import Limits
 from tests.serving.conftest import CountingEngine, simulate
 
 LIMITS = Limits(rows=4, tokens=60, queued_rows=12, queued_tokens=200, max_wait=2.0)

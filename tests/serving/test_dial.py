@@ -15,9 +15,8 @@ from benchmarks import service_times
 from sd_gym.envs.serving.config import Point, serving_config
 from sd_gym.envs.serving.dial import Dial, Network
 from sd_gym.operating_points import OperatingPoint
-from sd_gym.serving.app import Settings
 from sd_gym.serving.dial import Trained
-from sd_gym.serving.grouping import Limits
+from sd_gym.serving.limits import Limits, RequestLimits
 from sd_gym.serving.server import service
 from tests.envs.conftest import trained
 from tests.serving.conftest import client_of
@@ -48,20 +47,20 @@ def test_a_server_follows_its_dial(run, tmp_path, tiny_tokenizer):
     _, _, artefact, texts = trained("classification", None, tmp_path, tiny_tokenizer)
     points = tuple(OperatingPoint(1000.0 * n, 0.0, 0.0, (n + 1) / 6, True) for n in range(6))
     policy = replace(artefact, operating_points=points)
-    with client_of(service(policy, Limits(), Settings(timeout=2.0), dial=run)) as client:
+    with client_of(service(policy, Limits(), RequestLimits(timeout=2.0), dial=run)) as client:
         answer = client.post("/predict", json={"inputs": texts[0], "details": True})
         assert not any(answer.json()["skip"])  # the margin of this point skips nothing
         assert "sd_gym_operating_point 3.0" in client.get("/metrics").text
     with pytest.raises(ValueError, match="chooses among 6 operating points, but the server allows 5"):
-        service(replace(policy, operating_points=points[:5]), Limits(), Settings(timeout=2.0), dial=run)
+        service(replace(policy, operating_points=points[:5]), Limits(), RequestLimits(timeout=2.0), dial=run)
     with pytest.raises(ValueError, match=r"within 2 s, but this server has 30 s for a request; .*: --timeout 2$"):
-        service(policy, Limits(), Settings(), dial=run)
+        service(policy, Limits(), RequestLimits(), dial=run)
     with pytest.raises(ValueError, match=r"a dial chooses the operating point.*--allow-loss"):
-        service(policy, Limits(), Settings(timeout=2.0), dial=run, max_loss=0.01)
+        service(policy, Limits(), RequestLimits(timeout=2.0), dial=run, max_loss=0.01)
     with pytest.raises(FileNotFoundError, match="no dial"):
-        service(policy, Limits(), Settings(), dial=tmp_path / "backbone")
+        service(policy, Limits(), RequestLimits(), dial=tmp_path / "backbone")
     with pytest.raises(FileNotFoundError, match="sd-gym serve RUN --dial"):
-        service(run, Limits(), Settings())
+        service(run, Limits(), RequestLimits())
 
 
 def test_a_dial_of_a_policy_refuses_other_margins(run, tmp_path):
@@ -101,7 +100,7 @@ def test_a_server_decides_at_the_points_of_its_dial(tmp_path, tiny_tokenizer, ch
     network = Network([(np.zeros((4, 3)), np.eye(3)[chosen])])
     Dial(config, np.zeros(3), network).save(tmp_path / "dial")
     wanted = sd_gym.load(policy.with_margin(of_env[chosen].margin))(texts)
-    settings = Settings(timeout=config.deadline)
+    settings = RequestLimits(timeout=config.deadline)
     with client_of(service(policy, Limits(), settings, dial=tmp_path / "dial")) as client:
         came = [client.post("/predict", json={"inputs": text, "details": True}).json() for text in texts]
     np.testing.assert_array_equal([one["skip"] for one in came], [one.skip for one in wanted])

@@ -11,9 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sd_gym
 from sd_gym.operating_points import OperatingPoint
-from sd_gym.serving.app import Settings
 from sd_gym.serving.engine import Asked, GraphEngine, OperatingPoints, TextEngine
-from sd_gym.serving.grouping import Limits
+from sd_gym.serving.limits import Limits, RequestLimits
 from sd_gym.serving.server import service
 from tests.envs.conftest import trained
 from tests.serving.conftest import client_of
@@ -55,7 +54,7 @@ def test_answers_are_those_of_a_call(task, ranking, stages, few, tmp_path, tiny_
     _, _, artefact, texts = trained(task, ranking, tmp_path, tiny_tokenizer, stages=stages)
     artefact = few_masks(artefact) if few else artefact
     wanted = sd_gym.load(artefact)(texts)
-    own = service(artefact, Limits(rows=4), Settings())
+    own = service(artefact, Limits(rows=4), RequestLimits())
     assert own.engine.groups_masks == few
     with client_of(own) as client, ThreadPoolExecutor(6) as threads:
         given = [list(text) if isinstance(text, tuple) else text for text in texts]
@@ -155,11 +154,16 @@ def test_exported_graphs_are_served_alike(stages, tmp_path, tiny_tokenizer):
     if stages == ["first"]:  # else the cautious point differs only in going on
         assert {row.masks[1] for row in dialled} == {0} != {row.masks[0] for row in dialled}
     dense = sd_gym.onnx.load(tmp_path / "onnx", max_loss=0.0)(texts)
-    with client_of(service(tmp_path / "onnx", Limits(rows=4), Settings())) as client, ThreadPoolExecutor(6) as threads:
+    with (
+        client_of(service(tmp_path / "onnx", Limits(rows=4), RequestLimits())) as client,
+        ThreadPoolExecutor(6) as threads,
+    ):
         came = list(threads.map(lambda text: served(client, "/predict", text), texts))
         assert client.get("/info").json()["switches"] == artefact.network.switches
         safe = client.post("/predict", json={"inputs": [[text] for text in texts], "max_loss": 0.0, "details": True})
-    cautious = service(tmp_path / "onnx", Limits(), Settings(), max_loss=0.0).points  # 1000.1 is not one of float32
+    cautious = service(
+        tmp_path / "onnx", Limits(), RequestLimits(), max_loss=0.0
+    ).points  # 1000.1 is not one of float32
     assert (len(cautious.points), cautious.default, cautious.index(0.0, None), cautious.index(0.02, None)) == (
         2,
         1,
@@ -176,7 +180,7 @@ def test_exported_graphs_are_served_alike(stages, tmp_path, tiny_tokenizer):
 
 def test_texts_of_a_generator_are_as_long_as_was_asked_for(tmp_path, tiny_tokenizer, monkeypatch):
     _, _, artefact, texts = trained("summarization", None, tmp_path, tiny_tokenizer)
-    model, own = sd_gym.load(artefact), service(artefact, Limits(), Settings())
+    model, own = sd_gym.load(artefact), service(artefact, Limits(), RequestLimits())
     monkeypatch.setattr("sd_gym.serving.engine.WARM_UP_TOKENS", 2)
     with monkeypatch.context() as patch:
         answered, warm = own.engine._answered, []
@@ -203,7 +207,7 @@ def test_a_server_of_short_inputs_starts(tmp_path, tiny_tokenizer):
     _, _, artefact, texts = trained("extracted", None, tmp_path, tiny_tokenizer)
     card = deepcopy(artefact.card)
     card["env"]["backbone"]["max_source_length"] = 10
-    with client_of(service(replace(artefact, card=card), Limits(), Settings())) as client:
+    with client_of(service(replace(artefact, card=card), Limits(), RequestLimits())) as client:
         question = {"question": "is it", "context": texts[0]["context"]}
         assert client.post("/predict", json={"inputs": question}).status_code == 200
 
@@ -212,7 +216,7 @@ def test_one_long_question_fails_alone(tmp_path, tiny_tokenizer):
     """Which is seen only when it is tokenised."""
     _, _, artefact, texts = trained("extracted", None, tmp_path, tiny_tokenizer)
     long = {"question": "the food " * 40, "context": "good"}
-    own = service(artefact, Limits(), Settings())
+    own = service(artefact, Limits(), RequestLimits())
     with client_of(own) as client, ThreadPoolExecutor(6) as threads:
         responses = list(threads.map(lambda one: client.post("/predict", json={"inputs": one}), [*texts[:5], long]))
     assert [response.status_code for response in responses] == [200] * 5 + [422]

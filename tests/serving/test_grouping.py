@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sd_gym.serving.grouping import Limits, Paces, PassCost, Row, best_group
+from sd_gym.serving.grouping import Paces, PassCost, Row, best_group
+from sd_gym.serving.limits import Limits
 
 ROWS = st.lists(
     st.builds(

@@ -4,9 +4,8 @@ import pytest
 
 import sd_gym
 from benchmarks.serving import ARMS, engine_of
-from sd_gym.serving.app import Settings
 from sd_gym.serving.engine import Asked
-from sd_gym.serving.grouping import Limits
+from sd_gym.serving.limits import Limits, RequestLimits
 from sd_gym.serving.server import service
 from tests.envs.conftest import trained
 from tests.serving.test_engine import few_masks
@@ -21,7 +20,7 @@ def test_arms_of_one_mask_decide_nothing_and_the_others_as_the_policy_does(stage
     sd_gym.export(policy, tmp_path / "onnx")
     for served in (policy, str(tmp_path / "onnx")):
         for arm in ARMS:
-            engine = engine_of(arm, service(served, Limits(), Settings(), threads=1), texts)
+            engine = engine_of(arm, service(served, Limits(), RequestLimits(), threads=1), texts)
             rows = engine.prepare([Asked([text]) for text in texts])
             answers = [one.answer for row in rows for one in engine.run([row], 0)]
             if arm.startswith("policy"):
