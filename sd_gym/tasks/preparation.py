@@ -2,12 +2,11 @@
 
 import hashlib
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from copy import copy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,8 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import is_initialized
 from accelerate.utils import broadcast_object_list
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -30,27 +27,33 @@ from sd_gym.backbones.heads import head_of
 from sd_gym.backbones.heads.label import labels_of, stored_labels
 from sd_gym.backbones.load import head_stored_with, load_model, save_backbone
 from sd_gym.backbones.prepare import Recipe, freeze_observation, prepare
-from sd_gym.config import SPLITS, BackboneConfig, DataConfig, TokensConfig
-from sd_gym.files import as_json, read_json, write_file, write_json
-from sd_gym.folders import MARKER, contents, locked, other_content_error
+from sd_gym.config import BackboneConfig, DataConfig, TokensConfig
+from sd_gym.files import write_json
+from sd_gym.folders import locked
 from sd_gym.switch import Switchboard
 from sd_gym.tasks.backbone_rows import backbone_part, backbone_rows, row_hashes, write_backbone_rows
 from sd_gym.tasks.cache import encode_cached
 from sd_gym.tasks.data import Instances
 from sd_gym.tasks.family import TASKS
+from sd_gym.tasks.preparation_record import (
+    CHECKPOINT,
+    INTERRUPTED,
+    OnStep,
+    check_same,
+    curves,
+    interrupted_settings,
+    plot_preparation,
+    rows_of,
+    settings_of,
+)
 from sd_gym.tasks.ranking import training_rarity
 from sd_gym.tasks.splits import Splits, check_unchanged
 from sd_gym.tasks.token_dropping import TokenDropping
 from sd_gym.tasks.validation import EncodedSplit, MeanQuality
-from sd_gym.version import __version__
 
-CHECKPOINT = "checkpoint.pt"
-INTERRUPTED = "preparing.json"  # the settings of a preparation that runs or was interrupted
 BACKBONE_ROWS = 0.6  # share of the training split
 HELD_OUT = 2000  # the most rows that it is validated on
 SHARED = 0.05  # share of rows that other data sets may have in common
-
-OnStep = Callable[[int, dict[str, float]], None]
 
 
 def prepare_backbone(
@@ -117,7 +120,7 @@ def prepare_backbone(
     if recipe.max_rate == 0 and len(tokens.shares) == 1:
         recipe = replace(recipe, dense_steps=recipe.steps)
     with locked(output) if first else nullcontext():
-        interrupted = _interrupted_settings(output, resume) if first else None
+        interrupted = interrupted_settings(output, resume) if first else None
         # Without a checkpoint, training starts with the backbone's weights, which may be others now.
         before = interrupted.get("before") if interrupted and (output / CHECKPOINT).exists() else None
         splits = Splits(data, task)
@@ -126,11 +129,11 @@ def prepare_backbone(
         parts = _parts(splits, backbone.name, rows, skip_logits)
         encoded = _encoded(splits, parts, data.unanswerable, board, tokenizer, reading, tokens)
         own = {"task": task, "label_range": label_range, "policy": None if skip_logits is None else _hash(skip_logits)}
-        settings = own | _settings(data, reading, recipe, tokens, accelerator) | _rows(splits, encoded)
+        settings = own | settings_of(data, reading, recipe, tokens, accelerator) | rows_of(splits, encoded)
         if first:
             if interrupted is not None:
                 check_unchanged(output, interrupted["data"], splits)
-                _check_same(output, interrupted, settings)
+                check_same(output, interrupted, settings)
             write_json(output / INTERRUPTED, settings | {"before": before})
         mean = MeanQuality(board, encoded["held out"], label_range, reading, accelerator)
         begin = on_phase if first else lambda phase: None
@@ -142,7 +145,7 @@ def prepare_backbone(
                 write_json(output / INTERRUPTED, settings | {"before": before})
         precision = accelerator.mixed_precision
         begin("preparing" if precision == "no" else f"preparing in {precision}")
-        with _curves(output, on_step, write=first) as log:
+        with curves(output, on_step, write=first) as log:
             history = prepare(
                 board,
                 _batches(encoded["backbone"], recipe.batch_size, recipe.seed, accelerator),
@@ -276,76 +279,6 @@ def _encoded(
     return encoded
 
 
-def _settings(
-    data: DataConfig, reading: BackboneConfig, recipe: Recipe, tokens: TokensConfig, accelerator: Accelerator
-) -> dict[str, Any]:
-    """What a preparation is made with, for its report and to compare when it is resumed."""
-    return {
-        MARKER: __version__,
-        "backbone": reading.name,
-        "source": data.model_dump(),
-        "unanswerable": data.unanswerable,
-        **asdict(recipe),
-        "processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
-        **{key: getattr(reading, key) for key in ("prompt", "stop", "max_source_length", "max_target_length")},
-        "token_shares": list(tokens.shares),
-        "token_ranking": tokens.ranking,
-    }
-
-
-def _rows(splits: Splits, encoded: Mapping[str, EncodedSplit]) -> dict[str, Any]:
-    """Which data and rows a preparation is made with."""
-    return {
-        "data": {name: splits[name].identity for name in SPLITS if name in splits},
-        "rows": {name: split.provenance for name, split in encoded.items()},
-        "backbone_rows": encoded["backbone"].instances.hash,
-    }
-
-
-@contextmanager
-def _curves(output: Path, on_step: OnStep, *, write: bool) -> Iterator[OnStep]:
-    """Logs each step to TensorBoard and calls ``on_step``, in the process that writes."""
-    writers: list[SummaryWriter] = []
-
-    def log(step: int, figures: dict[str, float]) -> None:
-        if not writers:  # later steps of an interrupted preparation are hidden
-            writers.append(SummaryWriter(output, purge_step=step))
-        for name, value in figures.items():
-            writers[0].add_scalar(f"validation/{name}" if name == "quality" else f"train/{name}", value, step)
-        on_step(step, figures)
-
-    try:
-        yield log if write else lambda step, figures: None
-    finally:
-        for writer in writers:
-            writer.close()
-
-
-def _interrupted_settings(output: Path, resume: bool) -> dict[str, Any] | None:
-    """The settings of the interrupted preparation to be resumed; ``None``: the folder is empty."""
-    if not contents(output):
-        return None
-    if not (output / INTERRUPTED).exists():
-        if (output / "config.json").exists():
-            raise FileExistsError(f"{output} holds a model; choose another --output")
-        raise other_content_error(output, "interrupted preparation")
-    if not resume:
-        raise FileExistsError(
-            f"{output} holds an interrupted preparation; continue it with --resume, or choose another --output"
-        )
-    return read_json(output / INTERRUPTED)
-
-
-def _check_same(output: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raise ValueError if the preparation in the folder has other settings; the data files may have moved."""
-    now = json.loads(as_json(settings))
-    keys = [key for key in now if key not in (MARKER, "source", "data", "rows")]
-    differ = [f"its {key} is {before.get(key)}, now it is {now[key]}" for key in keys if before.get(key) != now[key]]
-    if differ:
-        raise ValueError(f"{output} holds another preparation: {', '.join(differ)}")
-
-
 def _hash(arrays: Mapping[str, NDArray]) -> str:
     return hashlib.blake2b(b"".join(arrays[name].tobytes() for name in sorted(arrays)), digest_size=8).hexdigest()
 
@@ -369,24 +302,3 @@ def _batches(split: EncodedSplit, batch_size: int, seed: int, accelerator: Accel
                 level = random.integers(levels, size=len(batches[number]))
                 if next(turn) == accelerator.process_index:
                     yield split.batch(batches[number], level)
-
-
-def plot_preparation(report: dict[str, Any], file: Path) -> None:
-    """Plot quality against skip rate, share of tokens dropped, and step, as one PNG."""
-    skipped = "share of layers skipped" if report["draw"] == "layers" else "skip rate of every sublayer"
-    panels = {skipped: report["quality"]}
-    if report["quality_by_token_share"]["after"]:
-        panels["share of tokens dropped"] = report["quality_by_token_share"]
-    figure = Figure(figsize=(5 * (len(panels) + 1), 4), layout="constrained")
-    *curves, by_step = figure.subplots(1, len(panels) + 1)
-    for axes, (label, values) in zip(curves, panels.items(), strict=True):
-        for name, marker in (("before", "s"), ("after", "o")):
-            axes.plot([float(x) for x in values[name]], list(values[name].values()), marker=marker, label=name)
-        axes.set(xlabel=label, ylabel=f"{report['measure']}, held-out rows")
-        axes.legend()
-    by_step.plot([row["step"] for row in report["validation"]], [row["quality"] for row in report["validation"]], "o-")
-    by_step.set(xlabel="step", ylabel=f"{report['measure']} under random decisions")
-    for axes in (*curves, by_step):
-        axes.set_ylim(0, 1.03)
-        axes.grid(alpha=0.3)
-    write_file(file, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
