@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
-from sd_gym.agents.learning.decisions import DENSE_MARGIN, Version, versions
-from sd_gym.agents.learning.warm_start import staged_from_single, staged_from_tokens
-from sd_gym.agents.runs.folder import read_result
+from sd_gym.agents.learning.decisions import Version, versions
+from sd_gym.agents.learning.warm_start import check_start, read_start, staged_start
 from stable_baselines3.common.logger import Logger
 from torch import nn
 
@@ -35,7 +34,6 @@ from sd_gym.tasks.ranking import STATISTICS_SIZE
 BLIND_REFINING_RATE = 1e-3  # learning rate of a blind agent with a start
 ENCODER_STATISTICS_SIZE = 256  # texts that untrained token encoders are standardised on
 TOKENS_DROPPED = 0.1  # initial rate at which the second of two token levels is chosen
-START_FIELDS = ("stages", "observation_size", "channels", "token_width", "nvec", "switches", "network", "hidden")
 INFO_KEYS = (*SCORES, "is_success")
 
 Values = TypeVar("Values", bound=StrictModel)
@@ -305,48 +303,17 @@ class Agent(BaseAgent[SettingsT]):
 
     def _load_start(self, folder: Path) -> DecisionPolicy:
         """The policy to start from. One that decides once is converted to several stages, if none is the answer."""
-        start, core = DecisionPolicy.load(folder), self.env.core
-        if (folder / "result.json").is_file() and read_result(folder).get("margin") == DENSE_MARGIN:
-            start = start.with_margin(-DENSE_MARGIN)  # dense was selected; nothing could be learned from that
-        if start.codebook is not None and (start.noise != "none" or (start.stages == ["first"] and core.is_staged)):
-            raise ValueError(
-                f"the policy in {folder} cannot be a start here: it decides only among a few masks. Take a run of "
-                "static rather than of hull, and one that was not reduced"
-            )
-        if start.blind and not self.blind and start.head.weight.any():
-            raise ValueError(
-                f"the policy in {folder} cannot be a start here: it was trained blind, and this agent is not. Take a "
-                "run of an agent that is not blind, or train a blind one"
-            )
+        start, core = read_start(folder, self.env.core, blind=self.blind), self.env.core
         if self.channels is not None and start.channels is not None and self._channels is None:
             self.channels = start.channels
         # A policy that decides once has no preference at an answer.
         if core.stages[0] == "first" and core.is_staged and not core.has_answer_stage and start.stages == ["first"]:
             self.per_stage = True
-            return self._staged_start(start, folder)
+            return staged_start(start, self.new_policy(), core, folder, self.seed)
         self.per_stage = start.per_stage and len(core.stages) > 1
-        _check_start(start, self.new_policy(), folder)
+        check_start(start, self.new_policy(), folder)
         start.blind = self.blind
         return start
-
-    def _staged_start(self, start: DecisionPolicy, folder: Path) -> DecisionPolicy:
-        """A policy for all stages that decides as nearly as possible like ``start``, which decides once."""
-        staged, core = self.new_policy(), self.env.core
-        _check_start(start, staged, folder, ("nvec", "switches", "network", "hidden", "channels"))
-        before = len(staged.stages) + 1  # numbers in front of the first stage's features
-        expected = staged.token_width or staged.observation_size - before - core.stage_observer.judges
-        if start.observation_size != expected:
-            raise ValueError(
-                f"the policy in {folder} cannot be a start here: it observes {start.observation_size} features, "
-                f"expected {expected}, of pooled states or of a token"
-            )
-        if start.channels is not None:
-            return staged_from_tokens(start, staged)
-        split = core.split("train")
-        rows = np.arange(min(len(split), STATISTICS_SIZE))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            return staged_from_single(start, staged, core, split, rows)
 
 
 def observation_layers(space: gym.Space, hidden: int) -> nn.Sequential:
@@ -356,23 +323,6 @@ def observation_layers(space: gym.Space, hidden: int) -> nn.Sequential:
         return hidden_layers(size, hidden)
     encoder = TokenEncoder(width, stage_size=size)
     return nn.Sequential(encoder, *hidden_layers(encoder.size, hidden))
-
-
-def _check_start(
-    start: DecisionPolicy, expected: DecisionPolicy, folder: Path, names: tuple[str, ...] = START_FIELDS
-) -> None:
-    """Raise ``ValueError`` if one of these attributes of a start is not the expected one."""
-    for name in names:
-        has, needs = getattr(start, name), getattr(expected, name)
-        if has != needs:
-            hints = {
-                "channels": "; both observe tokens (observation=tokens), or neither",
-                "hidden": "; take the run of an agent that learns: a cascade is no start",
-            }
-            raise ValueError(
-                f"the policy in {folder} cannot be a start here: its {name} is {has}, expected {needs}"
-                f"{hints.get(name, '')}"
-            )
 
 
 def check_learnable(env: SwitchableVectorEnv, staged: bool) -> None:

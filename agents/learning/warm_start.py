@@ -1,16 +1,77 @@
-"""A warm start of a policy with several stages from one with a single stage: later stages learn to give its logits."""
+"""Warm starts: a policy that learning begins with; one of a single stage is converted to several stages."""
+
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sd_gym.agents.learning.decisions import row_batches
+from sd_gym.agents.learning.decisions import DENSE_MARGIN, row_batches
+from sd_gym.agents.runs.folder import read_result
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sd_gym.envs.protocols import Core, Observations, Split
 from sd_gym.policy import DecisionPolicy
+from sd_gym.tasks.ranking import STATISTICS_SIZE
 
 STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 1000, 128, 1e-3, 1e-2  # of each stage
+FIELDS = ("stages", "observation_size", "channels", "token_width", "nvec", "switches", "network", "hidden")
+FIELDS_ONCE = ("nvec", "switches", "network", "hidden", "channels")  # of a start that decides once, for several stages
+
+
+def read_start(folder: Path, core: Core, *, blind: bool) -> DecisionPolicy:
+    """The policy of a run to start from; ``ValueError`` if a policy that is ``blind`` or not cannot learn from it."""
+    start = DecisionPolicy.load(folder)
+    if (folder / "result.json").is_file() and read_result(folder).get("margin") == DENSE_MARGIN:
+        start = start.with_margin(-DENSE_MARGIN)  # dense was selected; nothing could be learned from that
+    if start.codebook is not None and (start.noise != "none" or (start.stages == ["first"] and core.is_staged)):
+        raise ValueError(
+            f"the policy in {folder} cannot be a start here: it decides only among a few masks. Take a run of "
+            "static rather than of hull, and one that was not reduced"
+        )
+    if start.blind and not blind and start.head.weight.any():
+        raise ValueError(
+            f"the policy in {folder} cannot be a start here: it was trained blind, and this agent is not. Take a "
+            "run of an agent that is not blind, or train a blind one"
+        )
+    return start
+
+
+def check_start(start: DecisionPolicy, expected: DecisionPolicy, folder: Path, names: tuple[str, ...] = FIELDS) -> None:
+    """Raise ``ValueError`` if one of these attributes of a start is not the expected one."""
+    for name in names:
+        has, needs = getattr(start, name), getattr(expected, name)
+        if has != needs:
+            hints = {
+                "channels": "; both observe tokens (observation=tokens), or neither",
+                "hidden": "; take the run of an agent that learns: a cascade is no start",
+            }
+            raise ValueError(
+                f"the policy in {folder} cannot be a start here: its {name} is {has}, expected {needs}"
+                f"{hints.get(name, '')}"
+            )
+
+
+def staged_start(start: DecisionPolicy, staged: DecisionPolicy, core: Core, folder: Path, seed: int) -> DecisionPolicy:
+    """``staged`` for all stages, made to decide as nearly as possible like ``start``, which decides once.
+
+    ``staged`` is untrained. Raises ValueError if ``start``, from ``folder``, observes anything else.
+    """
+    check_start(start, staged, folder, FIELDS_ONCE)
+    before = len(staged.stages) + 1  # numbers in front of the first stage's features
+    expected = staged.token_width or staged.observation_size - before - core.stage_observer.judges
+    if start.observation_size != expected:
+        raise ValueError(
+            f"the policy in {folder} cannot be a start here: it observes {start.observation_size} features, "
+            f"expected {expected}, of pooled states or of a token"
+        )
+    if start.channels is not None:
+        return staged_from_tokens(start, staged)
+    split = core.split("train")
+    rows = np.arange(min(len(split), STATISTICS_SIZE))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return staged_from_single(start, staged, core, split, rows)
 
 
 def staged_from_single(
