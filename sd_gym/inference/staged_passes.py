@@ -72,7 +72,11 @@ class StagedPasses(Passes):
     def _texts(
         self, rows: NDArray, decisions: NDArray, resume_from: PassState | None, *, judges: bool
     ) -> tuple[list[str], NDArray]:
-        """The final texts, and the judgement of the first ones, if the policy sees that."""
+        """The final texts, and the judgement of the first ones, if the policy sees that.
+
+        The policy alone says what is judged and where a pass goes on, so the last two arguments of ``Passes`` are not
+        read.
+        """
         texts, judged = np.empty(len(rows), dtype=object), np.empty((len(rows), len(self.head.judgement)))
         waiting = _Waiting()
         for picked, inputs in self.planned(rows, decisions, self.max_target_length):

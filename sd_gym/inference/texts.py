@@ -164,15 +164,15 @@ class SkippingModel(TextModel):
             decisions, went_on = passes.masks, passes.went_on
             split.passes.first_generated = passes.first_generated
             costs, first_costs = self.costs(split), self.costs(split, passes.first_generated)
-        again = costs.dense_flops(rows) if self._compiles else costs.going_on(rows, decisions)
-        flops = first_costs.flops(rows, decisions) + went_on * again
+        going_on = costs.dense_flops(rows) if self._compiles else costs.going_on(rows, decisions)
+        flops = first_costs.flops(rows, decisions) + went_on * going_on
         if decided is not None:
             flops = flops + self.own_flops(split)
         ratio, unknown_id = flops / costs.dense_flops(rows), -1 if self.unknown_token is None else self.unknown_token
         unknown = (split.encoded.input_ids.numpy() == unknown_id).sum(axis=1)
         return [
-            Answer(answer, row[:-1].astype(bool), int(row[-1]), float(share), int(count), bool(again))
-            for answer, row, share, count, again in zip(answers, decisions, ratio, unknown, went_on, strict=True)
+            Answer(answer, row[:-1].astype(bool), int(row[-1]), float(share), int(count), bool(dense_too))
+            for answer, row, share, count, dense_too in zip(answers, decisions, ratio, unknown, went_on, strict=True)
         ]
 
     def _compiled_answers(self, split: BackboneSplit, masks: NDArray) -> tuple[list[str], NDArray]:

@@ -31,7 +31,7 @@ __all__ = [
 
 def head_of(model: PreTrainedModel) -> Head:
     """The head of a model that was loaded."""
-    return next(head for kind in HEADS if (head := kind._of(model)) is not None)
+    return next(head for kind in HEADS if (head := kind.of_model(model)) is not None)
 
 
 def stored_head(config: PretrainedConfig, architectures: list[str], *, generates: bool = False) -> type[Head] | None:
@@ -40,4 +40,4 @@ def stored_head(config: PretrainedConfig, architectures: list[str], *, generates
     ``generates``: whether a model generates texts if its class names do not tell, as in GGUF files.
     """
     candidates = (architectures, ["ForCausalLM"] if generates else [])
-    return next((head for names in candidates for head in HEADS if head._is_stored(config, names)), None)
+    return next((head for names in candidates for head in HEADS if head.is_stored(config, names)), None)

@@ -28,11 +28,11 @@ class Head(Encoding, Losses, Answers):
 
     @classmethod
     @abstractmethod
-    def _of(cls, model: PreTrainedModel) -> Self | None:
+    def of_model(cls, model: PreTrainedModel) -> Self | None:
         """The head of a model; ``None`` if it has no such head. Earlier ones in ``HEADS`` are asked first."""
 
     @classmethod
-    def _is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
+    def is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
         """Whether a model was saved with such a head. Earlier ones in ``HEADS`` are asked first."""
         return any(part in name for name in architectures for part in cls._stored_as)
 

@@ -39,7 +39,7 @@ class LabelHead(Head):
         self._names = names or {index: name for name, index in self.label2id.items()}
 
     @classmethod
-    def _of(cls, model: PreTrainedModel) -> Self | None:
+    def of_model(cls, model: PreTrainedModel) -> Self | None:
         """Any model that neither generates nor extracts; BackboneError if its answers are sets of classes."""
         if model.config.problem_type == MULTI_LABEL:
             raise BackboneError(

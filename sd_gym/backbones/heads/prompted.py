@@ -34,14 +34,18 @@ class PromptedHead(Seq2SeqHead):
     padding_side = "left"
 
     @classmethod
-    def _of(cls, model: PreTrainedModel) -> Self | None:
+    def of_model(cls, model: PreTrainedModel) -> Self | None:
         """Any generating model without an encoder."""
-        return super()._of(model) if model.can_generate() and architecture_of(model.config.model_type).causal else None
+        return (
+            super().of_model(model)
+            if model.can_generate() and architecture_of(model.config.model_type).causal
+            else None
+        )
 
     @classmethod
-    def _is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
+    def is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
         """By the model's class, if it has no encoder."""
-        return super()._is_stored(config, architectures) and not config.is_encoder_decoder
+        return super().is_stored(config, architectures) and not config.is_encoder_decoder
 
     def prompting(self, backbone: BackboneConfig) -> BackboneConfig:
         """With prompt and stop; ValueError without a prompt, or if braces hold anything but text names, once each."""

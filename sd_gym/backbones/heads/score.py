@@ -24,14 +24,14 @@ class ScoreHead(LabelHead):
     validated_by = ("exact_match", "score")
 
     @classmethod
-    def _of(cls, model: PreTrainedModel) -> Self | None:
+    def of_model(cls, model: PreTrainedModel) -> Self | None:
         """Any model with a single output that neither generates nor extracts."""
-        return super()._of(model) if len(labels_of(model.config)) == 1 else None
+        return super().of_model(model) if len(labels_of(model.config)) == 1 else None
 
     @classmethod
-    def _is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
+    def is_stored(cls, config: PretrainedConfig, architectures: Sequence[str]) -> bool:
         """By the model's class and its single output."""
-        return super()._is_stored(config, architectures) and len(labels_of(config)) == 1
+        return super().is_stored(config, architectures) and len(labels_of(config)) == 1
 
     def _labels(self, instances: Sequence[Instance]) -> Tensor:
         for instance in instances:

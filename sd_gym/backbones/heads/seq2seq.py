@@ -35,7 +35,8 @@ class Seq2SeqHead(Head):
     _stored_as = ("ForConditionalGeneration", "ForCausalLM", "LMHeadModel", "MTModel")  # the last one is Marian's
 
     @classmethod
-    def _of(cls, model: PreTrainedModel) -> Self | None:
+    def of_model(cls, model: PreTrainedModel) -> Self | None:
+        """Any model that generates."""
         return cls() if model.can_generate() else None
 
     def targets(

@@ -41,8 +41,9 @@ class SpanHead(Head):
     source_options: ClassVar = {"return_offsets_mapping": True}
 
     @classmethod
-    def _of(cls, model: PreTrainedModel) -> Self | None:
-        return cls() if cls._is_stored(model.config, [type(model).__name__]) else None
+    def of_model(cls, model: PreTrainedModel) -> Self | None:
+        """A model whose class extracts answers."""
+        return cls() if cls.is_stored(model.config, [type(model).__name__]) else None
 
     @classmethod
     def loading(cls, config: PretrainedConfig) -> tuple[str, dict[str, Any]]:
