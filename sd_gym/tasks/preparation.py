@@ -41,10 +41,11 @@ from sd_gym.tasks.preparation_record import (
     OnStep,
     check_same,
     curves,
+    figures_of,
     interrupted_settings,
-    plot_preparation,
     rows_of,
     settings_of,
+    write_report,
 )
 from sd_gym.tasks.ranking import training_rarity
 from sd_gym.tasks.splits import Splits, check_unchanged
@@ -110,19 +111,12 @@ def prepare_backbone(
         FloatingPointError: If the loss is not finite.
         FileNotFoundError, DataError, UnsupportedArchitectureError: See ``load_model`` and ``load_split``.
     """
-    accelerator = Accelerator(
-        cpu=backbone.device == "cpu",
-        device_placement=False,
-        mixed_precision=_mixed_precision(backbone.device),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
+    accelerator = _accelerator(backbone.device)
     first = accelerator.is_main_process
     if recipe.max_rate == 0 and len(tokens.shares) == 1:
         recipe = replace(recipe, dense_steps=recipe.steps)
     with locked(output) if first else nullcontext():
         interrupted = interrupted_settings(output, resume) if first else None
-        # Without a checkpoint, training starts with the backbone's weights, which may be others now.
-        before = interrupted.get("before") if interrupted and (output / CHECKPOINT).exists() else None
         splits = Splits(data, task)
         model, tokenizer, board = _switchable(backbone, task, splits, recipe.seed, skip_logits is not None, accelerator)
         reading = head_of(model).prompting(backbone)
@@ -130,19 +124,28 @@ def prepare_backbone(
         encoded = _encoded(splits, parts, data.unanswerable, board, tokenizer, reading, tokens)
         own = {"task": task, "label_range": label_range, "policy": None if skip_logits is None else _hash(skip_logits)}
         settings = own | settings_of(data, reading, recipe, tokens, accelerator) | rows_of(splits, encoded)
-        if first:
-            if interrupted is not None:
-                check_unchanged(output, interrupted["data"], splits)
-                check_same(output, interrupted, settings)
-            write_json(output / INTERRUPTED, settings | {"before": before})
+        if interrupted is not None:
+            check_unchanged(output, interrupted["data"], splits)
+            check_same(output, interrupted, settings)
         mean = MeanQuality(board, encoded["held out"], label_range, reading, accelerator)
         begin = on_phase if first else lambda phase: None
+
+        def evaluate() -> tuple[Tensor | None, list[Any]]:
+            begin("evaluating")
+            importance = _importance(board, encoded["held out"], recipe, accelerator)
+            return importance, [mean.by_rate(importance), mean.by_share()]
+
+        def keep(before: list[Any] | None) -> None:
+            if first:
+                write_json(output / INTERRUPTED, settings | {"before": before})
+
+        # Without a checkpoint, training starts with the backbone's weights, which may be others now.
+        before = interrupted.get("before") if interrupted and (output / CHECKPOINT).exists() else None
+        keep(before)
         (before,) = broadcast_object_list([before])
         if before is None:
-            begin("evaluating")
-            before = [mean.by_rate(_importance(board, encoded["held out"], recipe, accelerator)), mean.by_share()]
-            if first:  # generated text takes minutes to evaluate, and is not evaluated again on --resume
-                write_json(output / INTERRUPTED, settings | {"before": before})
+            _, before = evaluate()
+            keep(before)  # generated text takes minutes to evaluate, and is not evaluated again on --resume
         precision = accelerator.mixed_precision
         begin("preparing" if precision == "no" else f"preparing in {precision}")
         with curves(output, on_step, write=first) as log:
@@ -161,25 +164,23 @@ def prepare_backbone(
             new = row_hashes(encoded["backbone"].instances)
             write_backbone_rows(output, np.concatenate([new, backbone_rows(backbone.name)]))  # both preparations'
             save_backbone(model, tokenizer, output)
-        begin("evaluating")
-        importance = _importance(board, encoded["held out"], recipe, accelerator)  # with the weights that were kept
-        after = mean.by_rate(importance), mean.by_share()
+        importance, after = evaluate()  # with the weights that were kept
         board.remove()
-        report = settings | {
-            "steps_done": history.step,
-            "validation": [{"step": step, "quality": value} for step, value in history.validation],
-            "measure": head_of(model).validated_by[1],
-            "importance": None if importance is None else importance.tolist(),
-            "quality": {"before": before[0], "after": after[0]},
-            "quality_by_token_share": {"before": before[1], "after": after[1]},
-        }
+        measure = head_of(model).validated_by[1]
+        report = settings | figures_of(history, measure, importance, before, after)
         if first:
-            plot_preparation(report, output / "preparation.png")
-            write_json(output / "preparation.json", report)
-            for name in (INTERRUPTED, CHECKPOINT):  # a kill in between leaves a finished preparation
-                (output / name).unlink(missing_ok=True)
+            write_report(output, report)
         accelerator.wait_for_everyone()
         return report
+
+
+def _accelerator(device: str) -> Accelerator:
+    return Accelerator(
+        cpu=device == "cpu",
+        device_placement=False,
+        mixed_precision=_mixed_precision(device),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
 
 
 def _mixed_precision(device: str) -> str | None:

@@ -9,11 +9,12 @@ from typing import Any
 
 from accelerate import Accelerator
 from matplotlib.figure import Figure
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from sd_gym.backbones.prepare import Recipe
+from sd_gym.backbones.prepare import Recipe, TrainingHistory
 from sd_gym.config import SPLITS, BackboneConfig, DataConfig, TokensConfig
-from sd_gym.files import as_json, read_json, write_file
+from sd_gym.files import as_json, read_json, write_file, write_json
 from sd_gym.folders import MARKER, contents, other_content_error
 from sd_gym.tasks.splits import Splits
 from sd_gym.tasks.validation import EncodedSplit
@@ -95,7 +96,29 @@ def curves(output: Path, on_step: OnStep, *, write: bool) -> Iterator[OnStep]:
             writer.close()
 
 
-def plot_preparation(report: dict[str, Any], file: Path) -> None:
+def figures_of(
+    history: TrainingHistory, measure: str, importance: Tensor | None, before: list[Any], after: list[Any]
+) -> dict[str, Any]:
+    """What a preparation measured; ``before`` and ``after`` hold quality by skip rate and by share of tokens."""
+    return {
+        "steps_done": history.step,
+        "validation": [{"step": step, "quality": value} for step, value in history.validation],
+        "measure": measure,
+        "importance": None if importance is None else importance.tolist(),
+        "quality": {"before": before[0], "after": after[0]},
+        "quality_by_token_share": {"before": before[1], "after": after[1]},
+    }
+
+
+def write_report(output: Path, report: dict[str, Any]) -> None:
+    """Write picture and report of a finished preparation, and remove what one is resumed from."""
+    _plot(report, output / "preparation.png")
+    write_json(output / "preparation.json", report)
+    for name in (INTERRUPTED, CHECKPOINT):  # a kill in between leaves a finished preparation
+        (output / name).unlink(missing_ok=True)
+
+
+def _plot(report: dict[str, Any], file: Path) -> None:
     """Plot quality against skip rate, share of tokens dropped, and step, as one PNG."""
     skipped = "share of layers skipped" if report["draw"] == "layers" else "skip rate of every sublayer"
     panels = {skipped: report["quality"]}
