@@ -215,10 +215,10 @@ def own_cache(tmp_path_factory):
 @pytest.fixture(scope="session", autouse=True)
 def little_timed():
     """Every run is timed, and what a test asks of it is never how long it took: three batches do."""
-    from sd_gym.agents.experiment import evaluation
+    from sd_gym.agents.experiment import timing
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "TIMED_SECONDS", 0.0)
+        patch.setattr(timing, "TIMED_SECONDS", 0.0)
         yield
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from sd_gym.agents.drawing.run_picture import plot_run
-from sd_gym.agents.experiment.evaluation import evaluate, summary, time_ratio
+from sd_gym.agents.experiment.evaluation import evaluate, summary
 from sd_gym.agents.experiment.export import export, run_card
 from sd_gym.agents.experiment.selection import Selection
 from sd_gym.agents.experiment.tensorboard_logs import log_result, log_validation, open_logger
+from sd_gym.agents.experiment.timing import time_ratio
 from sd_gym.agents.learning.agent import Agent, BaseAgent, Rollout
 from sd_gym.agents.learning.decisions import DENSE_MARGIN, Dense, PolicyLike, SplitPolicy, Version
 from sd_gym.agents.registry import agent_class, is_control, make_agent, make_settings

@@ -6,9 +6,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from sd_gym.agents.experiment import evaluation
-from sd_gym.agents.experiment.evaluation import time_ratio
+from sd_gym.agents.experiment import timing
 from sd_gym.agents.experiment.export import export
+from sd_gym.agents.experiment.timing import time_ratio
 from torch.utils.flop_counter import FlopCounterMode
 
 import sd_gym.execution.split
@@ -53,7 +53,7 @@ def test_deciding_is_timed_from_the_tokenised_inputs_on(settings, monkeypatch):
             return super().decide(observations)
 
     time_ratio(core, Policy(core), "test", 8, batches=3)
-    rounds, queue = 5, min(evaluation.TIMED_ROWS, len(split))
+    rounds, queue = 5, min(timing.TIMED_ROWS, len(split))
     assert sum(ranked) == queue * rounds
     assert sum(looked[0] + looked[1]) == queue * (2 * rounds if settings else rounds)  # the split never keeps tokens
     assert set(decided) == {queue}
@@ -63,7 +63,7 @@ def test_the_clock_waits_for_the_device_before_and_after_a_run():
     core = gym.make("SD/Classification-Mini-v0", **SMALL).unwrapped.core
     during = []
     with Synchronisations() as waits:
-        evaluation._seconds(lambda: during.append(waits.count), core.backbone)
+        timing._seconds(lambda: during.append(waits.count), core.backbone)
     assert (during, waits.count) == ([1], 2)
 
 
@@ -77,7 +77,7 @@ def test_a_queue_runs_in_passes_of_at_most_the_batch_size(monkeypatch):
 
     monkeypatch.setattr(type(core.backbone), "logits", noted)
     time_ratio(core, Drawn(core), "test", 8, batches=3)
-    queue, queues = min(evaluation.TIMED_ROWS, len(core.split("test"))), evaluation.WARM_UP + evaluation.LEAST_TIMED
+    queue, queues = min(timing.TIMED_ROWS, len(core.split("test"))), timing.WARM_UP + timing.LEAST_TIMED
     assert max(sizes) == 8 < queue
     assert sum(sizes) == 4 * queue * queues  # dense, with the policy, dense by length and on shorter texts
 
@@ -93,12 +93,12 @@ def test_controls_stand_beside_each_time():
 def test_dense_is_timed_densely_whatever_is_attached(monkeypatch):
     """FLOPs in the place of seconds: they are those of a model to which nothing is attached."""
 
-    def counted(run, backbone, inner=evaluation._seconds):
+    def counted(run, backbone, inner=timing._seconds):
         with FlopCounterMode(display=False) as counter:
             inner(run, backbone)
         return counter.get_total_flops()
 
-    monkeypatch.setattr(evaluation, "_seconds", counted)
+    monkeypatch.setattr(timing, "_seconds", counted)
     core = gym.make("SD/Classification-Mini-v0", **SMALL).unwrapped.core
     model = core.backbone.model
     model.set_attn_implementation("eager")
@@ -147,7 +147,7 @@ def test_a_policy_that_looks_at_answers_is_timed_going_on(settings):
         executed = split.costs.executed_flops(rows, decisions, parts) + len(rows) * policy.flops
         model = core.backbone.model
         artefact = export(core, policy, (), {})
-        run = evaluation._timed_runs(core, policy, artefact, split, rows, len(rows))[1]["time_ratio"]
+        run = timing._Queue(core, policy, artefact, split, rows, len(rows)).runs()[1]["time_ratio"]
         model.set_attn_implementation("eager")
         try:
             with torch.inference_mode(), FlopCounterMode(display=False) as counter:
@@ -180,7 +180,7 @@ def test_a_single_text_that_is_timed_is_observed_once(settings, monkeypatch):
     observed, inner = [], rollout.pooled_features
     monkeypatch.setattr(rollout, "pooled_features", lambda *given: observed.append(1) or inner(*given))
     policy = looking(core)
-    run = evaluation._timed_runs(core, policy, export(core, policy, (), {}), core.split("test"), np.arange(1), 1)[1]
+    run = timing._Queue(core, policy, export(core, policy, (), {}), core.split("test"), np.arange(1), 1).runs()[1]
     with torch.inference_mode():
         run["time_ratio"]()
     assert len(observed) == 1
