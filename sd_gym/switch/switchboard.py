@@ -72,19 +72,7 @@ class Switchboard:
         self.model = model
         self.architecture = architecture_of(model.config.model_type)
         stacks = self.architecture.stacks
-        kinds = {sublayer.kind for stack in stacks for sublayer in stack.sublayers}
-        if getattr(model.config, "add_cross_attention", False) and "cross_attention" not in kinds:
-            raise UnsupportedArchitectureError(
-                f"the cross-attention of a {type(model).__name__} (config.add_cross_attention) has no switch; use a "
-                "model without it, or an encoder-decoder such as bart or t5"
-            )
-        for stack in stacks:
-            layers = [id(layer) for layer in stack.layers_in(model)]
-            if len(set(layers)) < len(layers):
-                raise UnsupportedArchitectureError(
-                    f"a layer of the {stack.name} stands twice in it, so a switch could not tell its places apart; put "
-                    "copy.deepcopy(layer) in one of them"
-                )
+        _check_stacks(model, stacks)
         is_decoder = self.architecture.causal or getattr(model.config, "is_decoder", False)  # BERT may decode
         self._causal = is_decoder  # whether positions of a single stack attend only to earlier positions
         self.switches = [
@@ -103,13 +91,7 @@ class Switchboard:
         ]
         self._stages = stages_of(self.switches)
         self._scope = Scope()
-        # Modules on the paths to switched modules, by path: the modules beside each of them, its name, and itself.
-        self._modules: dict[str, tuple[dict[str, nn.Module | None], str, nn.Module | None]] = {}
-        switched = [f"{self.path_of(switch)}.{path}" for switch in self.switches for path in switch.sublayer.modules]
-        for path in sorted({prefix for full in switched for prefix in accumulate(full.split("."), "{}.{}".format)}):
-            parent, _, name = path.rpartition(".")
-            siblings = model.get_submodule(parent)._modules
-            self._modules[path] = siblings, name, siblings[name]
+        self._modules = self._modules_on_paths()
         self._patches = Patches(model, self.architecture, self.switches, self._scope)
         self._known_stages: dict[str | tuple[str, ...], tuple[Stage, ...]] = {}
         self._dense = np.zeros((1, len(self)), dtype=bool)
@@ -117,6 +99,16 @@ class Switchboard:
         self._plans: dict[tuple[bytes, int, bool, int | None, torch.device], Plan] = {}
         self.has_policy = False  # whether a policy is attached, to the model or to a wrapper
         vars(model)["_switchboard"] = self
+
+    def _modules_on_paths(self) -> dict[str, tuple[dict[str, nn.Module | None], str, nn.Module | None]]:
+        """Modules on the paths to switched modules, by path: the modules beside each of them, its name, and itself."""
+        switched = [f"{self.path_of(switch)}.{path}" for switch in self.switches for path in switch.sublayer.modules]
+        found = {}
+        for path in sorted({prefix for full in switched for prefix in accumulate(full.split("."), "{}.{}".format)}):
+            parent, _, name = path.rpartition(".")
+            siblings = self.model.get_submodule(parent)._modules
+            found[path] = siblings, name, siblings[name]
+        return found
 
     def __len__(self) -> int:
         return len(self.switches)
@@ -392,6 +384,23 @@ class Switchboard:
 def board_on(model: nn.Module) -> Switchboard | None:
     """The switchboard that a model, or the one inside of a wrapper, carries; raises as ``Switchboard``."""
     return vars(_unwrapped(model)).get("_switchboard")
+
+
+def _check_stacks(model: PreTrainedModel, stacks: Sequence[Stack]) -> None:
+    """Raise UnsupportedArchitectureError if the stacks do not name a cross-attention, or hold a layer twice."""
+    kinds = {sublayer.kind for stack in stacks for sublayer in stack.sublayers}
+    if getattr(model.config, "add_cross_attention", False) and "cross_attention" not in kinds:
+        raise UnsupportedArchitectureError(
+            f"the cross-attention of a {type(model).__name__} (config.add_cross_attention) has no switch; use a "
+            "model without it, or an encoder-decoder such as bart or t5"
+        )
+    for stack in stacks:
+        layers = [id(layer) for layer in stack.layers_in(model)]
+        if len(set(layers)) < len(layers):
+            raise UnsupportedArchitectureError(
+                f"a layer of the {stack.name} stands twice in it, so a switch could not tell its places apart; put "
+                "copy.deepcopy(layer) in one of them"
+            )
 
 
 def _unwrapped(model: nn.Module) -> PreTrainedModel:
