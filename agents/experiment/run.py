@@ -158,11 +158,7 @@ def _train(
     for split in SPLITS:  # so errors in a split are raised before learning
         core.split(split)
     agent.env.reset(seed=names["seed"])
-    description = run_description(names, core.config, core.backbone, core.data)
-    description["agent_settings"] = agent.settings.model_dump()
-    description["origins"], description["origin_seeds"] = origins(description["agent_settings"])
-    check_starts(description["agent_settings"], core.data)
-    _check_objective(description["env_config"]["reward"]["objective"])
+    description = _described(agent, names)
     if unfinished is not None:
         check_same_run(folder, unfinished, description)
         check_unchanged(folder, unfinished["data"], core.data)
@@ -206,6 +202,16 @@ def _train(
     result = finish(folder, description, policy, selection, last, log)
     checkpoint.unlink(missing_ok=True)
     return result
+
+
+def _described(agent: BaseAgent, names: dict[str, Any]) -> dict[str, Any]:
+    """``config.json`` of a run; raises ``ValueError`` if the run to start from or the objective cannot be used."""
+    core, settings = agent.env.core, agent.settings.model_dump()
+    description = run_description(names, core.config, core.backbone, core.data) | {"agent_settings": settings}
+    description["origins"], description["origin_seeds"] = origins(settings)
+    check_starts(settings, core.data)
+    _check_objective(description["env_config"]["reward"]["objective"])
+    return description
 
 
 def _check_objective(name: str) -> None:

@@ -289,19 +289,7 @@ class SkipPolicy:
         if not folder.is_dir():
             folder = _downloaded(str(name), revision)
         if not (folder / FILE).exists():
-            if (folder / "dial.json").exists():
-                raise FileNotFoundError(
-                    f"the run {name} has a dial, no policy; pass the run of its policy: sd-gym serve RUN --dial {name}"
-                )
-            if (folder / "result.json").exists():
-                reason = (
-                    "its policy needs its env: a control, an own observation or token ranking, random tokens, or a "
-                    "staged table in one stage"
-                )
-                raise FileNotFoundError(f"the run {name} has no {FILE} ({reason}); sd-gym evaluate takes it")
-            raise FileNotFoundError(
-                f"no {FILE} in {name}; expected the folder of a training run, or one that save_pretrained wrote"
-            )
+            raise FileNotFoundError(_why_missing(folder, name))
         card = read_card(folder)
         network, tensors = DecisionPolicy.load(folder), read_tensors(folder / TENSORS)
         table, width = card.pop("table"), network.token_width
@@ -343,6 +331,18 @@ class SkipPolicy:
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(FILES)).commit_url
+
+
+def _why_missing(folder: Path, name: str | Path) -> str:
+    """Why a folder has no policy, and what to do."""
+    if (folder / "dial.json").exists():
+        return f"the run {name} has a dial, no policy; pass the run of its policy: sd-gym serve RUN --dial {name}"
+    if (folder / "result.json").exists():
+        return (
+            f"the run {name} has no {FILE} (its policy needs its env: a control, an own observation or token ranking, "
+            "random tokens, or a staged table in one stage); sd-gym evaluate takes it"
+        )
+    return f"no {FILE} in {name}; expected the folder of a training run, or one that save_pretrained wrote"
 
 
 def _downloaded(name: str, revision: str | None) -> Path:
