@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 import sd_gym
@@ -20,8 +22,8 @@ from sd_gym.errors import DataError
 from sd_gym.inference.answer import TextModel
 from sd_gym.inference.bulk import Bulk, count_rows, run_file
 from sd_gym.tasks.files import read_jsonl
-from tests.conftest import WORDS
-from tests.envs.conftest import trained
+from tests.conftest import TINY, WORDS
+from tests.envs.conftest import MODELS, trained
 from tests.inference.conftest import cut_off, lines_of, write
 
 ROWS = 24
@@ -139,6 +141,25 @@ def test_a_question_that_is_too_long_is_an_error_of_its_row(tmp_path, tiny_token
     came = lines_of(tmp_path / "o.jsonl")
     assert ["error" in one for one in came] == [False, True, False]
     assert came[1]["error"].startswith("the input: the question alone has")
+
+
+def test_rows_that_bart_cannot_classify_together_are_answered_apart(tmp_path, tiny_tokenizer, monkeypatch):
+    """It pools the last end token, of which all rows of a batch must have as many."""
+    special = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model("bart", **special, **TINY["bart"])
+    config.id2label, config.label2id = {0: "0", 1: "1"}, {"0": 0, "1": 1}
+    make = partial(AutoModelForSequenceClassification.from_config, config)
+    monkeypatch.setitem(MODELS, "classification", (make, "SD/Classification-Custom-v0"))
+    *_, texts = trained("classification", None, tmp_path, tiny_tokenizer)
+    model = sd_gym.load(tmp_path / "artefact")
+    rows = [{"text": texts[0]}, {"text": texts[1], "text_pair": texts[2]}, {"text": f"{texts[3]} [SEP] food"}]
+    run_file(model, write(tmp_path / "in.jsonl", rows * 2), tmp_path / "o.jsonl")
+    alone = [model([tuple(one.values()) if len(one) == 2 else one["text"]])[0] for one in rows * 2]
+    came = lines_of(tmp_path / "o.jsonl")
+    assert [one["answer"] for one in came] == [one.answer for one in alone]
+    assert [one["skip"] for one in came] == [one.skip.tolist() for one in alone]
+    with pytest.raises(DataError, match=r"input 1 has 2 tokens \[SEP\], input 0 has 1; this backbone needs as many"):
+        model([texts[0], (texts[1], texts[2])])
 
 
 CELLS = st.one_of(

@@ -26,6 +26,7 @@ class LabelHead(Head):
 
     Its batches are padded at the right. A model that pools the first position, as BERT does, ignores the mask there: it
     pools padding if inputs are padded at the left. ``names``: name of each class index, by default from ``label2id``.
+    ``end``: the token that the model pools, of which all rows of a batch must have as many, as those of BART and T5.
     """
 
     name = "label"
@@ -34,8 +35,10 @@ class LabelHead(Head):
     _auto_class = "AutoModelForSequenceClassification"
     _stored_as = ("ForSequenceClassification",)
 
-    def __init__(self, label2id: Mapping[str, int], names: Mapping[int, str] | None = None) -> None:
-        self.label2id = dict(label2id)
+    def __init__(
+        self, label2id: Mapping[str, int], names: Mapping[int, str] | None = None, end: int | None = None
+    ) -> None:
+        self.label2id, self._end = dict(label2id), end
         self._names = names or {index: name for name, index in self.label2id.items()}
 
     @classmethod
@@ -47,7 +50,8 @@ class LabelHead(Head):
                 "which each input has one class, or one score"
             )
         labels, names = labels_of(model.config), _names_of(model.config)
-        return cls(labels, names | {index: name for name, index in labels.items()})
+        end = model.config.eos_token_id if model.config.is_encoder_decoder else None
+        return cls(labels, names | {index: name for name, index in labels.items()}, end)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -57,7 +61,14 @@ class LabelHead(Head):
     def targets(
         self, instances: Sequence[Instance], source: BatchEncoding, tokenizer: Tokenizer, backbone: BackboneConfig
     ) -> Targets:
-        """The classes' indices; DataError if a label is not one of the backbone's classes."""
+        """The classes' indices; DataError if a label is not one of the backbone's classes, or see ``end``."""
+        if self._end is not None:
+            ends, name = (source.input_ids == self._end).sum(dim=1), tokenizer.convert_ids_to_tokens(self._end)
+            for row in (ends != ends[0]).nonzero()[:1, 0].tolist():
+                raise DataError(
+                    f"{instances[row].place} has {ends[row]} tokens {name}, {instances[0].place} has {ends[0]}; this "
+                    f"backbone needs as many in all rows, so pairs, and texts that contain {name}, must be given apart"
+                )
         return nothing_generated(self._labels(instances))
 
     def _labels(self, instances: Sequence[Instance]) -> Tensor:
