@@ -1,5 +1,7 @@
 """Checks of an env before anyone learns on it: rewards, optimum, seeds, and the results of constant decisions."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,6 +13,7 @@ from gymnasium.utils.env_checker import data_equivalence
 
 from sd_gym.envs.actions import all_decisions, number_of_decisions
 from sd_gym.envs.protocols import SCORES
+from sd_gym.envs.serving.shells import ServingEnv
 from sd_gym.envs.single import SwitchableEnv
 
 EPISODES = 32  # episodes of each constant or random decision
@@ -39,18 +42,37 @@ class Episode(NamedTuple):
     info: dict[str, Any]
 
 
+class Queue(NamedTuple):
+    """An episode of a queue at one operating point: sums, the answers' mean FLOPs ratio, and the return."""
+
+    answers: int
+    refused: int
+    cost: float
+    flops_ratio: float
+    seconds: float
+    total: float
+
+    def finding(self) -> str:
+        """In words."""
+        goodput, loss = self.answers / (self.answers + self.refused), self.cost / max(self.answers, 1)
+        return f"{goodput:.1%} answered in time, {100 * loss:+.2f} points lost, FLOPs {self.flops_ratio:.1%}"
+
+
 def check_env(env_id: str, settings: dict[str, Any] | None = None) -> list[Check]:
     """Check an env: Gymnasium's checker, seeds, rewards, and the results of constant and random decisions.
 
-    If the decisions are few, the best one is searched too. ``settings`` are overrides of the env's config, by key.
+    If the decisions are few, the best one is searched too. Of a queue (``ServingEnv``) each operating point serves one
+    episode. ``settings`` are overrides of the env's config, by key.
 
     Raises:
         gymnasium.error.UnregisteredEnv: If there is no such env.
         ValueError: If a setting is unknown, or the env gives a ``reward.vector``: the objective's reward is checked.
     """
     env = gym.make(env_id, disable_env_checker=True, **(settings or {})).unwrapped
+    if isinstance(env, ServingEnv):
+        return _queue_checks(env)
     if not isinstance(env, SwitchableEnv):
-        raise ValueError(f"{env_id} is not an env of sd_gym whose actions are decisions")
+        raise ValueError(f"{env_id} is not an env of sd_gym")
     if env.config.reward.vector:
         raise ValueError("expected rewards of the objective, got reward.vector=True; leave it out")
     panel = _panel(env)
@@ -60,7 +82,44 @@ def check_env(env_id: str, settings: dict[str, Any] | None = None) -> list[Check
     return checks
 
 
-def _gymnasium(env: SwitchableEnv) -> Check:
+def _queue_checks(env: ServingEnv) -> list[Check]:
+    """Checks of a queue, and what each operating point does there."""
+    requests, penalty = env.config.requests, env.config.penalty
+    dense, again, other = (_queue(env, 0, seed=seed) for seed in (0, 0, 1))
+    bolder = [_queue(env, point, seed=0) for point in range(1, len(env.config.points))]
+    queues = [dense, other, *bolder]
+    missing = max(abs(requests - queue.answers - queue.refused) for queue in queues)
+    totals = np.array([queue.total for queue in queues])
+    expected = np.array([-queue.refused - penalty * queue.cost for queue in queues])
+    finding = f"{totals.min():.1f} to {totals.max():.1f}; -refused - penalty * cost has {expected.min():.1f} to "
+    same, differs, is_dense = dense == again, dense != other, dense.cost == 0 and abs(dense.flops_ratio - 1) < SLACK
+    return [
+        _gymnasium(env),
+        Check("same seed, same episode", same, "answers, losses and times" if same else "they differ"),
+        Check("other seed, other episode", differs, "they differ" if differs else "they are the same"),
+        Check("requests", missing == 0, f"{requests - missing} of {requests} answered or refused"),
+        Check("rewards", bool(np.allclose(totals, expected, atol=SLACK)), f"{finding}{expected.max():.1f}"),
+        Check("dense", is_dense, dense.finding()),
+        *(Check(f"point {number}", True, queue.finding()) for number, queue in enumerate(bolder, start=1)),
+    ]
+
+
+def _queue(env: ServingEnv, point: int, *, seed: int) -> Queue:
+    """An episode at one operating point."""
+    env.reset(seed=seed)
+    total, over, infos = 0.0, False, []
+    while not over:
+        _, reward, over, _, info = env.step(point)
+        total += reward
+        infos.append(info)
+    answers, refused, cost, seconds = (
+        sum(info[key] for info in infos) for key in ("answers", "refused", "cost", "seconds")
+    )
+    flops = sum(info["answers"] * info["flops_ratio"] for info in infos) / max(answers, 1)
+    return Queue(answers, refused, cost, flops, seconds, total)
+
+
+def _gymnasium(env: gym.Env) -> Check:
     with warnings.catch_warnings(record=True) as noted:
         warnings.simplefilter("always")
         try:

@@ -7,6 +7,7 @@ from sd_gym.cli import app
 from sd_gym.envs.checker import check_env
 
 CUSTOM = "SD/Classification-Custom-v0"
+QUEUE = "SD/Serving-TREC-Table-v0"
 
 
 def test_an_env_is_checked(hash_run):
@@ -40,3 +41,29 @@ def test_an_env_whose_rewards_or_seeds_are_wrong_fails(hash_run, monkeypatch):
     failed = [line for line in shown.output.splitlines() if line.startswith("FAILED")]
     assert any("rewards" in line for line in failed)
     assert any("other seed, other episode: 1 different" in line for line in failed)
+
+
+def test_a_queue_is_checked_at_each_operating_point():
+    checks = check_env(QUEUE, {"requests": 500, "load": 3.0})
+    assert all(check.passed for check in checks), checks
+    findings = {check.name: check.finding for check in checks}
+    assert "+0.00 points lost, FLOPs 100.0%" in findings["dense"]
+    assert findings["requests"] == "500 of 500 answered or refused"
+    in_time = [float(findings[name].partition("%")[0]) for name in ("dense", "point 5")]
+    assert in_time[0] < 60 < in_time[1]
+
+
+def test_a_queue_whose_requests_rewards_or_dense_answers_are_wrong_fails(monkeypatch):
+    from sd_gym.envs.serving.shells import ServingEnv
+
+    step = ServingEnv.step
+
+    def wrong(self, action):
+        observation, reward, *over, info = step(self, action)
+        return observation, reward - 1.0, *over, info | {"refused": info["refused"] + 1, "cost": info["cost"] + 0.5}
+
+    monkeypatch.setattr(ServingEnv, "step", wrong)
+    shown = CliRunner().invoke(app, ["validate", QUEUE, "--set", "requests=100"])
+    assert shown.exit_code == 1
+    failed = [line.split()[1].rstrip(":") for line in shown.output.splitlines() if line.startswith("FAILED")]
+    assert failed == ["requests", "rewards", "dense"]
