@@ -29,7 +29,8 @@ from sd_gym.envs.shared import shared_core
 from sd_gym.envs.spaces import unbatched
 from sd_gym.files import write_json
 from sd_gym.folders import contents, locked, other_content_error
-from sd_gym.inference.onnx import OnnxModel, is_exported
+from sd_gym.inference.manifest import is_exported
+from sd_gym.inference.onnx import OnnxModel
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.policy.card import FILE

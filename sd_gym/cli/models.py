@@ -160,7 +160,8 @@ def run(
     with terminal.errors_as_lines(), terminal.warnings_as_lines(), terminal.progress_bar() as progress:
         bar = progress.add_task("loading", total=None, figures="")
         from sd_gym.inference.bulk import OnCluster, count_rows, run_file
-        from sd_gym.inference.onnx import OnnxModel, is_exported
+        from sd_gym.inference.manifest import is_exported
+        from sd_gym.inference.onnx import OnnxModel
         from sd_gym.inference.texts import load
 
         if str(output) == "-":

@@ -81,7 +81,7 @@ def evaluate(
     terminal.import_all(imports)
     from sd_gym.agents.experiment.api import evaluate as run_evaluation
     from sd_gym.agents.runs.folder import read_description
-    from sd_gym.inference.onnx import is_exported, read_manifest
+    from sd_gym.inference.manifest import is_exported, read_manifest
 
     with terminal.errors_as_lines(), terminal.status("evaluating"):
         if is_exported(run):

@@ -23,17 +23,8 @@ from sd_gym.going_on import resumed_from
 from sd_gym.inference.branches import branched
 from sd_gym.inference.choices import choices_of, decided_masks, masks_of
 from sd_gym.inference.graphs import INPUTS, AnswerDecider, Decider, Graph, Switched, logits_of
-from sd_gym.inference.onnx import (
-    ANSWER,
-    DECIDE,
-    FORMAT,
-    MANIFEST,
-    MODEL,
-    TOKENIZER,
-    WEIGHTS,
-    OnnxModel,
-    own_hash,
-)
+from sd_gym.inference.manifest import ANSWER, DECIDE, FORMAT, MANIFEST, MODEL, TOKENIZER, WEIGHTS, own_hash
+from sd_gym.inference.onnx import OnnxModel
 from sd_gym.inference.texts import SkippingModel
 from sd_gym.policy.artefact import SkipPolicy
 from sd_gym.version import __version__

@@ -14,7 +14,8 @@ import torch
 import uvicorn
 
 from sd_gym.envs.serving.dial import Dial
-from sd_gym.inference.onnx import OnnxModel, is_exported, runtime
+from sd_gym.inference.manifest import is_exported
+from sd_gym.inference.onnx import OnnxModel, runtime
 from sd_gym.inference.texts import load
 from sd_gym.operating_points import OperatingPoint, margin_for
 from sd_gym.policy.artefact import SkipPolicy

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 import sd_gym
 from sd_gym.cli import app
 from sd_gym.errors import DataError
+from sd_gym.inference.manifest import MANIFEST, own_hash
 from sd_gym.operating_points import OperatingPoint
 from sd_gym.policy import DecisionPolicy
 from sd_gym.policy.table_export import TablePolicy
@@ -312,9 +313,9 @@ def test_a_flipped_byte_is_an_error_that_names_the_file(name, exported, tmp_path
 
 def test_a_folder_of_another_version_is_an_error(exported, tmp_path):
     shutil.copytree(exported[1], tmp_path / "onnx")
-    file = tmp_path / "onnx" / onnx.MANIFEST
+    file = tmp_path / "onnx" / MANIFEST
     manifest = json.loads(file.read_text()) | {"format": 4}
-    manifest["files"][onnx.MANIFEST] = onnx.own_hash(manifest)
+    manifest["files"][MANIFEST] = own_hash(manifest)
     file.write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="expected format 7, got 4; export anew"):
         onnx.load(tmp_path / "onnx")
@@ -326,7 +327,7 @@ def test_any_other_manifest_is_an_error_that_names_it(exported, tmp_path, data):
     folder = tmp_path / "onnx"
     if not folder.exists():
         shutil.copytree(exported[1], folder)
-    content = (exported[1] / onnx.MANIFEST).read_bytes()
+    content = (exported[1] / MANIFEST).read_bytes()
     place = data.draw(st.integers(0, len(content) - 1))
     kind = data.draw(st.sampled_from(["cut", "byte", "key"]))
     if kind == "cut":
@@ -337,13 +338,13 @@ def test_any_other_manifest_is_an_error_that_names_it(exported, tmp_path, data):
         said = json.loads(content)
         said[data.draw(st.sampled_from(sorted(said)))] = data.draw(st.none() | st.integers() | st.text(max_size=3))
         changed = json.dumps(said).encode()
-    (folder / onnx.MANIFEST).write_bytes(changed)
+    (folder / MANIFEST).write_bytes(changed)
     try:
         same = json.loads(changed) == json.loads(content)
     except ValueError:
         same = False
     if not same:
-        with pytest.raises(ValueError, match=onnx.MANIFEST):
+        with pytest.raises(ValueError, match=MANIFEST):
             onnx.load(folder)
 
 
