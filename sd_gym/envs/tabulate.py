@@ -21,6 +21,7 @@ from sd_gym import cluster
 from sd_gym.config import SPLITS, ConfigError
 from sd_gym.envs.actions import all_decisions, read_masks, write_masks
 from sd_gym.envs.export import Export
+from sd_gym.envs.packing import merged, packed_costs, packed_qualities, smallest
 from sd_gym.envs.protocols import Core, mean_flops
 from sd_gym.envs.staged import BackboneStageObserver
 from sd_gym.envs.table_files import CODEBOOK, FACT, FORMAT, JUDGED, PROJECTION, READ, SPENT, observations_at
@@ -267,10 +268,10 @@ class TableMaker:
                 for rows in np.split(np.arange(n), range(CHUNK, n, CHUNK))
             ]
         )
-        split.dense_loss = _merged(parts, DENSE_LOSS, n)
+        split.dense_loss = merged(parts, DENSE_LOSS, n)
         facts = split.facts()
         numbers = {name: values for name, values in facts.items() if values.dtype.kind in NUMBERS}
-        smallest = {
+        packed = {
             "difficulty": split.difficulty,
             "levels": split.levels,
             "source_length": encoded.source_length,
@@ -279,7 +280,7 @@ class TableMaker:
             **{FACT + name: values for name, values in numbers.items()},
         }
         whole = [*map(observations_at, range(1, len(self.ways or [0]))), *[JUDGED] * core.has_answer_stage]
-        costs = _costs(*split.costs.by_level())
+        costs = packed_costs(*split.costs.by_level())
         dtype = _observation_dtype(reduce)
         spent = {}
         if core.has_answer_stage:  # the share of the dense FLOPs there, of each different cost under each mask
@@ -291,11 +292,11 @@ class TableMaker:
                 spent[READ] = read
         arrays = {
             "observations": (observed if reduce is None else reduce(observed)).astype(dtype),
-            **_qualities(parts, n, len(masks)),
+            **packed_qualities(parts, n, len(masks)),
             **costs,
             **spent,
-            **{name: _merged(parts, name, n) for name in whole},
-            **{name: _smallest(values) for name, values in smallest.items()},
+            **{name: merged(parts, name, n) for name in whole},
+            **{name: smallest(values) for name, values in packed.items()},
         }
         write_arrays(self.folder / f"{split.name}.safetensors", arrays)
         ids = [f"{split.name}-{row}" for row in range(n)] if self.share else split.ids.tolist()
@@ -339,7 +340,7 @@ def _write_chunk(
             arrays[JUDGED] = np.clip(judged, -OBSERVATION_LIMIT, OBSERVATION_LIMIT).astype(_observation_dtype(reduce))
         else:
             quality, _ = split.scoring.under_all(rows, masks)
-        arrays |= {"rows": rows, "quality": _smallest(quality)}
+        arrays |= {"rows": rows, "quality": smallest(quality)}
         for stage in range(1, len(ways)):
             observed = []
             for mask in masks[:: math.prod(ways[stage:])]:  # one mask per combination of the earlier stages' choices
@@ -370,42 +371,3 @@ def _without_paths(value: Any) -> Any:
 def _bound(values: Array) -> Any:
     """A bound of a space as a list, or one number if all are equal."""
     return values.flat[0].item() if (values == values.flat[0]).all() else values.tolist()
-
-
-def _merged(parts: list[dict[str, Array]], name: str, n: int) -> Array:
-    """The arrays of all chunks as one, ``[n, ...]``, in the order of the rows."""
-    dtype = np.result_type(*(part[name].dtype for part in parts))  # each chunk has the smallest of its own
-    whole = np.empty((n, *parts[0][name].shape[1:]), dtype)
-    for part in parts:
-        whole[part["rows"]] = part[name]
-    return whole
-
-
-def _costs(always: Array, switched: Array) -> dict[str, Array]:
-    """FLOPs ``[n, levels]`` and ``[n, levels, switches]`` without repetitions, and the row of each instance in them."""
-    n, levels, switches = switched.shape
-    both = np.concatenate([always[:, :, None], switched], axis=2).reshape(n, -1)
-    different, number = np.unique(both, axis=0, return_inverse=True)
-    different = different.reshape(len(different), levels, 1 + switches)
-    return {"costs": _smallest(number.ravel()), "always": different[:, :, 0], "switched": different[:, :, 1:]}
-
-
-def _smallest(values: Any) -> Array:
-    """Numbers ``[n, ...]`` in the smallest type that represents them exactly."""
-    values = np.asarray(values)
-    floats = np.float16, np.float32, np.float64
-    kinds = {"b": (np.bool_,), "f": floats}.get(values.dtype.kind, (np.uint8, np.uint16, np.int64))
-    with np.errstate(over="ignore"):
-        small = map(values.astype, kinds)
-        return next(array for array in small if np.array_equal(array, values, equal_nan=values.dtype.kind == "f"))
-
-
-def _qualities(parts: list[dict[str, Array]], n: int, masks: int) -> dict[str, Array]:
-    """Qualities ``[n, masks]`` as indices into their different values: bits if there are two; too many are float32."""
-    values = np.unique(np.concatenate([np.unique(part["quality"]) for part in parts])).astype(np.float64)
-    if len(values) > 2**16:
-        return {"quality": _merged(parts, "quality", n).astype(np.float32)}
-    quality = np.empty((n, masks), dtype=np.uint8 if len(values) <= 2**8 else np.uint16)
-    for part in parts:
-        quality[part["rows"]] = np.searchsorted(values, part["quality"])
-    return {"quality": np.packbits(quality, axis=1) if len(values) <= 2 else quality, "quality_values": values}

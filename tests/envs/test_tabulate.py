@@ -19,8 +19,9 @@ from sd_gym.cli import app
 from sd_gym.config import SPLITS
 from sd_gym.envs import ConfigError
 from sd_gym.envs.config import load_config
+from sd_gym.envs.packing import packed_qualities, smallest
 from sd_gym.envs.shared import shared_core
-from sd_gym.envs.tabulate import _qualities, _smallest, _without_paths
+from sd_gym.envs.tabulate import _without_paths
 from sd_gym.execution.scoring import Scoring
 from sd_gym.execution.split import BackboneSplit
 from sd_gym.files import map_arrays
@@ -37,20 +38,20 @@ def test_numbers_are_kept_in_the_smallest_type_that_holds_them(shared_table):
     expected = {"quality": np.uint8, "observations": np.float16, "costs": np.uint8}
     expected |= dict.fromkeys(("difficulty", "levels", "source_length", "fact.source_length"), np.uint8)
     assert {name: kinds[name] for name in expected} == {name: np.dtype(kind) for name, kind in expected.items()}
-    assert _smallest([0.5, 2.0**-24]).dtype == np.float16
-    assert _smallest([0.1]).dtype == np.float64
-    assert _smallest(np.array([0.1], np.float32)).dtype == np.float32
-    assert _smallest([1e300]).dtype == np.float64
-    assert _smallest([70_000]).dtype == np.int64
-    assert _smallest([-1]).dtype == np.int64
-    assert _smallest([True]).dtype == np.bool_
+    assert smallest([0.5, 2.0**-24]).dtype == np.float16
+    assert smallest([0.1]).dtype == np.float64
+    assert smallest(np.array([0.1], np.float32)).dtype == np.float32
+    assert smallest([1e300]).dtype == np.float64
+    assert smallest([70_000]).dtype == np.int64
+    assert smallest([-1]).dtype == np.int64
+    assert smallest([True]).dtype == np.bool_
 
 
 def test_numbers_of_one_chunk_are_not_rounded_as_those_of_another():
     values = np.random.default_rng(0).random((1, 2**16 + 1))
-    parts = [{"rows": np.array([row]), "quality": _smallest(row * values)} for row in range(2)]
+    parts = [{"rows": np.array([row]), "quality": smallest(row * values)} for row in range(2)]
     assert parts[0]["quality"].dtype == np.float16
-    stored = _qualities(parts, 2, values.shape[1])["quality"]
+    stored = packed_qualities(parts, 2, values.shape[1])["quality"]
     np.testing.assert_array_equal(stored[1], values[0].astype(np.float32))
 
 
