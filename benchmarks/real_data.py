@@ -1,7 +1,7 @@
 r"""Prepares backbones on real data and compares agents there, with and without the answer stage; prints one table.
 
     python benchmarks/real_data.py --data D --minilm M \
-        --sets trec sst2 subj agnews snli qamr trec-text sst2-text subj-text
+        --sets trec sst2 subj agnews snli qamr trec-text sst2-text subj-text agnews-text
     python benchmarks/real_data.py --data D --smollm2 SmolLM2-135M-Instruct.Q4_1.gguf --jobs 2 \
         --sets sst2-smollm2 agnews-smollm2 snli-smollm2 debian-smollm2 rnnlg-smollm2
 
@@ -152,7 +152,12 @@ SETS["rnnlg-smollm2"] = replace(
 WITHOUT_LABELS = "-text"  # ends the names of sets whose policies learn on text; the backbone is that of the set before
 SETS |= {
     name + WITHOUT_LABELS: replace(SETS[name], splits="train: text, validation: train, test: validation", text_of=of)
-    for name, of in {"sst2": ("subj",), "subj": ("sst2_sentences",), "trec": ("squad_answerable", "qamr")}.items()
+    for name, of in {
+        "sst2": ("subj",),
+        "subj": ("sst2_sentences",),
+        "trec": ("squad_answerable", "qamr"),
+        "agnews": ("cnn_dailymail", "xsum"),
+    }.items()
 }
 
 
@@ -173,9 +178,12 @@ def parts_of(rows: list[dict[str, Any]]) -> set[str]:
 
 
 def texts(file: Path) -> Iterator[str]:
-    """Questions, or sentences."""
+    """Questions, sentences, or the sentences of documents."""
     for row in rows_of(file):
-        yield row["question"] if "question" in row else row["text"]
+        if "document" in row:
+            yield from re.split(r"(?<=[.!?])\s+", row["document"])
+        else:
+            yield row["question"] if "question" in row else row["text"]
 
 
 def options(*settings: str) -> list[str]:
@@ -291,6 +299,7 @@ class Experiment:
     def _write_texts(self) -> None:
         """8,000 texts of other sets, at most."""
         files = [self.arguments.data / of / name for of in self.data.text_of for name in FILES]
+        files = [file for file in files if file.exists()]  # the news with summaries have no training file
         found = list(dict.fromkeys(text for file in files for text in texts(file)))
         np.random.default_rng(0).shuffle(found)
         rows = [json.dumps({"text": text}) + "\n" for text in found[:TEXTS]]
